@@ -1,0 +1,49 @@
+"""Fixtures: the oracle's figures, and the real photographs where they are to be had."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+SHARED = HERE.parents[1] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _cuda_or_skip(request):
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    """`oracle(name)`: what the published model computes; an .npz file's arrays or a part of reference.json."""
+
+    def read(name: str):
+        if name.endswith(".npz"):
+            with np.load(HERE / "oracle" / name) as arrays:
+                return dict(arrays)
+        return json.loads((HERE / "oracle" / "reference.json").read_text())[name]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def coco128() -> Path:
+    """128 photographs of COCO in the COCO 2017 layout; they are not part of the project."""
+    folder = SHARED / "data" / "coco128"
+    if not folder.is_dir():
+        pytest.skip(f"the photographs of {folder.name} are not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encode_oracle() -> dict:
+    """The matches of 24 photographs' annotations, which are not part of the project either."""
+    file = SHARED / "oracle" / "encode.npz"
+    if not file.is_file():
+        pytest.skip(f"{file.name} is not on this machine")
+    with np.load(file) as arrays:
+        return dict(arrays)
