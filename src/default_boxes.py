@@ -1,0 +1,89 @@
+"""The 8,732 default boxes of SSD300, ground truth matched to them, and box offsets encoded and decoded.
+
+Shapes: N images, A = 8,732 default boxes, G ground-truth boxes of the fullest image.
+Source: Liu et al. 2016, "SSD: Single Shot MultiBox Detector", sections 2.1 (default boxes) and 2.2 (matching).
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert, box_iou
+
+IMAGE_SIZE = 300  # pixels, both sides
+FEATURE_SIZES = (38, 19, 10, 5, 3, 1)  # cells a side of the six feature maps
+STEPS = (8, 16, 32, 64, 100, 300)  # pixels between the cells' centres
+SCALES = (21, 45, 99, 153, 207, 261, 315)  # pixels; map k has boxes of scale k and of the mean of k and k + 1
+ASPECT_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))  # beside 1; each also upright
+BOXES_PER_CELL = tuple(2 + 2 * len(ratios) for ratios in ASPECT_RATIOS)  # 4, 6, 6, 6, 4, 4
+NUM_DEFAULT_BOXES = sum(size * size * boxes for size, boxes in zip(FEATURE_SIZES, BOXES_PER_CELL, strict=True))
+MATCH_THRESHOLD = 0.5  # intersection over union above which a default box is matched
+VARIANCES = (0.1, 0.2)  # of centre and size: the scale of the encoded offsets
+
+
+@lru_cache
+def default_boxes() -> Tensor:
+    """The default boxes, [A, 4] float32, cxcywh as fractions of the image, clamped to 0..1.
+
+    The order is that of the published model: map by map, shape by shape, row by row.
+    """
+    boxes = []
+    for k, size in enumerate(FEATURE_SIZES):
+        pitch = STEPS[k] / IMAGE_SIZE
+        for width, height in _shapes(k):
+            for row in range(size):
+                for column in range(size):
+                    boxes.append(((column + 0.5) * pitch, (row + 0.5) * pitch, width, height))
+    return torch.tensor(boxes).clamp_(0, 1)
+
+
+def _shapes(k: int) -> list[tuple[float, float]]:
+    """Widths and heights of the default boxes of feature map k, as fractions of the image."""
+    small, large = SCALES[k] / IMAGE_SIZE, SCALES[k + 1] / IMAGE_SIZE
+    middle = math.sqrt(small * large)
+    shapes = [(small, small), (middle, middle)]
+    for ratio in ASPECT_RATIOS[k]:
+        stretch = math.sqrt(ratio)
+        shapes += [(small * stretch, small / stretch), (small / stretch, small * stretch)]
+    return shapes
+
+
+def match(boxes: Tensor, counts: Tensor, defaults_ltrb: Tensor, threshold: float = MATCH_THRESHOLD) -> Tensor:
+    """Index of the ground-truth box matched to each default box, -1 for background; [N, A] int64.
+
+    boxes [N, G, 4] ltrb in 0..1, of which the first counts[n] of image n are real (the rest must be zeros);
+    defaults_ltrb [A, 4].  A default box takes the box it overlaps most, if by more than `threshold`.  Each ground-truth
+    box also claims the default box that overlaps it most (the first of equals); where several claim the same one,
+    the last of them gets it.
+    """
+    images, slots = boxes.shape[:2]
+    if slots == 0:
+        return torch.full((images, len(defaults_ltrb)), -1, device=boxes.device)
+    # Zero boxes overlap nothing, so the filling needs no mask until it would claim a default box.
+    overlap = box_iou(boxes.reshape(-1, 4), defaults_ltrb).view(images, slots, -1)  # [N, G, A]
+    best_overlap, best_box = overlap.max(dim=1)  # [N, A]
+    matched = torch.where(best_overlap > threshold, best_box, -1)
+    slot = torch.arange(slots, device=boxes.device).expand(images, slots)
+    claimant = torch.where(slot < counts[:, None], slot, -1)
+    claims = torch.full_like(matched, -1).scatter_reduce_(1, overlap.argmax(dim=2), claimant, "amax")
+    return torch.where(claims >= 0, claims, matched)
+
+
+def encode(boxes: Tensor, defaults: Tensor) -> Tensor:
+    """Offsets from default boxes to boxes; [..., 4].  Both cxcywh in 0..1, [..., 4], sizes above 0."""
+    centre = (boxes[..., :2] - defaults[..., :2]) / (defaults[..., 2:] * VARIANCES[0])
+    size = (boxes[..., 2:] / defaults[..., 2:]).log() / VARIANCES[1]
+    return torch.cat((centre, size), dim=-1)
+
+
+def decode(offsets: Tensor, defaults: Tensor) -> Tensor:
+    """The boxes that lie at `offsets` from the default boxes; the inverse of `encode`.  cxcywh, [..., 4]."""
+    centre = defaults[..., :2] + offsets[..., :2] * VARIANCES[0] * defaults[..., 2:]
+    size = defaults[..., 2:] * (offsets[..., 2:] * VARIANCES[1]).exp()
+    return torch.cat((centre, size), dim=-1)
+
+
+def default_boxes_ltrb() -> Tensor:
+    """`default_boxes()` as ltrb, [A, 4]."""
+    return box_convert(default_boxes(), "cxcywh", "xyxy")
