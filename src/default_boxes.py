@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_convert
 
 IMAGE_SIZE = 300  # pixels, both sides
 FEATURE_SIZES = (38, 19, 10, 5, 3, 1)  # cells a side of the six feature maps
@@ -61,13 +61,28 @@ def match(boxes: Tensor, counts: Tensor, defaults_ltrb: Tensor, threshold: float
     if slots == 0:
         return torch.full((images, len(defaults_ltrb)), -1, device=boxes.device)
     # Zero boxes overlap nothing, so the filling needs no mask until it would claim a default box.
-    overlap = box_iou(boxes.reshape(-1, 4), defaults_ltrb).view(images, slots, -1)  # [N, G, A]
+    overlap = _iou(boxes, defaults_ltrb)  # [N, G, A]
     best_overlap, best_box = overlap.max(dim=1)  # [N, A]
     matched = torch.where(best_overlap > threshold, best_box, -1)
     slot = torch.arange(slots, device=boxes.device).expand(images, slots)
     claimant = torch.where(slot < counts[:, None], slot, -1)
     claims = torch.full_like(matched, -1).scatter_reduce_(1, overlap.argmax(dim=2), claimant, "amax")
     return torch.where(claims >= 0, claims, matched)
+
+
+def _iou(boxes: Tensor, defaults_ltrb: Tensor) -> Tensor:
+    """IoU of boxes [N, G, 4] with default boxes [A, 4], ltrb; [N, G, A], equal to torchvision's box_iou bit for bit.
+
+    Matching is the costliest step of a batch on a CPU, and coordinate by coordinate it takes a quarter of box_iou's time.
+    """
+    left, top, right, bottom = boxes[..., None].unbind(dim=2)  # [N, G, 1] each
+    default_left, default_top, default_right, default_bottom = defaults_ltrb.t().contiguous()  # [A] each
+    width = (torch.minimum(right, default_right) - torch.maximum(left, default_left)).clamp_(min=0)
+    height = (torch.minimum(bottom, default_bottom) - torch.maximum(top, default_top)).clamp_(min=0)
+    intersection = width.mul_(height)
+    area = (right - left) * (bottom - top)
+    default_area = (default_right - default_left) * (default_bottom - default_top)
+    return intersection / (area + default_area - intersection)
 
 
 def encode(boxes: Tensor, defaults: Tensor) -> Tensor:

@@ -1,0 +1,294 @@
+"""DataLoader pipelines: training without DALI (`--data_pipeline no_dali`) and evaluation.
+
+A worker reads, decodes, crops, resizes and flips (uint8 out); the device does what needs the whole batch.
+Everything random follows from (seed, epoch, position in the epoch), so it does not depend on the number of workers,
+and a run is continued from its position alone.
+"""
+
+import shutil
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.transforms import v2
+from torchvision.tv_tensors import BoundingBoxes, Image
+
+from .augment import FLIP_PROBABILITY, RandomWindowCrop, colour_matrix, random_colour_matrix
+from .batch import Batch, BatchMaker, HostBatch, normalise
+from .coco import Annotations
+from .default_boxes import IMAGE_SIZE
+from .errors import DataError, UserError
+
+SHARED_MEMORY = Path("/dev/shm")
+PREFETCH = 2  # batches a worker prepares ahead
+
+
+def decode(path: Path) -> Tensor:
+    """The picture in a file; [3, H, W] uint8 RGB.  Its EXIF orientation is ignored.
+
+    Raises DataError, with the full path, for a file that is missing or that torchvision cannot decode.
+    """
+    try:
+        image = decode_image(read_file(str(path)), mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        reason = "no such file" if not path.exists() else str(error).splitlines()[0]
+        raise DataError(f"{path.absolute()}: cannot be read as an image ({reason})") from None
+    if image.dtype == torch.uint16:  # a 16-bit PNG
+        return (image.int() >> 8).byte()
+    return image
+
+
+@lru_cache
+def resizer() -> v2.Resize:
+    """Resizes to 300 x 300 by an antialiased triangular filter, as both pipelines do."""
+    return v2.Resize((IMAGE_SIZE, IMAGE_SIZE), antialias=True)
+
+
+def read_image(annotations: Annotations, index: int) -> Tensor:
+    """`decode` of an image of the annotation file, whose size must be the one given there."""
+    image = decode(annotations.image_path(index))
+    width, height = annotations.sizes[index]
+    if image.shape[1:] != (height, width):
+        raise DataError(
+            f"{annotations.image_path(index).absolute()}: the picture is {image.shape[2]} x {image.shape[1]}, but "
+            f"{annotations.path} says width {width}, height {height}: correct the entry of image "
+            f"{annotations.image_ids[index]}"
+        )
+    return image
+
+
+class Sample(NamedTuple):
+    """Where a training sample stands and which image it shows."""
+
+    epoch: int
+    position: int  # in the epoch, over all processes
+    index: int  # of the image in the annotations
+
+
+class EpochSampler:
+    """This process's batches of an epoch: lists of Sample, every batch full.
+
+    The epoch's order is shuffled over all processes, lengthened by its own beginning to whole batches, and dealt out.
+    """
+
+    def __init__(self, images: np.ndarray, *, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.start = 0  # the first iteration to give
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        total = len(self) * self.batch_size * self.world_size
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.images)
+        order = np.resize(order, total)
+        positions = np.arange(self.rank, total, self.world_size).reshape(-1, self.batch_size)
+        for batch in positions[self.start :]:
+            yield [Sample(self.epoch, int(position), int(order[position])) for position in batch]
+
+
+class TrainingSet(Dataset):
+    """Augmented samples; reads only arrays, so that worker processes do not copy the annotations."""
+
+    def __init__(self, annotations: Annotations, *, seed: int, augment: bool) -> None:
+        self.annotations = annotations
+        self.seed = seed
+        self.augment = augment
+        self.crop = RandomWindowCrop()
+        self.flip = v2.RandomHorizontalFlip(FLIP_PROBABILITY)
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor] | UserError:
+        """Image [3, 300, 300] uint8, colour [3, 4], boxes [G, 4] ltrb in 0..1, labels [G].
+
+        A user's error is returned, not raised: DataLoader would bury it in the worker's traceback.
+        """
+        try:
+            image = Image(read_image(self.annotations, sample.index))
+        except UserError as error:
+            return error
+        boxes, labels = self.annotations.of_image(sample.index)
+        boxes = BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=image.shape[-2:])
+        labels = torch.from_numpy(labels).long()
+        if not self.augment:
+            image, boxes = resizer()(image, boxes)
+            return *_plain(image, torch.from_numpy(colour_matrix(1, 1, 1, 0)).float(), boxes), labels
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_sample_seed(self.seed, sample.epoch, sample.position))
+            image, boxes, labels = self.crop(image, boxes, labels)
+            image, boxes = resizer()(image, boxes)
+            image, boxes = self.flip(image, boxes)
+            return *_plain(image, random_colour_matrix(), boxes), labels
+
+
+def _plain(image: Image, colour: Tensor, boxes: BoundingBoxes) -> tuple[Tensor, Tensor, Tensor]:
+    return image.as_subclass(Tensor), colour, boxes.as_subclass(Tensor).float() / IMAGE_SIZE
+
+
+def _sample_seed(seed: int, epoch: int, position: int) -> int:
+    return int(np.random.SeedSequence([seed, epoch, position]).generate_state(1, np.uint64)[0])
+
+
+def collate_training(samples: list) -> HostBatch | UserError:
+    """Samples of TrainingSet as one HostBatch, boxes padded with zeros; the first error where there is one."""
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+    images, colour, boxes, labels = zip(*samples, strict=True)
+    return HostBatch(
+        images=_stack(images),
+        colour=torch.stack(colour),
+        boxes=pad_sequence(boxes, batch_first=True),
+        labels=pad_sequence(labels, batch_first=True),
+        counts=torch.tensor([len(one) for one in labels]),
+    )
+
+
+def _stack(images: tuple[Tensor, ...]) -> Tensor:
+    """Images [3, 300, 300] of any memory layout as [N, 3, 300, 300], plane by plane, as the colour step wants them."""
+    stacked = torch.empty((len(images), *images[0].shape), dtype=torch.uint8)
+    for slot, image in zip(stacked, images, strict=True):
+        slot.copy_(image)
+    return stacked
+
+
+class TorchTrainLoader:
+    """The training loader of `--data_pipeline no_dali`; see design: train loader."""
+
+    def __init__(
+        self,
+        annotations: Annotations,
+        *,
+        batch_size: int,
+        num_workers: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        augment: bool = True,
+    ) -> None:
+        """batch_size: images an iteration of this process.  dtype: of the images it gives."""
+        self.make_batch = BatchMaker(dtype).to(device)
+        images = annotations.with_boxes()
+        self.num_images = len(images)
+        self.sampler = EpochSampler(images, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        training_set = TrainingSet(annotations, seed=seed, augment=augment)
+        self.loader = _data_loader(training_set, collate_training, num_workers, device, batch_sampler=self.sampler)
+
+    def __len__(self) -> int:
+        """Iterations an epoch, the same on every process."""
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int, start_iteration: int = 0) -> None:
+        """The next pass is that of `epoch` from its iteration `start_iteration` on; nothing before is decoded."""
+        self.sampler.epoch = epoch
+        self.sampler.start = start_iteration
+
+    def __iter__(self) -> Iterator[Batch]:
+        for host in _guarded(self.loader):
+            yield self.make_batch(host)
+
+    def state_dict(self) -> dict:
+        """Empty: the position in the run is all that this pipeline needs."""
+        return {}
+
+    def load_state_dict(self, state: dict, *, epoch: int, iteration: int) -> None:
+        """Nothing to take over: `set_epoch` continues anywhere."""
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self.loader = None
+
+
+class EvaluationSet(Dataset):
+    """Images resized and not augmented, with their index in the annotations."""
+
+    def __init__(self, annotations: Annotations) -> None:
+        self.annotations = annotations
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | UserError:
+        try:
+            return resizer()(read_image(self.annotations, index)), index
+        except UserError as error:
+            return error
+
+
+def collate_evaluation(samples: list) -> tuple[Tensor, Tensor] | UserError:
+    """Images [N, 3, 300, 300] uint8 and indices [N] int64; the first error where there is one."""
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+    images, indices = zip(*samples, strict=True)
+    return _stack(images), torch.tensor(indices)
+
+
+class EvaluationLoader:
+    """This process's share of the images, each exactly once: (images [N, 3, 300, 300] normalised, indices [N])."""
+
+    def __init__(
+        self,
+        annotations: Annotations,
+        *,
+        batch_size: int,
+        num_workers: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.device = device
+        share = range(rank, len(annotations), world_size)
+        batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+        workers = min(num_workers, len(batches))
+        self.loader = _data_loader(
+            EvaluationSet(annotations), collate_evaluation, workers, device, batch_sampler=batches, persistent=False
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, indices in _guarded(self.loader):
+            yield normalise(images.to(self.device, non_blocking=True)), indices
+
+
+def _data_loader(
+    dataset: Dataset, collate, workers: int, device: torch.device, *, batch_sampler, persistent: bool = True
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        persistent_workers=persistent and workers > 0,
+        prefetch_factor=PREFETCH if workers else None,
+    )
+
+
+def _guarded(loader: DataLoader) -> Iterator:
+    """The loader's batches; raises a user's error that a worker returned or that killed it."""
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "Bus error" not in str(error) and "shared memory" not in str(error):
+            raise
+        size = shutil.disk_usage(SHARED_MEMORY).total / 2**20
+        raise UserError(
+            f"{SHARED_MEMORY} ({size:.0f} MiB) is too small for {loader.num_workers} worker processes: enlarge it "
+            "(docker run --shm-size=1g), or use fewer workers or none (--num-workers 0)"
+        ) from None
