@@ -1,0 +1,252 @@
+"""Ranks and what they tell each other; start and end of a process group; the scheduler's notice to stop.
+
+One process without a launcher opens no port and no group: every method then works on that process alone.
+"""
+
+import os
+import pickle
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from .errors import UserError
+
+GROUP_TIMEOUT = 120  # seconds after which a rank that does not answer is taken for lost
+GROUP_TIMEOUT_VARIABLE = "SSD300_GROUP_TIMEOUT"
+WAIT_LIMIT = 6 * 3600  # seconds that ranks wait for work that only rank 0 does (scoring, writing, fetching weights)
+POLL = 0.05  # seconds between looks at the store
+
+
+class LostRankError(Exception):
+    """Another rank failed or does not answer; the message says what is known of it."""
+
+
+class Processes:
+    """The processes of a run and this one's place among them."""
+
+    def __init__(self, rank: int, world_size: int, device: torch.device, store: dist.Store | None) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self.store = store
+        # The integers and arrays below stay in the host's memory, whatever the gradients travel on.
+        self.host_group = dist.new_group(backend="gloo", timeout=_group_timeout()) if world_size > 1 else None
+        self._messages = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints, writes, draws and scores."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients averaged over all processes, the model itself where there is one process."""
+        if self.world_size == 1:
+            return model
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        # Batch-norm buffers are taken from rank 0 where they matter (`share_buffers`), not in every iteration.
+        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Gives every rank the batch-norm statistics of rank 0: each has seen other images, but one model is scored."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def gather(self, value: Any) -> list | None:
+        """Every rank's `value` (anything that pickles, arrays included) in rank order on rank 0, None elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.host_group)
+        return values
+
+    def gather_arrays(self, arrays: list) -> list[list] | None:
+        """`gather` of a list of NumPy arrays, whose types stay as they are."""
+        return self.gather(arrays)
+
+    def broadcast_object(self, value: Any = None) -> Any:
+        """Rank 0's `value` on every rank; the others may wait hours for it, longer than a collective would."""
+        if self.world_size == 1:
+            return value
+        self._messages += 1
+        key = f"message {self._messages}"
+        if self.is_main:
+            self.store.set(key, pickle.dumps(value))
+            return value
+        self._wait(key)
+        return pickle.loads(self.store.get(key))
+
+    def maximum(self, value: int) -> int:
+        """The greatest of every rank's `value`."""
+        if self.world_size == 1:
+            return value
+        number = torch.tensor(value)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.host_group)
+        return int(number)
+
+    def start_maximum(self, number: Tensor) -> dist.Work | None:
+        """Starts replacing `number`, an integer tensor on the CPU, by the greatest of every rank's; wait() ends it."""
+        if self.world_size == 1:
+            return None
+        return dist.all_reduce(number, dist.ReduceOp.MAX, group=self.host_group, async_op=True)
+
+    def report_failure(self, message: str) -> bool:
+        """Records why this rank fails; True where no other rank has failed before, so that one message is printed."""
+        if self.store is None:
+            return True
+        try:
+            return self.store.add("failures", 1) == 1
+        except Exception:  # the process that keeps the store is gone: nobody else will tell
+            return True
+
+    def _wait(self, key: str) -> None:
+        # Polling, because a wait inside the store would hold back signals.
+        deadline = time.monotonic() + WAIT_LIMIT
+        while not self.store.check([key]):
+            if time.monotonic() > deadline:
+                raise LostRankError(f"rank 0 has not answered for {WAIT_LIMIT} s")
+            time.sleep(POLL)
+
+
+@contextmanager
+def start(local_rank: int, device: torch.device | None = None) -> Iterator[Processes]:
+    """The processes that a launcher started, or this one alone; ends the group on leaving.
+
+    local_rank: the launcher's flag; the LOCAL_RANK variable wins.  device: for tests; by default the GPU of that
+    rank where there are GPUs, else the CPU.  Raises UserError where the group cannot be formed, LostRankError (within
+    the block) where another rank is gone.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    device = device or _device(int(os.environ.get("LOCAL_RANK", local_rank)))
+    if world_size == 1:
+        yield Processes(0, 1, device, None)
+        return
+    store = _join(device, rank, world_size)
+    processes = Processes(rank, world_size, device, store)
+    try:
+        yield processes
+    except (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
+        if not _is_communication(error):
+            raise
+        raise LostRankError(f"lost touch with another rank: {str(error).splitlines()[0]}") from error
+    finally:
+        _leave()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; start at most that "
+            "many processes (--nproc_per_node)"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _join(device: torch.device, rank: int, world_size: int) -> dist.Store:
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    timeout = _group_timeout()
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"ssd300 attempt {attempt}", store)
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {rank} of {world_size} cannot join the others at {address} ({reason}): is another job on that "
+            "port? Choose one with the launcher's --master_port (or the MASTER_PORT variable)"
+        ) from error
+    return dist.PrefixStore("run", store)
+
+
+def _group_timeout() -> timedelta:
+    return timedelta(seconds=float(os.environ.get(GROUP_TIMEOUT_VARIABLE, GROUP_TIMEOUT)))
+
+
+def _leave() -> None:
+    """Ends the group without waiting for ranks that may be gone."""
+    with suppress(RuntimeError):  # it is broken already, and what broke it has been raised
+        dist.destroy_process_group()
+
+
+def _is_communication(error: Exception) -> bool:
+    """Whether the error comes from the process group or its store; gloo raises plain RuntimeErrors."""
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+        return True
+    text = str(error)
+    return any(mark in text for mark in ("gloo/", "Gloo", "Connection closed by peer", "NCCL", "TCPStore"))
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived where nothing is to be finished first."""
+
+
+class StopNotice:
+    """SIGTERM, a scheduler's notice: within `deferred` it is noted, elsewhere it raises Terminated at once.
+
+    All ranks learn of it by one integer that is reduced asynchronously and read an iteration later.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.received = False
+        self._deferred = False
+        self._flag = torch.zeros((), dtype=torch.int32)
+        self._work = None
+        self._previous = signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame) -> None:
+        self.received = True
+        if not self._deferred:
+            raise Terminated
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """SIGTERM is only noted inside; a note that was not acted on raises Terminated at the end."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self.received:
+            raise Terminated
+
+    def agreed(self) -> bool:
+        """Whether any rank had been told to stop by its last call; to be called by all ranks in every iteration."""
+        if self.processes.world_size == 1:
+            return self.received
+        stop = self.settle()
+        self._flag.fill_(int(self.received))
+        self._work = self.processes.start_maximum(self._flag)
+        return stop
+
+    def settle(self) -> bool:
+        """Waits for what the last `agreed` started; whether any rank had been told to stop by then."""
+        if self._work is None:
+            return self.processes.world_size == 1 and self.received
+        self._work.wait()
+        self._work = None
+        return bool(self._flag)
+
+    def close(self) -> None:
+        """Gives SIGTERM back to whoever had it."""
+        signal.signal(signal.SIGTERM, self._previous)
