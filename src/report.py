@@ -1,8 +1,9 @@
 """What a run tells: lines on the console, a progress bar, metrics.jsonl, flags.json, TensorBoard and the MLPerf log.
 
-Every method is called on rank 0's `Report`; the other ranks hold a `NullReport`, which has the same methods and does
-nothing.  metrics.jsonl holds one JSON object a line, told apart by "kind": "iteration", "epoch" or "evaluation";
-numbers that are not finite are null.  Epochs and iterations count from 0, iterations on over the epochs.
+Rank 0 holds a `Report`; the other ranks hold a `NullReport`, which has the same methods and does nothing.
+metrics.jsonl holds one JSON object a line, told apart by "kind": "iteration", "epoch" or "evaluation"; numbers that
+are not finite are null.  Epochs and iterations count from 0, iterations on over the epochs.  Every method that writes
+a file raises UserError, which names the file, where it cannot be written.
 """
 
 import importlib.metadata
@@ -13,46 +14,50 @@ import platform
 import re
 import sys
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from numbers import Number
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 
+from . import mlperf
 from .errors import UserError
 
-TENSORBOARD_FOLDER = "tensorboard"
-EVENT_FILES = f"{TENSORBOARD_FOLDER}/events.out.tfevents.*"
-RUN_FILES = (
-    "last.pt",
-    "best.pt",
-    "metrics.jsonl",
-    "flags.json",
-    "mlperf.log",
-    "training.png",
-    "precision_recall.png",
-    "detections.png",
-    "detections.json",
-    "batch.png",
-)
+METRICS, FLAGS, MLPERF_LOG, TENSORBOARD = "metrics.jsonl", "flags.json", "mlperf.log", "tensorboard"
+PICTURES = ("training.png", "precision_recall.png", "detections.png", "batch.png")
+RUN_FILES = ("last.pt", "best.pt", METRICS, FLAGS, MLPERF_LOG, *PICTURES, "detections.json")
+EVENT_FILES = f"{TENSORBOARD}/events.out.tfevents.*"
 PACKAGES = ("torch", "torchvision", "numpy", "msgspec", "faster-coco-eval", "pycocotools")  # whose versions matter
-NOT_DEFINED = "not defined"
+BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
 class Bar(tqdm):
-    """A progress bar without tqdm's helper thread and semaphore, which would be there in every forked worker."""
+    """A progress bar without tqdm's helper thread and semaphore, which every forked worker would inherit."""
 
     monitor_interval = 0
     _lock = threading.RLock()
+
+
+class TrainingBar(Bar):
+    """A bar of iterations that tells the images a second too."""
+
+    images = 0  # of the last iteration
+
+    @property
+    def format_dict(self) -> dict:
+        values = super().format_dict
+        seconds = values["elapsed"]
+        rate = values["rate"] or ((self.n - self.initial) / seconds if seconds else 0)
+        return {**values, "images_per_second": rate * self.images}
 
 
 class Report:
     """Tells about a run on the console and in the files of its folder, which are opened when first needed."""
 
     def __init__(self, output: Path | None, *, append: bool, stream: TextIO | None = None) -> None:
-        """output: the run's folder, made when needed; None: no files.  append: continue the files that are there.
+        """output: the run's folder, made when needed; None: no files.  append: continue its files; see `truncate`.
 
         stream: where the lines go, standard output if left out.  Bars are shown when standard error is a terminal.
         """
@@ -62,11 +67,9 @@ class Report:
         self._show_bars = sys.stderr.isatty()
         self._bar: Bar | None = None
         self._metrics = None
+        self._mlperf: mlperf.MlperfLog | None = None
         self._tensorboard = None
-        self._tensorboard_start = None  # the first iteration that earlier event files do not hold
-        self._iteration = 0
-
-    # Lines
+        self._continued_at: int | None = None
 
     def note(self, text: str) -> None:
         """A plain line."""
@@ -76,23 +79,24 @@ class Report:
         """A warning, on standard error."""
         self._print(f"main.py: warning: {text}", sys.stderr)
 
-    def _print(self, text: str, stream: TextIO) -> None:
-        if self._bar is not None:
-            self._bar.clear()
-        print(text, file=stream, flush=True)
-        if self._bar is not None:
-            self._bar.refresh()
-
-    # Training
+    def begin_run(self, constants: mlperf.Constants) -> None:
+        """Starts mlperf.log with everything that is constant, or goes on with it."""
+        if self._output is not None:
+            path = self._folder() / MLPERF_LOG
+            with _writing(path):
+                self._mlperf = mlperf.MlperfLog(path, constants, append=self._append)
 
     def begin_epoch(self, epoch: int, iterations: int, first_iteration: int = 0) -> None:
         """An epoch of so many iterations begins, at `first_iteration` of it when a run is continued there."""
+        self._tell_mlperf(lambda log: log.begin_epoch(epoch))
         if self._show_bars:
-            self._start_bar(total=iterations, initial=first_iteration, desc=f"Epoch {epoch:2d}")
+            form = BAR + ", {images_per_second:.1f} images/s"
+            self._start_bar(TrainingBar, iterations, f"Epoch {epoch:2d}", initial=first_iteration, bar_format=form)
 
     def step(self, images: int) -> None:
-        """An iteration is done; called after every one, with the images of all processes."""
+        """An iteration is done, with so many images in all processes; called after each one."""
         if self._bar is not None:
+            self._bar.images = images
             self._bar.update()
 
     def iteration(
@@ -107,8 +111,7 @@ class Report:
         images_per_second: float,
         loss_scale: float = 1.0,
     ) -> None:
-        """The figures of an iteration that is logged: line, metrics.jsonl, bar and TensorBoard."""
-        self._iteration = iteration
+        """The figures of an iteration that is logged."""
         figures = {
             "loss": loss,
             "localisation_loss": localisation_loss,
@@ -118,11 +121,10 @@ class Report:
             "loss_scale": loss_scale,
         }
         if self._bar is not None:
-            postfix = f"loss {loss:.4f}, learning rate {learning_rate:.2e}, {images_per_second:.1f} images/s"
-            self._bar.set_postfix_str(postfix, refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.4f}, rate {learning_rate:.2e}", refresh=False)
         self.note(f"Epoch: {epoch:2d}, Iteration: {iteration}, Loss: {loss:.4f}")
         self._record({"kind": "iteration", "epoch": epoch, "iteration": iteration, **figures})
-        self._scalars("training", figures)
+        self._scalars("training", figures, iteration)
 
     def end_epoch(
         self, *, epoch: int, seconds: float, images_per_second: float, average_images_per_second: float
@@ -139,107 +141,118 @@ class Report:
             "average_images_per_second": average_images_per_second,
         }
         self._record({"kind": "epoch", "epoch": epoch, **figures})
-        self._scalars("epoch", figures)
+        self._scalars("epoch", figures, epoch)
+
+    def begin_evaluation(self, epoch: int) -> None:
+        """An evaluation begins, of the model as it is after `epoch`."""
+        self._tell_mlperf(lambda log: log.begin_evaluation(epoch))
 
     def evaluation(self, *, epoch: int, figures: Mapping[str, float | None]) -> None:
-        """The figures of an evaluation by name, "mAP" among them; None: not defined."""
+        """The evaluation's figures by name, "mAP" among them; None: not defined."""
         self._end_bar()
         self.note(f"Epoch {epoch:2d}, Accuracy: {_accuracy_text(figures['mAP'])}")
         self._record({"kind": "evaluation", "epoch": epoch, **figures})
-        self._scalars("evaluation", figures)
+        self._scalars("evaluation", figures, epoch)
+        self._tell_mlperf(lambda log: log.end_evaluation(epoch, _plain(figures["mAP"])))
 
-    def end(self, *, average_images_per_second: float, seconds: float, accuracy: float | None | str) -> None:
+    def end(self, *, average_images_per_second: float, seconds: float, accuracy: float | str | None) -> None:
         """The run is complete.  accuracy: the last evaluation's mAP, None: not defined, or a text instead of it."""
         self._end_bar()
         self.note(
             f"Training end: Average speed: {average_images_per_second:.1f} img/sec, Total time: {seconds:.1f} sec, "
             f"Final accuracy: {_accuracy_text(accuracy)}"
         )
+        self._tell_mlperf(
+            lambda log: log.end_run(accuracy=None if isinstance(accuracy, str) else _plain(accuracy), completed=True)
+        )
 
-    # Bars
+    def break_down(self) -> None:
+        """The run has ended without success and cannot be continued as it is.  (One that was stopped only closes.)"""
+        self._tell_mlperf(lambda log: log.end_run(accuracy=None, completed=False))
 
-    def progress(self, total: int, name: str):
+    def progress(self, total: int, name: str) -> "Bar | NullBar":
         """A context that gives a bar with `update()`, for an evaluation or another long job of `total` steps."""
-        if self._show_bars:
-            self._start_bar(total=total, desc=name)
-            return self._bar
-        return NullBar()
+        return self._start_bar(Bar, total, name, bar_format=BAR) if self._show_bars else NullBar()
 
-    def _start_bar(self, **settings) -> None:
+    def flags(self, flags: Mapping[str, object], **facts: object) -> None:
+        """Writes flags.json: the flags as given, the versions of what runs them, and facts such as the device."""
+        if self._output is not None:
+            content = _plain({"flags": flags, **facts, "versions": versions()})
+            _replace(self._folder() / FLAGS, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def truncate(self, *, epoch: int, iteration: int) -> None:
+        """Forgets what the files tell from a checkpoint's position on, where the run is then continued.
+
+        epoch: the one to go on in; iteration: the next one.  What a killed process left half written goes as well.
+        """
+        self._continued_at = iteration
+        if self._output is None:
+            return
+        for name, truncated in (
+            (METRICS, lambda text: _metrics_before(text, epoch, iteration)),
+            (MLPERF_LOG, lambda text: mlperf.truncated(text, epoch)),
+        ):
+            path = self._output / name
+            if path.exists():
+                with _writing(path):
+                    text = path.read_text("utf-8", errors="replace")
+                _replace(path, truncated(text))
+
+    def close(self) -> None:
+        """Ends the bar and closes the files."""
         self._end_bar()
-        self._bar = Bar(**settings, dynamic_ncols=True, leave=False, miniters=1)
+        for file in (self._metrics, self._mlperf, self._tensorboard):
+            if file:
+                file.close()
+        self._metrics = self._mlperf = self._tensorboard = None
+
+    def _print(self, text: str, stream: TextIO) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, file=stream, flush=True)
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def _start_bar(self, kind: type[Bar], total: int, name: str, **settings) -> Bar:
+        self._end_bar()
+        self._bar = kind(total=total, desc=name, dynamic_ncols=True, leave=False, miniters=1, **settings)
+        return self._bar
 
     def _end_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    # Files
-
-    def flags(self, flags: Mapping[str, object], **facts: object) -> None:
-        """Writes flags.json: the flags as given, the versions of what runs them, and facts such as the device."""
-        content = {"flags": flags, **facts, "versions": versions()}
-        if self._output is not None:
-            text = json.dumps(content, indent=2, default=_as_json)
-            _replace(self._folder() / "flags.json", text.encode() + b"\n")
-
-    def truncate(self, *, epoch: int, iteration: int) -> None:
-        """Forgets what was logged beyond the checkpoint that is continued.
-
-        epoch: the one that training goes on in; iteration: the next one.  What a killed process left half written goes
-        too.
-        """
-        self._tensorboard_start = iteration
-        if self._output is None or not (path := self._output / "metrics.jsonl").exists():
-            return
-        try:
-            lines = path.read_bytes().split(b"\n")
-        except OSError as error:
-            raise _unwritable(path, error) from None
-        kept = [line for line in lines if _is_before(line, epoch, iteration)]
-        _replace(path, b"".join(line + b"\n" for line in kept))
-
-    def close(self) -> None:
-        """Ends the bar and closes the files; a report that is closed can still print."""
-        self._end_bar()
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
-        if self._tensorboard:
-            self._tensorboard.close()
-            self._tensorboard = None
-
     def _folder(self) -> Path:
-        try:
+        with _writing(self._output):
             self._output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unwritable(self._output, error) from None
         return self._output
+
+    def _tell_mlperf(self, write: Callable[[mlperf.MlperfLog], None]) -> None:
+        if self._mlperf is not None:
+            with _writing(self._output / MLPERF_LOG):
+                write(self._mlperf)
 
     def _record(self, entry: Mapping[str, object]) -> None:
         """Adds a line to metrics.jsonl, in one write that needs no flush."""
         if self._output is None:
             return
-        path = self._output / "metrics.jsonl"
-        line = json.dumps({key: _finite(value) for key, value in entry.items()}, allow_nan=False) + "\n"
-        try:
+        path = self._output / METRICS
+        with _writing(path):
             if self._metrics is None:
-                self._folder()
-                self._metrics = path.open("ab" if self._append else "wb", buffering=0)
-            self._metrics.write(line.encode())
-        except OSError as error:
-            raise _unwritable(path, error) from None
+                self._metrics = (self._folder() / METRICS).open("ab" if self._append else "wb", buffering=0)
+            self._metrics.write(json.dumps(_plain(entry), allow_nan=False).encode() + b"\n")
 
-    def _scalars(self, group: str, figures: Mapping[str, float | None]) -> None:
+    def _scalars(self, group: str, figures: Mapping[str, float | None], step: int) -> None:
         """Hands figures to TensorBoard, where that is installed."""
         if self._output is None:
             return
         if self._tensorboard is None:
-            self._tensorboard = _open_tensorboard(self._folder() / TENSORBOARD_FOLDER, self._tensorboard_start)
+            self._tensorboard = _open_tensorboard(self._folder() / TENSORBOARD, self._continued_at)
         if self._tensorboard:
             for name, value in figures.items():
                 if value is not None:
-                    self._tensorboard.add_scalar(f"{group}/{name.replace(' ', '_')}", value, self._iteration)
+                    self._tensorboard.add_scalar(f"{group}/{name.replace(' ', '_')}", value, step)
 
 
 class NullBar:
@@ -261,8 +274,8 @@ class NullReport:
     def _nothing(self, *_, **__) -> None:
         pass
 
-    note = warn = begin_epoch = step = iteration = end_epoch = evaluation = end = _nothing
-    flags = truncate = close = _nothing
+    note = warn = begin_run = begin_epoch = step = iteration = end_epoch = _nothing
+    begin_evaluation = evaluation = end = break_down = flags = truncate = close = _nothing
 
     def progress(self, total: int, name: str) -> NullBar:
         return NullBar()
@@ -271,27 +284,25 @@ class NullReport:
 def set_aside_old_run(output: Path) -> str | None:
     """Moves the files of an earlier run in `output` to the next free `output/run-001` and so on.
 
-    Gives the sentence that says so, None where there was no run.  Other files stay.  Each file is moved whole by one
-    rename, so that an interruption loses nothing; what it left behind is moved by the next call.
+    Gives the sentence that says so, None where there was no run.  Other files stay.  Each file is moved by one rename,
+    so that an interruption loses nothing; what it left behind is moved by the next call.
     """
-    try:
-        files = [name for name in RUN_FILES if os.path.lexists(output / name)]
-        files += [str(path.relative_to(output)) for path in sorted(output.glob(EVENT_FILES))]
+    with _writing(output):
+        files = [Path(name) for name in RUN_FILES if os.path.lexists(output / name)]
+        files += [path.relative_to(output) for path in sorted(output.glob(EVENT_FILES))]
         if not files:
             return None
         folder = output / f"run-{_last_run_number(output) + 1:03d}"
         folder.mkdir()
-        for name in files:
-            (folder / name).parent.mkdir(exist_ok=True)
-            os.rename(output / name, folder / name)
-    except OSError as error:
-        raise _unwritable(Path(error.filename or output), error) from None
+        for file in files:
+            (folder / file).parent.mkdir(exist_ok=True)
+            os.rename(output / file, folder / file)
     return f"{output} held an earlier run: its files are now in {folder}"
 
 
 def _last_run_number(output: Path) -> int:
-    numbers = [re.fullmatch(r"run-(\d+)", path.name) for path in output.iterdir()]
-    return max((int(number[1]) for number in numbers if number), default=0)
+    names = [re.fullmatch(r"run-(\d+)", path.name) for path in output.iterdir()]
+    return max((int(name[1]) for name in names if name), default=0)
 
 
 def versions() -> dict[str, str]:
@@ -306,29 +317,31 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _accuracy_text(accuracy: float | None | str) -> str:
+def _accuracy_text(accuracy: float | str | None) -> str:
     if accuracy is None:
-        return NOT_DEFINED
+        return "not defined"
     return accuracy if isinstance(accuracy, str) else f"{accuracy:.4f} mAP"
 
 
-def _finite(value: object) -> object:
-    """A JSON value: numbers of any library as Python's, None for one that is not finite."""
+def _plain(value: object) -> object:
+    """The value as JSON knows it: numbers of any library as Python's, None for one that is not finite, paths as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
     if isinstance(value, str | int) or value is None:
         return value
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
-def _as_json(value: object) -> object:
-    """What json.dumps does not know: numbers of other libraries, sets, and paths and the rest as text."""
     if isinstance(value, Number):
-        return _finite(value)
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+        return float(value) if math.isfinite(value) else None
+    return str(value)
 
 
-def _is_before(line: bytes, epoch: int, iteration: int) -> bool:
-    """Whether a line of metrics.jsonl is whole and was logged before that epoch and iteration."""
+def _metrics_before(text: str, epoch: int, iteration: int) -> str:
+    """The whole lines of a metrics.jsonl that were logged before that epoch and iteration."""
+    return "".join(line for line in text.splitlines(keepends=True) if _is_before(line, epoch, iteration))
+
+
+def _is_before(line: str, epoch: int, iteration: int) -> bool:
     try:
         entry = json.loads(line)
         return entry["iteration"] < iteration if entry["kind"] == "iteration" else entry["epoch"] < epoch
@@ -345,15 +358,18 @@ def _open_tensorboard(folder: Path, first_iteration: int | None):
     return SummaryWriter(log_dir=str(folder), purge_step=first_iteration)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _replace(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
+    with _writing(path):
+        temporary.write_text(text, "utf-8")
         os.replace(temporary, path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns the errors of writing to `path` into one line for the user."""
+    try:
+        yield
     except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror or error}")
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
