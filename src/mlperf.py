@@ -124,8 +124,7 @@ class MlperfLog:
 
     def close(self) -> None:
         self._package.LOGGER.removeHandler(self._handler)
-        with suppress(OSError):  # every line was flushed, and an error told, when it was written
-            self._handler.close()
+        self._handler.close()
 
     def _write(self, tag: str, value: Any = None) -> None:
         self._package.ssd_print(tag, value, stack_offset=CALLER_OF_WRITE, extra_print=False)
@@ -136,6 +135,10 @@ class _FileHandler(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the name is logging's
         raise
+
+    def close(self) -> None:
+        with suppress(OSError):  # every line was flushed, and an error raised, when it was written
+            super().close()
 
 
 def _package() -> ModuleType:

@@ -13,44 +13,22 @@ import os
 import platform
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from numbers import Number
 from pathlib import Path
 from typing import TextIO
 
-from tqdm import tqdm
-
 from . import mlperf
+from .checkpoint import write_atomically
 from .errors import UserError
+from .progress import Bar, NullBar, TrainingBar
 
 METRICS, FLAGS, MLPERF_LOG, TENSORBOARD = "metrics.jsonl", "flags.json", "mlperf.log", "tensorboard"
 PICTURES = ("training.png", "precision_recall.png", "detections.png", "batch.png")
 RUN_FILES = ("last.pt", "best.pt", METRICS, FLAGS, MLPERF_LOG, *PICTURES, "detections.json")
 EVENT_FILES = f"{TENSORBOARD}/events.out.tfevents.*"
 PACKAGES = ("torch", "torchvision", "numpy", "msgspec", "faster-coco-eval", "pycocotools")  # whose versions matter
-BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-
-
-class Bar(tqdm):
-    """A progress bar without tqdm's helper thread and semaphore, which every forked worker would inherit."""
-
-    monitor_interval = 0
-    _lock = threading.RLock()
-
-
-class TrainingBar(Bar):
-    """A bar of iterations that tells the images a second too."""
-
-    images = 0  # of the last iteration
-
-    @property
-    def format_dict(self) -> dict:
-        values = super().format_dict
-        seconds = values["elapsed"]
-        rate = values["rate"] or ((self.n - self.initial) / seconds if seconds else 0)
-        return {**values, "images_per_second": rate * self.images}
 
 
 class Report:
@@ -90,8 +68,8 @@ class Report:
         """An epoch of so many iterations begins, at `first_iteration` of it when a run is continued there."""
         self._tell_mlperf(lambda log: log.begin_epoch(epoch))
         if self._show_bars:
-            form = BAR + ", {images_per_second:.1f} images/s"
-            self._start_bar(TrainingBar, iterations, f"Epoch {epoch:2d}", initial=first_iteration, bar_format=form)
+            self._end_bar()
+            self._bar = TrainingBar(iterations, f"Epoch {epoch:2d}", initial=first_iteration)
 
     def step(self, images: int) -> None:
         """An iteration is done, with so many images in all processes; called after each one."""
@@ -172,13 +150,18 @@ class Report:
 
     def progress(self, total: int, name: str) -> "Bar | NullBar":
         """A context that gives a bar with `update()`, for an evaluation or another long job of `total` steps."""
-        return self._start_bar(Bar, total, name, bar_format=BAR) if self._show_bars else NullBar()
+        self._end_bar()
+        if not self._show_bars:
+            return NullBar()
+        self._bar = Bar(total, name)
+        return self._bar
 
     def flags(self, flags: Mapping[str, object], **facts: object) -> None:
         """Writes flags.json: the flags as given, the versions of what runs them, and facts such as the device."""
         if self._output is not None:
             content = _plain({"flags": flags, **facts, "versions": versions()})
-            _replace(self._folder() / FLAGS, json.dumps(content, indent=2, allow_nan=False) + "\n")
+            text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+            write_atomically(self._folder() / FLAGS, text.encode())
 
     def truncate(self, *, epoch: int, iteration: int) -> None:
         """Forgets what the files tell from a checkpoint's position on, where the run is then continued.
@@ -196,7 +179,7 @@ class Report:
             if path.exists():
                 with _writing(path):
                     text = path.read_text("utf-8", errors="replace")
-                _replace(path, truncated(text))
+                write_atomically(path, truncated(text).encode())
 
     def close(self) -> None:
         """Ends the bar and closes the files."""
@@ -212,11 +195,6 @@ class Report:
         print(text, file=stream, flush=True)
         if self._bar is not None:
             self._bar.refresh()
-
-    def _start_bar(self, kind: type[Bar], total: int, name: str, **settings) -> Bar:
-        self._end_bar()
-        self._bar = kind(total=total, desc=name, dynamic_ncols=True, leave=False, miniters=1, **settings)
-        return self._bar
 
     def _end_bar(self) -> None:
         if self._bar is not None:
@@ -253,19 +231,6 @@ class Report:
             for name, value in figures.items():
                 if value is not None:
                     self._tensorboard.add_scalar(f"{group}/{name.replace(' ', '_')}", value, step)
-
-
-class NullBar:
-    """A bar that is not shown."""
-
-    def __enter__(self) -> "NullBar":
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
-
-    def update(self, steps: int = 1) -> None:
-        pass
 
 
 class NullReport:
@@ -324,7 +289,7 @@ def _accuracy_text(accuracy: float | str | None) -> str:
 
 
 def _plain(value: object) -> object:
-    """The value as JSON knows it: numbers of any library as Python's, None for one that is not finite, paths as text."""
+    """The value as JSON knows it: any library's numbers as Python's, None for one that is not finite, paths as text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -338,7 +303,7 @@ def _plain(value: object) -> object:
 
 def _metrics_before(text: str, epoch: int, iteration: int) -> str:
     """The whole lines of a metrics.jsonl that were logged before that epoch and iteration."""
-    return "".join(line for line in text.splitlines(keepends=True) if _is_before(line, epoch, iteration))
+    return "".join(line + "\n" for line in text.splitlines() if _is_before(line, epoch, iteration))
 
 
 def _is_before(line: str, epoch: int, iteration: int) -> bool:
@@ -356,14 +321,6 @@ def _open_tensorboard(folder: Path, first_iteration: int | None):
     except ImportError:
         return False
     return SummaryWriter(log_dir=str(folder), purge_step=first_iteration)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with _writing(path):
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, path)
 
 
 @contextmanager
