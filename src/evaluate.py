@@ -1,15 +1,23 @@
-"""From network output to detections, and detections scored as COCO does.
+"""From network output to detections, gathered from all processes and scored.
 
 Shapes: N images of a batch, C labels with the background, A = 8,732 default boxes, D detections, K categories.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import box_convert, nms
 
+from .coco import Annotations
 from .default_boxes import decode, default_boxes
+from .distributed import Processes
+from .report import NullReport
+from .scoring import Results, Scores, join_results, score
+from .train import autocast
 
 SCORE_THRESHOLD = 0.05
 IOU_THRESHOLD = 0.5  # of the non-maximum suppression
@@ -17,6 +25,7 @@ MAX_CANDIDATES = 200  # a class and image, the best ones
 MAX_DETECTIONS = 200  # an image
 FIRST_TRIED = 512  # candidates of an image, over all classes; more only where too few of them are kept
 REACH = 64.0  # images; no box is let reach further out than this, which keeps boxes of different classes apart
+DECIMALS = 3  # of a pixel, in results: what is written is what is scored
 
 
 class Detections(NamedTuple):
@@ -106,3 +115,88 @@ def _rank_in_class(labels: Tensor) -> Tensor:
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(labels), device=labels.device) - torch.searchsorted(ordered, ordered)
     return rank
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` found out."""
+
+    scores: Scores  # on every rank
+    results: Results | None  # on rank 0
+    non_finite: int  # default boxes of all images whose output was NaN or infinite; they detect nothing
+
+
+def to_results(detections: list[Detections], indices: np.ndarray, annotations: Annotations) -> Results:
+    """Detections of the images at `indices` [N] of the annotations, best first within an image."""
+    counts = [len(found.scores) for found in detections]
+    image = np.repeat(indices, counts)
+    boxes, labels, scores = (_on_host(parts) for parts in zip(*detections, strict=True))
+    corners = boxes.astype(np.float64) * np.tile(annotations.sizes[image], 2)
+    corners[:, 2:] -= corners[:, :2]
+    category_ids = np.array([category.id for category in annotations.categories], np.int64)
+    return Results(
+        annotations.image_ids[image], category_ids[labels - 1], corners.round(DECIMALS), scores.astype(np.float64)
+    )
+
+
+def _on_host(parts: tuple[Tensor, ...]) -> np.ndarray:
+    return torch.cat(parts).cpu().numpy()
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    annotations: Annotations,
+    *,
+    device: torch.device,
+    half: bool = False,
+    dist: Processes | None = None,
+    progress: Callable[[int, str], AbstractContextManager] | None = None,
+) -> Evaluation:
+    """Detects in every image of every rank's loader and scores all together, on rank 0.
+
+    model: without the wrapper of several processes; its batch-norm buffers must be the same on all ranks.
+    loader: gives images [N, 3, 300, 300] on the device and their indices [N] in the annotations.  half: autocast, as
+    in training.  progress: `Report.progress` or the like.  All ranks must call this, and get the same scores.
+    """
+    dist = dist or Processes(0, 1, device, None)
+    progress = progress or NullReport().progress
+    with _evaluating(model), torch.inference_mode(), progress(len(loader), "Evaluation") as bar:
+        results, non_finite = _detect_all(model, loader, annotations, device=device, half=half, bar=bar)
+    gathered = dist.gather_arrays([*results, np.array(non_finite)])
+    if gathered is None:
+        return Evaluation(*dist.broadcast_object())
+    results = join_results((Results(*arrays) for *arrays, _ in gathered), annotations)
+    non_finite = sum(int(count) for *_, count in gathered)
+    scores = score(annotations, results)
+    dist.broadcast_object((scores, None, non_finite))
+    return Evaluation(scores, results, non_finite)
+
+
+def _detect_all(
+    model: nn.Module, loader: Iterable, annotations: Annotations, *, device: torch.device, half: bool, bar
+) -> tuple[Results, int]:
+    """This rank's results, and how many default boxes' outputs were not finite."""
+    defaults = default_boxes().to(device)
+    broken = torch.zeros((), dtype=torch.int64, device=device)
+    parts = []
+    for images, indices in loader:
+        with autocast(device, half):
+            offsets, logits = model(images)
+        usable = finite_boxes(offsets, logits)
+        broken += (~usable).sum()
+        found = detect(offsets, logits, defaults=defaults, usable=usable)
+        parts.append(to_results(found, indices.cpu().numpy(), annotations))
+        bar.update()
+    return join_results(parts, annotations), int(broken)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
