@@ -10,17 +10,15 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
-from .coco_file import AnnotationEntry, CategoryEntry, ImageEntry, decode_file
+from .coco_file import CategoryEntry, ImageEntry, decode_file
+from .coco_rows import Rows, read_rows, warnings_of
 from .errors import DataError
-
-FIRST_IDS = 5  # how many a warning names
 
 
 class Category(NamedTuple):
@@ -78,15 +76,18 @@ def read_annotations(
     """
     path, image_folder = Path(path), Path(image_folder)
     content = decode_file(path)
+    training = categories is None
     own = _categories(path, content.categories)
-    if categories is not None:
+    if not training:
         _check_same_categories(path, own, categories)
-    image_ids, sizes, names = _images(path, content.images, image_folder)
-    columns = _columns(content.annotations)
+    images = _images(path, content.images, image_folder)
+    categories = own if categories is None else tuple(categories)
+    ids = [category.id for category in categories]
+    rows = read_rows(path, content.annotations, image_ids=images.ids, sizes=images.sizes, category_ids=ids)
     del content  # a million objects
-    return _assemble(
-        path, image_folder, image_ids, sizes, names, columns, categories or own, training=categories is None
-    )
+    annotations = _clean(path, image_folder, images, rows, categories)
+    _check_usable(annotations, rows, training=training)
+    return annotations
 
 
 # --- categories and images -------------------------------------------------------------------------------------------
@@ -113,7 +114,13 @@ def _check_same_categories(path: Path, own: tuple[Category, ...], training: tupl
         )
 
 
-def _images(path: Path, entries: list[ImageEntry], image_folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+class _Images(NamedTuple):
+    ids: np.ndarray  # int64 [I]
+    sizes: np.ndarray  # int32 [I, 2] width, height
+    names: list[str]
+
+
+def _images(path: Path, entries: list[ImageEntry], image_folder: Path) -> _Images:
     if not entries:
         raise DataError(f"{path}: `images` is empty: it must list the pictures in {image_folder.absolute()}")
     ids = np.fromiter((entry.id for entry in entries), np.int64, len(entries))
@@ -124,7 +131,7 @@ def _images(path: Path, entries: list[ImageEntry], image_folder: Path) -> tuple[
     names = [entry.file_name for entry in entries]
     _check_names(path, names, image_folder)
     sizes = np.array([(entry.width, entry.height) for entry in entries], np.int32)
-    return ids, sizes, names
+    return _Images(ids, sizes, names)
 
 
 def _check_names(path: Path, names: list[str], image_folder: Path) -> None:
@@ -155,97 +162,29 @@ def _first_repeated(values: Iterable):
     return next(value for value in values if counts[value] > 1)
 
 
-# --- boxes -----------------------------------------------------------------------------------------------------------
-
-
-class _Columns(NamedTuple):
-    """The entries of `annotations`, a column a field."""
-
-    image_ids: np.ndarray  # int64 [M]
-    category_ids: np.ndarray  # int64 [M]
-    boxes: np.ndarray  # float64 [M, 4] x, y, width, height
-    crowd: np.ndarray  # bool [M]
-    areas: np.ndarray  # float64 [M]
-    ids: np.ndarray  # int64 [M]
-    renumbered: bool  # the file's ids were missing or not unique
-
-
-def _columns(entries: list[AnnotationEntry]) -> _Columns:
-    def column(field: str, dtype: type) -> np.ndarray:
-        return np.fromiter(map(attrgetter(field), entries), dtype, len(entries))
-
-    boxes = np.stack([column(f"bbox.{side}", np.float64) for side in ("x", "y", "width", "height")], axis=1)
-    areas = np.fromiter((np.nan if entry.area is None else entry.area for entry in entries), np.float64, len(entries))
-    ids = [entry.id for entry in entries]
-    renumbered = None in ids or len(set(ids)) < len(ids)
-    with np.errstate(over="ignore"):
-        areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
-    return _Columns(
-        image_ids=column("image_id", np.int64),
-        category_ids=column("category_id", np.int64),
-        boxes=boxes,
-        crowd=column("iscrowd", np.bool_),
-        areas=areas,
-        ids=np.arange(1, len(entries) + 1) if renumbered else np.array(ids, np.int64),
-        renumbered=renumbered,
-    )
-
-
-def _positions(values: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Where each value stands in `among`, whose values differ; -1 where it does not."""
-    order = np.argsort(among)
-    nearest = order[np.searchsorted(among, values, sorter=order).clip(max=len(among) - 1)]
-    return np.where(among[nearest] == values, nearest, -1)
-
-
-def _clipped(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """float32 [M, 4] ltrb inside the image of float64 [M, 4] x, y, width, height; sizes [M, 2]."""
-    with np.errstate(over="ignore"):
-        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    return np.clip(corners, 0, np.tile(sizes, 2)).astype(np.float32)
-
-
-def _assemble(
-    path: Path,
-    image_folder: Path,
-    image_ids: np.ndarray,
-    sizes: np.ndarray,
-    names: list[str],
-    columns: _Columns,
-    categories: tuple[Category, ...],
-    *,
-    training: bool,
+def _clean(
+    path: Path, image_folder: Path, images: _Images, rows: Rows, categories: tuple[Category, ...]
 ) -> Annotations:
-    labels = 1 + _positions(columns.category_ids, np.array([category.id for category in categories]))
-    if not labels.all():
-        first = int(np.argmin(labels != 0))
-        raise DataError(
-            f"{path}: annotations[{first}].category_id is {columns.category_ids[first]}, which no entry of "
-            "`categories` has"
-        )
-    image = _positions(columns.image_ids, image_ids)  # [M]
-    boxes = _clipped(columns.boxes, sizes[image])
-    area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    usable = np.flatnonzero((image >= 0) & area)
-    if not len(usable) and (training or (len(image) and (image < 0).all())):
-        _raise_nothing_usable(path, image_folder, image_ids, columns, image)
-    order = usable[np.argsort(image[usable], kind="stable")]
-    encoded = [name.encode() for name in names]
+    """The Annotations of the rows that can be used, grouped by image."""
+    usable = (rows.image >= 0) & (rows.boxes[:, 2:] > rows.boxes[:, :2]).all(axis=1)
+    order = np.flatnonzero(usable)
+    order = order[np.argsort(rows.image[order], kind="stable")]
+    encoded = [name.encode() for name in images.names]
     return Annotations(
         path=path,
         image_folder=image_folder,
-        image_ids=image_ids,
-        sizes=sizes,
+        image_ids=images.ids,
+        sizes=images.sizes,
         names=b"".join(encoded),
         first_byte=_starts(np.array([len(name) for name in encoded])),
-        first_box=_starts(np.bincount(image[order], minlength=len(image_ids))),
-        boxes=boxes[order],
-        labels=labels[order],
-        crowd=columns.crowd[order],
-        areas=columns.areas[order],
-        annotation_ids=columns.ids[order],
+        first_box=_starts(np.bincount(rows.image[order], minlength=len(images.ids))),
+        boxes=rows.boxes[order],
+        labels=rows.labels[order],
+        crowd=rows.crowd[order],
+        areas=rows.areas[order],
+        annotation_ids=rows.ids[order],
         categories=categories,
-        warnings=_warnings(path, columns, image, area, sizes),
+        warnings=tuple(f"{path}: {line}" for line in warnings_of(rows, usable)),
     )
 
 
@@ -253,32 +192,17 @@ def _starts(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def _raise_nothing_usable(path: Path, image_folder: Path, image_ids, columns: _Columns, image: np.ndarray) -> None:
-    unmatched = columns.image_ids[image < 0]
-    cause = f"first image_id without an image: {unmatched[0]}" if len(unmatched) else "none has a box with an area"
+def _check_usable(annotations: Annotations, rows: Rows, *, training: bool) -> None:
+    """Raises DataError for a training file without a box, and for annotations that are all of other images."""
+    if len(annotations.boxes) or not (training or 0 < len(rows.image) == len(rows.strange)):
+        return
+    cause = "none has a box with an area inside its image" if len(rows.image) else "`annotations` is empty"
+    if len(rows.strange):
+        cause = f"the first image_id that no image has is {rows.strange[0]}"
     raise DataError(
-        f"{path}: 0 of {len(image_ids)} images have a usable annotation ({cause}; images in "
-        f"{image_folder.absolute()}): is it the annotation file of these images?"
+        f"{annotations.path}: 0 of {len(annotations)} images have a usable annotation ({cause}; images in "
+        f"{annotations.image_folder.absolute()}): give the annotation file of these images"
     )
-
-
-def _warnings(path: Path, columns: _Columns, image: np.ndarray, area: np.ndarray, sizes: np.ndarray) -> tuple[str, ...]:
-    """A line for each kind of fault that was mended."""
-    known = image >= 0
-    flat = (columns.boxes[:, 2:] <= 0).any(axis=1)
-    kinds = (
-        (~known, "name an image_id that no image has and are left out", columns.image_ids, "image ids"),
-        (known & flat, "have a box whose width or height is not positive and are left out", columns.ids, "ids"),
-        (known & ~flat & ~area, "have a box outside their image and are left out", columns.ids, "ids"),
-    )
-    lines = []
-    for which, what, ids, name in kinds:
-        if which.any():
-            first = ", ".join(map(str, ids[which][:FIRST_IDS]))
-            lines.append(f"{path}: {which.sum()} of {len(which)} annotations {what} (first {name}: {first})")
-    if columns.renumbered:
-        lines.append(f"{path}: annotations without an id, or with one that is not theirs alone: numbered from 1")
-    return tuple(lines)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -292,7 +216,7 @@ def check_images_exist(annotations: Annotations) -> None:
         if folder not in listed:
             listed[folder] = _files_in(annotations, folder)
         # Not every file system tells upper and lower case apart, so the listing alone is no proof.
-        if name not in listed[folder] and not annotations.image_path(index).is_file():
+        if name not in listed[folder] and not os.path.isfile(annotations.image_path(index)):
             raise DataError(
                 f"{annotations.image_path(index).absolute()}: no such image file: {annotations.path} names it for "
                 f"image {annotations.image_ids[index]}"
