@@ -22,7 +22,7 @@ from .default_boxes import ASPECT_RATIOS, BOXES_PER_CELL, FEATURE_SIZES, NUM_DEF
 CROPPING_ITERATIONS = 1  # windows tried before another crop condition is picked
 CALLER_OF_WRITE = 2  # frames above the package's own that a line names as its origin
 
-LINE = re.compile(r":::MLPv\S+ ssd \S+ \(\S+\) (?P<key>\w+)(: (?P<value>.*))?\n")
+LINE = re.compile(r"^:::MLPv\S+ ssd \S+ \(\S+\) (?P<key>\w+)(?:: (?P<value>.*))?\n", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +52,11 @@ class MlperfLog:
         """Tells the constants, after which the training loop begins.  append: continue the file if it has them."""
         self._package = _package()
         self._constants = constants
-        continued = append and path.exists() and path.stat().st_size > 0
+        told = path.read_text("utf-8") if append and path.exists() else ""
+        self._epoch = max((int(tag["value"]) for tag in LINE.finditer(told) if tag["key"] == "train_epoch"), default=-1)
         self._handler = _FileHandler(path, mode="a" if append else "w", encoding="utf-8")
         _use_only(self._package.LOGGER, self._handler)
-        if not continued:
+        if not told:
             self._write(self._package.RUN_START)
             self._write_model()
             self._write_pipeline()
@@ -96,7 +97,10 @@ class MlperfLog:
         self._write(package.OPT_LR_WARMUP_STEPS, constants.warmup or 0)
 
     def begin_epoch(self, epoch: int) -> None:
-        """An epoch begins, or is gone on with."""
+        """An epoch begins, or is gone on with, which is not told again."""
+        if epoch <= self._epoch:
+            return
+        self._epoch = epoch
         self._write(self._package.TRAIN_EPOCH, epoch)
         if epoch in self._constants.multistep:
             falls = sum(step <= epoch for step in self._constants.multistep)
@@ -162,17 +166,16 @@ def _use_only(logger: logging.Logger, handler: logging.Handler) -> None:
 
 
 def truncated(text: str, epoch: int) -> str:
-    """The lines of an mlperf.log that come before `epoch` begins: what a run continued in that epoch goes on from.
+    """An mlperf.log as it was before `epoch` was evaluated: what a run continued in that epoch goes on from.
 
-    A run that had ended goes on as if it had not, a line that was cut goes, and so do constants that are not complete.
+    A run that had ended goes on as if it had not; a line that was cut goes, and so do constants that are not complete.
     """
     kept, complete = [], False
-    for line in text.splitlines(keepends=True):
-        tag = LINE.fullmatch(line)
-        if tag is None or tag["key"] in ("run_stop", "run_final"):
-            continue
-        if tag["key"] == "train_epoch" and int(tag["value"]) >= epoch:
+    for tag in LINE.finditer(text):
+        key, value = tag["key"], tag["value"]
+        if (key == "train_epoch" and int(value) > epoch) or (key == "eval_start" and int(value) >= epoch):
             break
-        complete = complete or tag["key"] == "train_loop"
-        kept.append(line)
+        complete = complete or key == "train_loop"
+        if key not in ("run_stop", "run_final"):
+            kept.append(tag[0])
     return "".join(kept) if complete else ""

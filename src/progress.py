@@ -5,7 +5,7 @@ import threading
 from tqdm import tqdm
 
 FORM = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-TRAINING_FORM = FORM + ", {images_per_second:.1f} images/s"
+TRAINING_FORM = FORM + ", {images_per_second:.0f} images/s"
 
 
 class Bar(tqdm):

@@ -2,7 +2,8 @@
 
 Rank 0 holds a `Report`; the other ranks hold a `NullReport`, which has the same methods and does nothing.
 metrics.jsonl holds one JSON object a line, told apart by "kind": "iteration", "epoch" or "evaluation"; numbers that
-are not finite are null.  Epochs and iterations count from 0, iterations on over the epochs.  Every method that writes
+are not finite are null.  Epochs and iterations count from 0, iterations on over the epochs; an epoch's object has
+the iteration that comes next.  Every method that writes
 a file raises UserError, which names the file, where it cannot be written.
 """
 
@@ -48,6 +49,7 @@ class Report:
         self._mlperf: mlperf.MlperfLog | None = None
         self._tensorboard = None
         self._continued_at: int | None = None
+        self._iterations = 0  # done since the run's start
 
     def note(self, text: str) -> None:
         """A plain line."""
@@ -73,6 +75,7 @@ class Report:
 
     def step(self, images: int) -> None:
         """An iteration is done, with so many images in all processes; called after each one."""
+        self._iterations += 1
         if self._bar is not None:
             self._bar.images = images
             self._bar.update()
@@ -89,7 +92,8 @@ class Report:
         images_per_second: float,
         loss_scale: float = 1.0,
     ) -> None:
-        """The figures of an iteration that is logged."""
+        """The figures of an iteration that is logged; called after its `step`."""
+        self._iterations = iteration + 1
         figures = {
             "loss": loss,
             "localisation_loss": localisation_loss,
@@ -118,7 +122,7 @@ class Report:
             "images_per_second": images_per_second,
             "average_images_per_second": average_images_per_second,
         }
-        self._record({"kind": "epoch", "epoch": epoch, **figures})
+        self._record({"kind": "epoch", "epoch": epoch, "iteration": self._iterations, **figures})
         self._scalars("epoch", figures, epoch)
 
     def begin_evaluation(self, epoch: int) -> None:
@@ -166,9 +170,10 @@ class Report:
     def truncate(self, *, epoch: int, iteration: int) -> None:
         """Forgets what the files tell from a checkpoint's position on, where the run is then continued.
 
-        epoch: the one to go on in; iteration: the next one.  What a killed process left half written goes as well.
+        epoch: the one to go on in, perhaps with its evaluation; iteration: the next one, counted from the run's start.
+        What a killed process left half written goes as well.
         """
-        self._continued_at = iteration
+        self._continued_at = self._iterations = iteration
         if self._output is None:
             return
         for name, truncated in (
@@ -309,7 +314,9 @@ def _metrics_before(text: str, epoch: int, iteration: int) -> str:
 def _is_before(line: str, epoch: int, iteration: int) -> bool:
     try:
         entry = json.loads(line)
-        return entry["iteration"] < iteration if entry["kind"] == "iteration" else entry["epoch"] < epoch
+        if entry["kind"] == "evaluation":
+            return entry["epoch"] < epoch
+        return entry["iteration"] < iteration + (entry["kind"] == "epoch")
     except (ValueError, TypeError, KeyError):
         return False
 

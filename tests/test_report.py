@@ -10,7 +10,11 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Callable
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -38,15 +42,34 @@ CONSTANTS = mlperf.Constants(
     target=0.25,
 )
 # The order in which the tags of a run are to come.
-CONSTANT_TAGS = """
-    run_start
-    backbone feature_sizes steps scales aspect_ratios num_defaults_per_cell loc_conf_out_channels num_default_boxes
-    nms_threshold nms_max_detections
-    input_size input_shard input_order num_cropping_iterations random_flip_probability
-    data_normalization_mean data_normalization_std input_batch_size input_bn_span
-    opt_name opt_learning_rate opt_momentum opt_weight_decay opt_learning_rate_warmup_steps
-    train_loop
-""".split()
+CONSTANT_TAGS = [
+    "run_start",
+    "backbone",
+    "feature_sizes",
+    "steps",
+    "scales",
+    "aspect_ratios",
+    "num_defaults_per_cell",
+    "loc_conf_out_channels",
+    "num_default_boxes",
+    "nms_threshold",
+    "nms_max_detections",
+    "input_size",
+    "input_shard",
+    "input_order",
+    "num_cropping_iterations",
+    "random_flip_probability",
+    "data_normalization_mean",
+    "data_normalization_std",
+    "input_batch_size",
+    "input_bn_span",
+    "opt_name",
+    "opt_learning_rate",
+    "opt_momentum",
+    "opt_weight_decay",
+    "opt_learning_rate_warmup_steps",
+    "train_loop",
+]
 EVALUATION_TAGS = ["eval_start", "eval_size", "eval_accuracy", "eval_target", "eval_stop"]
 ITERATIONS = 30  # an epoch of the runs below
 
@@ -67,22 +90,48 @@ def end_epoch(to: Report, epoch: int) -> None:
     to.end_epoch(epoch=epoch, seconds=61.23, images_per_second=523.14, average_images_per_second=523.14)
 
 
-def run(to: Report, *, start: int = 0, stop: int = 3 * ITERATIONS) -> None:
-    """Iterations start..stop of a run of three epochs, each evaluated; what is logged depends on the position alone."""
+class Stage(NamedTuple):
+    """A part of a run that leaves no checkpoint before it is over."""
+
+    epoch: int  # with iteration, the position of a checkpoint that is written just before
+    iteration: int
+    inside: bool  # whether the epoch has begun and is not over
+    play: Callable[[Report], None]
+
+
+def stages() -> list[Stage]:
+    """A run of three epochs, each evaluated; what it tells depends on the position alone."""
+    found = []
+    for epoch in range(3):
+        first = epoch * ITERATIONS
+        found.append(Stage(epoch, first, False, methodcaller("begin_epoch", epoch=epoch, iterations=ITERATIONS)))
+        for iteration in range(first, first + ITERATIONS):
+            found.append(Stage(epoch, iteration, True, partial(train_and_log, iteration=iteration)))
+        found.append(Stage(epoch, first + ITERATIONS, True, partial(end_epoch, epoch=epoch)))
+        found.append(Stage(epoch, first + ITERATIONS, False, partial(evaluate, epoch=epoch)))
+    end = methodcaller("end", average_images_per_second=531.04, seconds=4021.66, accuracy=2 / 7)
+    return [*found, Stage(3, 3 * ITERATIONS, False, end)]
+
+
+def train_and_log(to: Report, iteration: int) -> None:
+    to.step(256)
+    if iteration % 20 == 0:
+        log_iteration(to, iteration, loss=20 - iteration / 7)
+
+
+def evaluate(to: Report, epoch: int) -> None:
+    to.begin_evaluation(epoch)
+    to.evaluation(epoch=epoch, figures={"mAP": epoch / 7, "AP50": epoch / 3, "AP small": None})
+
+
+def run(to: Report, start: int = 0, stop: int | None = None) -> None:
+    """Plays stages start..stop, as a run that begins there does."""
     to.begin_run(CONSTANTS)
-    for epoch in range(start // ITERATIONS, 3):
-        first = max(start - epoch * ITERATIONS, 0)
-        to.begin_epoch(epoch, ITERATIONS, first)
-        for iteration in range(epoch * ITERATIONS + first, (epoch + 1) * ITERATIONS):
-            if iteration == stop:
-                return
-            to.step(256)
-            if iteration % 20 == 0:
-                log_iteration(to, iteration, loss=20 - iteration / 7)
-        end_epoch(to, epoch)
-        to.begin_evaluation(epoch)
-        to.evaluation(epoch=epoch, figures={"mAP": epoch / 7, "AP50": epoch / 3, "AP small": None})
-    to.end(average_images_per_second=531.04, seconds=4021.66, accuracy=2 / 7)
+    stage = stages()[start]
+    if stage.inside:
+        to.begin_epoch(stage.epoch, ITERATIONS, stage.iteration - stage.epoch * ITERATIONS)
+    for stage in stages()[start:stop]:
+        stage.play(to)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -132,6 +181,7 @@ def test_warnings_go_to_standard_error(capsys):
 
 def test_metrics_hold_what_was_logged_at_once(tmp_path):
     to = Report(tmp_path, append=False, stream=io.StringIO())
+    train_and_log(to, 39)
     log_iteration(to, 40)
     end_epoch(to, 1)
     to.evaluation(epoch=1, figures={"mAP": np.float64(0.25), "AP small": None})
@@ -150,6 +200,7 @@ def test_metrics_hold_what_was_logged_at_once(tmp_path):
         {
             "kind": "epoch",
             "epoch": 1,
+            "iteration": 41,
             "seconds": 61.23,
             "images_per_second": 523.14,
             "average_images_per_second": 523.14,
@@ -176,14 +227,25 @@ def test_a_new_run_starts_its_files_afresh(tmp_path):
     assert [key for key, _ in tags(tmp_path)].count("run_start") == 1
 
 
+PER_EPOCH = ITERATIONS + 3  # stages: the begin, the iterations, the end and the evaluation
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "killed"),
     [
-        (30, 85),  # from an epoch's boundary
-        (45, 47),  # inside an epoch, nothing logged since
-        (45, 85),  # inside an epoch, another begun since
-        (41, 60),  # just after a logged iteration, killed between two epochs
-        (0, 5),
+        (0, 0),
+        (0, 7),
+        (1, PER_EPOCH + 5),
+        (PER_EPOCH, PER_EPOCH),  # between an evaluation and the next epoch
+        (PER_EPOCH, 2 * PER_EPOCH + 9),
+        (PER_EPOCH + 1, PER_EPOCH + 1),
+        (PER_EPOCH + 12, PER_EPOCH + 12),  # inside an epoch, in which the learning rate fell
+        (PER_EPOCH + 12, PER_EPOCH + 14),  # two iterations on, nothing was logged
+        (PER_EPOCH + 26, 2 * PER_EPOCH),  # nothing but the end of the epoch was logged
+        (2 * PER_EPOCH - 1, 2 * PER_EPOCH - 1),  # between an epoch and its evaluation
+        (2 * PER_EPOCH - 1, 2 * PER_EPOCH),  # after the evaluation
+        (2 * PER_EPOCH - 1, 3 * PER_EPOCH),
+        (3 * PER_EPOCH, 3 * PER_EPOCH + 1),  # when all was done
     ],
 )
 def test_a_continued_run_leaves_the_files_of_an_uninterrupted_one(tmp_path, checkpoint, killed):
@@ -197,9 +259,10 @@ def test_a_continued_run_leaves_the_files_of_an_uninterrupted_one(tmp_path, chec
     to.close()
     for file in ("metrics.jsonl", "mlperf.log"):  # the kill came in the middle of a line
         with (parted / file).open("a") as lines:
-            lines.write('{"kind": "iteration", "epoch": 0, "iteration"')
+            lines.write(':::MLPv0.5.0 ssd 1.000000000 (src/mlperf.py:1) train_ep{"kind": "iteration", "epoch": 0, "ite')
     to = Report(parted, append=True, stream=io.StringIO())
-    to.truncate(epoch=checkpoint // ITERATIONS, iteration=checkpoint)
+    stage = stages()[checkpoint]
+    to.truncate(epoch=stage.epoch, iteration=stage.iteration)
     run(to, start=checkpoint)
     to.close()
 
@@ -224,18 +287,18 @@ def test_a_completed_run_goes_on_to_more_epochs(tmp_path):
 
 
 def test_lines_that_are_none_of_ours_are_dropped_when_a_run_goes_on(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b'null\n7\n{"epoch": 0}\n\xff\xfe\n{"kind": "epoch", "epoch": 0}')
+    (tmp_path / "metrics.jsonl").write_bytes(b'null\n7\n{"epoch": 0}\n\xff\xfe\n{"kind": "evaluation", "epoch": 0}')
     to = Report(tmp_path, append=True, stream=io.StringIO())
     to.truncate(epoch=1, iteration=ITERATIONS)
     end_epoch(to, 1)
     to.close()
-    assert [(entry["kind"], entry["epoch"]) for entry in metrics(tmp_path)] == [("epoch", 0), ("epoch", 1)]
+    assert [(entry["kind"], entry["epoch"]) for entry in metrics(tmp_path)] == [("evaluation", 0), ("epoch", 1)]
 
 
 def test_going_on_where_there_are_no_files_starts_them(tmp_path):
     to = Report(tmp_path / "new", append=True, stream=io.StringIO())
     to.truncate(epoch=1, iteration=ITERATIONS)
-    run(to, start=ITERATIONS)
+    run(to, start=PER_EPOCH)
     to.close()
     assert metrics(tmp_path / "new")[0]["iteration"] == 40
     assert tags(tmp_path / "new")[0][0] == "run_start"
@@ -274,7 +337,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, file, capfd):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs a device that is always full")
     (tmp_path / file).symlink_to("/dev/full")
-    to = Report(tmp_path, append=True, stream=io.StringIO())
+    to = Report(tmp_path, append=False, stream=io.StringIO())
     with pytest.raises(UserError, match=re.escape(f"cannot write {tmp_path / file}: No space left on device")):
         run(to)
     to.close()
@@ -374,11 +437,12 @@ def test_the_mlperf_package_writes_nowhere_else(tmp_path):
     code = f"""
 import logging, sys
 logging.basicConfig(level=logging.DEBUG)
-from src import mlperf
+from pathlib import Path
+from src import mlperf, report
 assert "mlperf_compliance" not in sys.modules
 from tests.test_report import CONSTANTS, run
 sink = open({str(tmp_path / "lines")!r}, "w")
-to = report.Report(report.Path({str(tmp_path / "out")!r}), append=False, stream=sink)
+to = report.Report(Path({str(tmp_path / "out")!r}), append=False, stream=sink)
 run(to)
 to.close()
 """
@@ -406,12 +470,10 @@ def test_a_console_handler_of_the_package_is_taken_away(tmp_path, capfd):
 
 def old_run(folder: Path, generation: str = "first") -> dict[str, str]:
     """Writes the files of a run and gives their contents by name."""
-    names = """
-        last.pt best.pt metrics.jsonl flags.json mlperf.log
-        training.png precision_recall.png detections.png detections.json batch.png
-        tensorboard/events.out.tfevents.1.host.2.0
-    """
-    contents = {name: f"{generation} {name}" for name in names.split()}
+    checkpoints, logs = ("last.pt", "best.pt"), ("metrics.jsonl", "flags.json", "mlperf.log", "detections.json")
+    pictures = ("training.png", "precision_recall.png", "detections.png", "batch.png")
+    names = (*checkpoints, *logs, *pictures, "tensorboard/events.out.tfevents.1.host.2.0")
+    contents = {name: f"{generation} {name}" for name in names}
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
@@ -534,7 +596,7 @@ def expected_lines() -> list[str]:
 
 
 def test_a_terminal_shows_bars_and_whole_lines():
-    columns = 80
+    columns = 100
     written = output_at_a_terminal(BAR_SCRIPT, columns)
     assert as_seen(written) == expected_lines()
     bars = [bar for bar in re.split(r"[\r\n]+", written) if "left" in bar]
