@@ -16,7 +16,7 @@ from .coco import Annotations
 from .default_boxes import decode, default_boxes
 from .distributed import Processes
 from .report import NullReport
-from .scoring import Results, Scores, join_results, score
+from .scoring import DECIMALS, Results, Scores, join_results, score
 from .train import autocast
 
 SCORE_THRESHOLD = 0.05
@@ -25,7 +25,6 @@ MAX_CANDIDATES = 200  # a class and image, the best ones
 MAX_DETECTIONS = 200  # an image
 FIRST_TRIED = 512  # candidates of an image, over all classes; more only where too few of them are kept
 REACH = 64.0  # images; no box is let reach further out than this, which keeps boxes of different classes apart
-DECIMALS = 3  # of a pixel, in results: what is written is what is scored
 
 
 class Detections(NamedTuple):
@@ -160,7 +159,7 @@ def evaluate(
     """
     dist = dist or Processes(0, 1, device, None)
     progress = progress or NullReport().progress
-    with _evaluating(model), torch.inference_mode(), progress(len(loader), "Evaluation") as bar:
+    with evaluating(model), torch.inference_mode(), progress(len(loader), "Evaluation") as bar:
         results, non_finite = _detect_all(model, loader, annotations, device=device, half=half, bar=bar)
     gathered = dist.gather_arrays([*results, np.array(non_finite)])
     if gathered is None:
@@ -191,7 +190,7 @@ def _detect_all(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; every module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -31,6 +31,7 @@ METRIC_NAMES = (
     "AR medium",
     "AR large",
 )
+DECIMALS = 3  # of a pixel, in results: what is written is what is scored
 WRITTEN_AT_ONCE = 50_000  # detections
 
 
@@ -70,17 +71,26 @@ class _Result(msgspec.Struct):
 
 
 def write_results(path: Path, results: Results) -> None:
-    """Writes COCO's results format, which any COCO scorer reads; an older file stays whole until it is replaced."""
+    """Writes COCO's results format, which any COCO scorer reads."""
+    write_list(path, _parts(results))
+
+
+def _parts(results: Results) -> Iterator[list[_Result]]:
+    for start in range(0, len(results.scores), WRITTEN_AT_ONCE):
+        columns = (array[start : start + WRITTEN_AT_ONCE].tolist() for array in results)
+        yield [_Result(*row) for row in zip(*columns, strict=True)]
+
+
+def write_list(path: Path, parts: Iterable[list[msgspec.Struct]]) -> None:
+    """Writes a JSON list, an object a line, from parts of it; an older file stays whole until it is replaced."""
     temporary = path.with_name(path.name + ".tmp")
     encoder = msgspec.json.Encoder()
     with open(temporary, "wb") as file, _collector_paused():
-        separator = b"["
-        for start in range(0, len(results.scores), WRITTEN_AT_ONCE):
-            columns = (array[start : start + WRITTEN_AT_ONCE].tolist() for array in results)
-            rows = [_Result(*row) for row in zip(*columns, strict=True)]
-            file.write(separator + encoder.encode(rows)[1:-1])
-            separator = b",\n"
-        file.write(b"]" if len(results.scores) else b"[]")
+        before = b"["
+        for part in parts:
+            file.write(before + encoder.encode_lines(part).rstrip().replace(b"\n", b",\n"))
+            before = b",\n"
+        file.write(b"[]" if before == b"[" else b"]")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
