@@ -451,7 +451,7 @@ to.close()
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not stray.exists()
-    assert sorted(os.listdir(tmp_path / "out")) == ["metrics.jsonl", "mlperf.log"]
+    assert set(os.listdir(tmp_path / "out")) - {"tensorboard"} == {"metrics.jsonl", "mlperf.log"}
     assert len(tags(tmp_path / "out")) == len(CONSTANT_TAGS) + 3 * 6 + 2 + 2
 
 
@@ -632,7 +632,7 @@ def test_tensorboard_gets_the_figures_of_metrics_jsonl(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     losses = [(event.step, event.value) for event in events.Scalars("training/loss")]
     assert losses == [
-        (entry["iteration"], pytest.approx(entry["loss"])) for entry in metrics(tmp_path) if "iteration" in entry
+        (entry["iteration"], pytest.approx(entry["loss"])) for entry in metrics(tmp_path) if "loss" in entry
     ]
     assert [(event.step, event.value) for event in events.Scalars("evaluation/mAP")][1] == (1, pytest.approx(1 / 7))
     set_aside_old_run(tmp_path)
