@@ -14,7 +14,8 @@ PIPELINES = ("dali", "no_dali")
 class TrainLoader(Protocol):
     """What training needs of a pipeline; both have it."""
 
-    num_images: int
+    num_images: int  # trained on, by all processes
+    warnings: list[str]  # what `load_state_dict` found odd
 
     def __len__(self) -> int: ...
 

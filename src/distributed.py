@@ -4,11 +4,10 @@ One process without a launcher opens no port and no group: every method then wor
 """
 
 import os
-import pickle
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -39,6 +38,7 @@ class Processes:
         self.store = store
         # The integers and arrays below stay in the host's memory, whatever the gradients travel on.
         self.host_group = dist.new_group(backend="gloo", timeout=_group_timeout()) if world_size > 1 else None
+        self.failed = False
         self._messages = 0
 
     @property
@@ -79,10 +79,12 @@ class Processes:
         self._messages += 1
         key = f"message {self._messages}"
         if self.is_main:
-            self.store.set(key, pickle.dumps(value))
-            return value
-        self._wait(key)
-        return pickle.loads(self.store.get(key))
+            self.store.set(key, "ready")
+        else:
+            self._wait(key)
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
 
     def maximum(self, value: int) -> int:
         """The greatest of every rank's `value`."""
@@ -98,14 +100,22 @@ class Processes:
             return None
         return dist.all_reduce(number, dist.ReduceOp.MAX, group=self.host_group, async_op=True)
 
-    def report_failure(self, message: str) -> bool:
-        """Records why this rank fails; True where no other rank has failed before, so that one message is printed."""
-        if self.store is None:
+    def report_failure(self) -> bool:
+        """Records that this rank fails; True where no other has failed before, so that one message is printed."""
+        self.failed = True
+        if self.world_size == 1:
             return True
         try:
             return self.store.add("failures", 1) == 1
-        except Exception:  # the process that keeps the store is gone: nobody else will tell
+        except (dist.DistError, RuntimeError):  # the process that keeps the store is gone: nobody else will tell
             return True
+
+    def is_lost(self, error: Exception) -> bool:
+        """Whether the error says that another rank is gone; gloo raises plain RuntimeErrors."""
+        if self.world_size == 1:
+            return False
+        marks = ("gloo", "Gloo", "Connection closed by peer", "NCCL", "TCPStore")
+        return isinstance(error, (LostRankError, dist.DistError)) or any(mark in str(error) for mark in marks)
 
     def _wait(self, key: str) -> None:
         # Polling, because a wait inside the store would hold back signals.
@@ -121,8 +131,7 @@ def start(local_rank: int, device: torch.device | None = None) -> Iterator[Proce
     """The processes that a launcher started, or this one alone; ends the group on leaving.
 
     local_rank: the launcher's flag; the LOCAL_RANK variable wins.  device: for tests; by default the GPU of that
-    rank where there are GPUs, else the CPU.  Raises UserError where the group cannot be formed, LostRankError (within
-    the block) where another rank is gone.
+    rank where there are GPUs, else the CPU.  Raises UserError where the group cannot be formed.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -132,14 +141,9 @@ def start(local_rank: int, device: torch.device | None = None) -> Iterator[Proce
         return
     store = _join(device, rank, world_size)
     processes = Processes(rank, world_size, device, store)
-    try:
-        yield processes
-    except (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
-        if not _is_communication(error):
-            raise
-        raise LostRankError(f"lost touch with another rank: {str(error).splitlines()[0]}") from error
-    finally:
-        _leave()
+    yield processes
+    if not processes.failed:  # a broken group might wait for the ranks that are gone
+        dist.destroy_process_group()
 
 
 def _device(local_rank: int) -> torch.device:
@@ -180,20 +184,6 @@ def _join(device: torch.device, rank: int, world_size: int) -> dist.Store:
 
 def _group_timeout() -> timedelta:
     return timedelta(seconds=float(os.environ.get(GROUP_TIMEOUT_VARIABLE, GROUP_TIMEOUT)))
-
-
-def _leave() -> None:
-    """Ends the group without waiting for ranks that may be gone."""
-    with suppress(RuntimeError):  # it is broken already, and what broke it has been raised
-        dist.destroy_process_group()
-
-
-def _is_communication(error: Exception) -> bool:
-    """Whether the error comes from the process group or its store; gloo raises plain RuntimeErrors."""
-    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
-        return True
-    text = str(error)
-    return any(mark in text for mark in ("gloo/", "Gloo", "Connection closed by peer", "NCCL", "TCPStore"))
 
 
 class Terminated(BaseException):

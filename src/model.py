@@ -43,7 +43,7 @@ class SSD300(nn.Module):
         super().__init__()
         self.num_labels = num_labels
         self.feature_extractor = FeatureExtractor(backbone)
-        channels = _feature_channels(backbone)
+        channels = feature_channels(backbone)
         self.additional_blocks = nn.ModuleList(
             _extra_block(channels[k], HIDDEN_CHANNELS[k], channels[k + 1], halve=k < FIRST_PADDED_BLOCKS)
             for k in range(len(HIDDEN_CHANNELS))
@@ -66,7 +66,7 @@ class SSD300(nn.Module):
                     nn.init.xavier_uniform_(parameter)
 
 
-def _feature_channels(backbone: str) -> tuple[int, ...]:
+def feature_channels(backbone: str) -> tuple[int, ...]:
     """Channels of the six feature maps."""
     first = 256 if backbone in ("resnet18", "resnet34") else 1024
     last = 128 if backbone == "resnet18" else 256

@@ -6,6 +6,8 @@ and a run is continued from its position alone.
 """
 
 import shutil
+import signal
+import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +22,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Image
 
-from .augment import FLIP_PROBABILITY, RandomWindowCrop, colour_matrix, random_colour_matrix
+from .augment import FLIP_PROBABILITY, RandomWindowCrop, random_colour_matrix
 from .batch import Batch, BatchMaker, HostBatch, normalise
 from .coco import Annotations
 from .default_boxes import IMAGE_SIZE
@@ -123,7 +125,7 @@ class TrainingSet(Dataset):
         labels = torch.from_numpy(labels).long()
         if not self.augment:
             image, boxes = resizer()(image, boxes)
-            return *_plain(image, torch.from_numpy(colour_matrix(1, 1, 1, 0)).float(), boxes), labels
+            return *_plain(image, torch.eye(3, 4), boxes), labels
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_sample_seed(self.seed, sample.epoch, sample.position))
             image, boxes, labels = self.crop(image, boxes, labels)
@@ -180,6 +182,7 @@ class TorchTrainLoader:
         augment: bool = True,
     ) -> None:
         """batch_size: images an iteration of this process.  dtype: of the images it gives."""
+        self.warnings: list[str] = []
         self.make_batch = BatchMaker(dtype).to(device)
         images = annotations.with_boxes()
         self.num_images = len(images)
@@ -266,6 +269,8 @@ class EvaluationLoader:
 def _data_loader(
     dataset: Dataset, collate, workers: int, device: torch.device, *, batch_sampler, persistent: bool = True
 ) -> DataLoader:
+    # --num-workers is the user's word; torch's advice on it would stand in every log.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
@@ -274,7 +279,14 @@ def _data_loader(
         pin_memory=device.type == "cuda",
         persistent_workers=persistent and workers > 0,
         prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=_leave_signals_to_the_run,
     )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A notice to the whole process group must not end workers: the run finishes its iteration and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _guarded(loader: DataLoader) -> Iterator:

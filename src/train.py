@@ -79,6 +79,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return LossParts(parts.localisation.detach(), parts.label.detach())
 
+    def restore(self, state: dict) -> None:
+        """Takes momentum and loss scale from a checkpoint; one written without loss scaling leaves the scale new."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
 
 class BreakdownWatch:
     """Records on the device the first iteration whose loss is not finite, so that no iteration waits for the device."""

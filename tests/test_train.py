@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+
+from src.batch import Batch
+from src.distributed import Processes
+from src.model import SSD300
+from src.train import BreakdownWatch, Schedule, Trainer, TrainingBreakdownError, make_optimizer
+from tests.recipes import fill_weights, images, loss_inputs
+
+CPU = torch.device("cpu")
+ALONE = Processes(0, 1, CPU, None)
+
+
+def make_trainer(model, half=False) -> Trainer:
+    optimizer = make_optimizer(model, momentum=0.9, weight_decay=5e-4)
+    return Trainer(model, optimizer=optimizer, device=CPU, half=half, processes=ALONE)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50"])
+def test_six_steps_follow_the_oracles_trajectory(oracle, backbone):
+    expected = oracle("model")[backbone]["sgd"]
+    model = fill_weights(SSD300(backbone, 81)).to(memory_format=torch.channels_last).train()
+    trainer = make_trainer(model)
+    _, _, boxes, labels = loss_inputs(21, [12, 40], oracle("default_boxes.npz")["xywh"])
+    batch = Batch(images().contiguous(memory_format=torch.channels_last), boxes, labels)
+    losses = [sum(trainer.step(batch, rate)).item() for rate in expected["learning_rates"]]
+    assert losses == pytest.approx(expected["losses"], rel=2e-3)
+
+
+def test_warm_up_is_the_oracles_and_ends_at_the_full_rate(oracle):
+    """The published program stays at the last rate of its warm-up, (w - 1) / w of the full one; this one does not."""
+    expected = oracle("model")["resnet18"]["sgd"]["learning_rates"]
+    schedule = Schedule(base=2.6e-3, images=2, warmup=3, multistep=())
+    rates = [schedule.learning_rate(0, iteration) for iteration in range(6)]
+    assert rates[:3] == pytest.approx(expected[:3])
+    assert rates[3:] == pytest.approx([2.6e-3 * 2 / 32] * 3)
+    assert expected[3:] == pytest.approx([2 / 3 * 2.6e-3 * 2 / 32] * 3)
+
+
+def test_learning_rate_scales_with_images_and_falls_at_multistep_epochs():
+    schedule = Schedule(base=2.6e-3, images=8 * 64, warmup=0, multistep=(43, 54))
+    by_epoch = {0: 1.0, 42: 1.0, 43: 0.1, 53: 0.1, 54: 0.01, 64: 0.01}
+    for epoch, factor in by_epoch.items():
+        assert schedule.learning_rate(epoch, 1000) == pytest.approx(2.6e-3 * 16 * factor)
+
+
+def test_warm_up_reaches_over_epochs():
+    schedule = Schedule(base=0.02, images=32, warmup=300, multistep=(1,))
+    assert schedule.learning_rate(0, 0) == 0
+    assert schedule.learning_rate(0, 150) == pytest.approx(0.01)
+    assert schedule.learning_rate(1, 150) == pytest.approx(0.001)
+
+
+def test_weight_decay_spares_biases_and_batch_norm():
+    model = SSD300("resnet18", 3)
+    decayed, spared = make_optimizer(model, momentum=0.9, weight_decay=5e-4).param_groups
+    assert decayed["weight_decay"] == 5e-4
+    assert spared["weight_decay"] == 0
+    assert all(parameter.dim() > 1 for parameter in decayed["params"])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all(names[id(parameter)].endswith("bias") or parameter.dim() == 1 for parameter in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_a_batch_without_boxes_has_loss_zero_and_a_zero_gradient():
+    model = SSD300("resnet18", 3).train()
+    before = [parameter.clone() for parameter in model.parameters()]
+    trainer = Trainer(
+        model, optimizer=make_optimizer(model, momentum=0.9, weight_decay=0.0), device=CPU, half=False, processes=ALONE
+    )
+    boxes = trainer.criterion.defaults.expand(2, -1, -1)
+    parts = trainer.step(Batch(images(), boxes, torch.zeros(2, 8732, dtype=torch.long)), 0.1)
+    assert sum(parts).item() == 0
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+
+
+def test_breakdown_names_the_first_bad_iteration():
+    watch = BreakdownWatch(ALONE, CPU, patient=False)
+    for iteration, loss in enumerate([1.0, 2.0, math.nan, math.inf, 3.0]):
+        watch.observe(torch.tensor(loss), iteration)
+    with pytest.raises(TrainingBreakdownError, match=r"epoch 4, iteration 2 \(learning rate 0\.5\)"):
+        watch.check(epoch=4, learning_rate=0.5)
+
+
+def test_breakdown_with_loss_scaling_waits_for_a_second_bad_reading():
+    watch = BreakdownWatch(ALONE, CPU, patient=True)
+    watch.observe(torch.tensor(math.inf), 3)
+    watch.check(epoch=0, learning_rate=0.1)
+    watch.check(epoch=0, learning_rate=0.1)  # fine in between: forgiven
+    watch.observe(torch.tensor(math.inf), 45)
+    watch.check(epoch=0, learning_rate=0.1)
+    watch.observe(torch.tensor(math.inf), 66)
+    with pytest.raises(TrainingBreakdownError, match="iteration 66"):
+        watch.check(epoch=0, learning_rate=0.1)
