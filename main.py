@@ -1,167 +1,36 @@
 """Trains SSD300 on a ResNet: `python main.py --data DIR`.  README.rst has every flag and what a run leaves."""
 
 import argparse
-import math
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from src import distributed, mlperf
+from src.check import check_dataset
 from src.checkpoint import load_checkpoint, load_weights
 from src.coco import Annotations, Category, check_images_exist, read_annotations
-from src.data import PIPELINES, EvaluationLoader, TrainLoader, make_train_loader
+from src.data import EvaluationLoader, TrainLoader, make_train_loader
 from src.distributed import Processes, StopNotice, Terminated
 from src.errors import UserError
 from src.evaluate import IOU_THRESHOLD, MAX_DETECTIONS, Evaluation, evaluate
-from src.model import BACKBONES, SSD300, feature_channels
-from src.report import NullReport, Report, set_aside_old_run
+from src.flags import evaluation_epochs, parse_args
+from src.gallery import draw_training_batch, leave_evaluation, tell_figures, warn_of_non_finite
+from src.model import SSD300, feature_channels
+from src.plots import draw_training
+from src.predict import find_images
+from src.predict import predict as predict_images
+from src.report import METRICS, NullReport, Report, set_aside_old_run
 from src.run import LAST, Identity, Position, Run, changed_settings, digest, read_run, restore_position
-from src.scoring import write_results
 from src.train import REFERENCE_BATCH, Schedule, Trainer, TrainingBreakdownError, make_optimizer
-from src.weights import load_backbone_weights, load_detector
+from src.weights import known_categories, load_backbone_weights, load_detector, read_labelled
 
-EVALUATION_EPOCHS = [3, 21, 31, 37, 42, 48, 53, 59, 64]
-MULTISTEP_EPOCHS = [43, 54]
-MODES = ("training", "evaluation", "prediction", "check", "benchmark")
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143  # exit statuses
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (--help lists the flags)\n")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The flags; README.rst and the tests pin the documented ones."""
-    parser = Parser(
-        prog="main.py",
-        description="Trains the Single Shot MultiBox Detector (SSD300 on a ResNet) on data in the COCO 2017 layout.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_documented(parser)
-    _add_modes(parser.add_argument_group("what to do"))
-    _add_weights(parser.add_argument_group("network and weights"))
-    _add_output(parser.add_argument_group("output"))
-    return parser
-
-
-def _add_documented(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--data", "-d", type=_path, required=True, help="path to training and test data")
-    add("--epochs", "-e", type=_count, default=65, help="epochs to train")
-    add("--batch-size", "--bs", "-b", type=_positive, default=32, help="images per iteration, per process")
-    add("--eval-batch-size", "--ebs", type=_positive, default=32, help="images per evaluation step, per process")
-    add("--seed", "-s", type=_count, default=0, help="seed of everything random")
-    add("--evaluation", nargs="*", type=_count, default=EVALUATION_EPOCHS, metavar="E",
-        help="epochs (from 0) after which to evaluate; left out: these and the last; given empty: never")  # fmt: skip
-    add("--multistep", nargs="*", type=_count, default=MULTISTEP_EPOCHS, metavar="E",
-        help="epochs from whose start the learning rate is a tenth")  # fmt: skip
-    add("--learning-rate", "--lr", type=_rate, default=2.6e-3,
-        help="for 32 images: it is multiplied by processes x batch size / 32")  # fmt: skip
-    add("--momentum", "-m", type=_rate, default=0.9, help="momentum of SGD")
-    add("--weight-decay", "--wd", type=_rate, default=5e-4,
-        help="weight decay of SGD; none on biases and batch-norm weights")  # fmt: skip
-    add("--warmup", type=_count, default=None, help="iterations of linear warm-up from 0")
-    add("--num-workers", type=_count, default=4, help="worker processes (no_dali) or threads (dali)")
-    add("--fp16", action="store_true",
-        help="half precision: float16 with loss scaling on a GPU, bfloat16 on a CPU")  # fmt: skip
-    add("--local_rank", "--local-rank", type=_count, default=0,
-        help="set by the launcher; the LOCAL_RANK variable wins")  # fmt: skip
-    add("--data_pipeline", "--data-pipeline", choices=PIPELINES, default="dali",
-        help="who prepares the training images: NVIDIA DALI or torchvision")  # fmt: skip
-
-
-def _add_modes(group) -> None:
-    group.add_argument(
-        "--mode", choices=MODES, default="training",
-        help="evaluation: score a checkpoint. prediction: --data is an image or a folder of images. check: read every "
-        "image and annotation and report what is wrong. benchmark: time training steps and print images/s",
-    )  # fmt: skip
-    group.add_argument(
-        "--target", type=_rate, default=None, metavar="MAP", help="exit status 1 when the final mAP is below it"
-    )
-
-
-def _add_weights(group) -> None:
-    group.add_argument("--backbone", choices=BACKBONES, default="resnet50", help="the ResNet under the detector")
-    group.add_argument(
-        "--backbone-weights", default="imagenet", metavar="{imagenet,none,FILE}",
-        help="torchvision's ImageNet weights, random ones, or a state_dict in a file",
-    )  # fmt: skip
-    group.add_argument(
-        "--checkpoint", type=_path, default=None, metavar="FILE",
-        help="the weights to use, in every mode; training starts at epoch 0 with them (fine-tuning)",
-    )  # fmt: skip
-    group.add_argument(
-        "--resume", nargs="?", type=_path, const=True, default=None, metavar="FILE",
-        help="continue a run exactly where FILE stopped; without FILE from last.pt in --output, or afresh where there "
-        "is none",
-    )  # fmt: skip
-
-
-def _add_output(group) -> None:
-    group.add_argument(
-        "--output", type=_path, default=Path("models"), metavar="DIR", help="checkpoints, metrics and pictures"
-    )
-
-
-def _path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("an empty path")
-    return Path(text).expanduser()
-
-
-def _count(text: str) -> int:
-    return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
-
-
-def _positive(text: str) -> int:
-    return _number(text, int, lambda value: value >= 1, "a whole number, 1 or more")
-
-
-def _rate(text: str) -> float:
-    return _number(text, float, lambda value: math.isfinite(value) and value >= 0, "a number, 0 or more")
-
-
-def _number(text: str, kind: type, accept, wanted: str):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not accept(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return value
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags, checked against each other; exits with status 2 and one line where they are bad."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.mode in ("evaluation", "prediction") and args.checkpoint is None:
-        parser.error(f"--mode {args.mode} needs --checkpoint FILE")
-    if args.checkpoint is not None and args.resume is not None:
-        parser.error("--checkpoint starts a run with its weights, --resume continues one: give one of them")
-    if args.mode in ("training", "benchmark") and args.batch_size == 1:
-        parser.error("--batch-size 1: batch-norm cannot train on one image (the last map is 1 x 1); give 2 or more")
-    if args.mode == "training" and args.epochs == 0:
-        parser.error("--epochs 0: nothing to train")
-    return args
-
-
-def evaluation_epochs(args: argparse.Namespace) -> list[int]:
-    """The epochs after which to evaluate: those given; where none are given, the published ones and the last."""
-    if args.evaluation is EVALUATION_EPOCHS:
-        return [*EVALUATION_EPOCHS, args.epochs - 1]
-    return args.evaluation
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -218,12 +87,7 @@ def train(args: argparse.Namespace, processes: Processes) -> int:
     report = start_report(args, processes, state, training, validation)
     with closing(report), closing(stop):
         trainer = make_trainer(args, processes, report, training.categories, state)
-        loader = make_train_loader(
-            args.data_pipeline, training, batch_size=args.batch_size, num_workers=args.num_workers,
-            device=processes.device, half=args.fp16, seed=args.seed, rank=processes.rank,
-            world_size=processes.world_size,
-        )  # fmt: skip
-        with closing(loader):
+        with closing(make_loader(args, processes, training)) as loader:
             position = start_position(processes, report, trainer, loader, schedule, identity, state)
             tell_start(report, args, processes, loader, schedule, training, validation)
             evaluation = make_evaluation(args, processes, report, validation, trainer.model) if epochs else None
@@ -250,10 +114,15 @@ def finish(run: Run, args: argparse.Namespace, report: Report | NullReport, bega
         raise
     accuracy = position.last_map if position.evaluated else "not evaluated"
     report.end(average_images_per_second=run.images_per_second, seconds=time.perf_counter() - began, accuracy=accuracy)
-    if args.target is not None and (position.last_map is None or position.last_map < args.target):
-        report.warn(f"the final mAP is below --target {args.target}")
-        return FAILED
-    return DONE
+    return meets_target(args, report, position.last_map)
+
+
+def meets_target(args: argparse.Namespace, report: Report | NullReport, accuracy: float | None) -> int:
+    """The exit status after an evaluation that ended with `accuracy`."""
+    if args.target is None or (accuracy is not None and accuracy >= args.target):
+        return DONE
+    report.warn(f"the final mAP is below --target {args.target}")
+    return FAILED
 
 
 def read_data(folder: Path, *, evaluating: bool) -> tuple[Annotations, Annotations | None]:
@@ -269,6 +138,13 @@ def read_data(folder: Path, *, evaluating: bool) -> tuple[Annotations, Annotatio
 def locations(folder: Path, split: str) -> tuple[Path, Path]:
     """Annotation file and image folder of a split in the COCO 2017 layout."""
     return folder / "annotations" / f"instances_{split}2017.json", folder / f"{split}2017"
+
+
+def make_loader(args: argparse.Namespace, processes: Processes, training: Annotations) -> TrainLoader:
+    return make_train_loader(
+        args.data_pipeline, training, batch_size=args.batch_size, num_workers=args.num_workers,
+        device=processes.device, half=args.fp16, seed=args.seed, rank=processes.rank, world_size=processes.world_size,
+    )  # fmt: skip
 
 
 def make_schedule(args: argparse.Namespace, processes: Processes) -> Schedule:
@@ -308,9 +184,7 @@ def resumed_state(args: argparse.Namespace, identity: Identity) -> dict | None:
     return read_run(path, identity)
 
 
-def start_report(
-    args, processes: Processes, state: dict | None, training: Annotations, validation
-) -> Report | NullReport:
+def start_report(args, processes: Processes, state: dict | None, training, validation) -> Report | NullReport:
     """Opens the run's files on rank 0 and tells what the data held; an older run's files are set aside first."""
     if not processes.is_main:
         return NullReport()
@@ -321,13 +195,18 @@ def start_report(
         report.truncate(epoch=state["epoch"], iteration=state["iteration"])
     if moved:
         report.note(moved)
+    tell_data(report, args, processes, training, validation)
+    report.flags(vars(args), device=device_name(processes.device), processes=processes.world_size)
+    return report
+
+
+def tell_data(report, args, processes: Processes, training: Annotations | None, validation: Annotations | None) -> None:
+    """What is odd about the data and the machine."""
     for annotations in (training, validation):
         for warning in annotations.warnings if annotations else ():
             report.warn(warning)
     if args.fp16 and not half_is_fast(processes.device):
         report.warn("--fp16: this CPU has no bfloat16 arithmetic, so it is slower than without")
-    report.flags(vars(args), device=device_name(processes.device), processes=processes.world_size)
-    return report
 
 
 def half_is_fast(device: torch.device) -> bool:
@@ -358,6 +237,13 @@ def make_trainer(
     model.to(processes.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, momentum=args.momentum, weight_decay=args.weight_decay)
     return Trainer(model, optimizer=optimizer, device=processes.device, half=args.fp16, processes=processes)
+
+
+def trained_model(args, processes: Processes, state: dict, num_categories: int) -> SSD300:
+    """The network of a checkpoint, which says itself what backbone it has unless it is a published one."""
+    model = SSD300(state.get("backbone", args.backbone), num_categories + 1)
+    load_weights(model, state["model"], source=args.checkpoint, fresh_label_heads=False)
+    return model.to(processes.device, memory_format=torch.channels_last)
 
 
 def start_position(processes: Processes, report, trainer: Trainer, loader: TrainLoader, schedule: Schedule,
@@ -412,47 +298,78 @@ def tell_start(report, args, processes: Processes, loader: TrainLoader, schedule
 
 def make_evaluation(args, processes: Processes, report, validation: Annotations, model: torch.nn.Module) -> Callable:
     """A function of the epoch that scores the network on all processes, tells the report and leaves files."""
-    loader = EvaluationLoader(
-        validation,
-        batch_size=args.eval_batch_size,
-        num_workers=args.num_workers,
-        device=processes.device,
-        rank=processes.rank,
-        world_size=processes.world_size,
-    )
 
     def evaluate_epoch(epoch: int) -> dict[str, float | None]:
         report.begin_evaluation(epoch)
-        found = evaluate(model, loader, validation, device=processes.device, half=args.fp16, dist=processes,
-                         progress=report.progress)  # fmt: skip
+        found = score_images(args, processes, report, validation, model)
         report.evaluation(epoch=epoch, figures=found.scores.figures)
         if processes.is_main:
-            leave_results(args.output, report, found)
+            leave_evaluation(found, validation, args.output, report)
+            draw_training(args.output / METRICS, args.output / "training.png")
         processes.broadcast_object()  # pictures may take long
         return found.scores.figures
 
     return evaluate_epoch
 
 
-def leave_results(output: Path, report: Report, found: Evaluation) -> None:
-    """Writes what an evaluation leaves beside its figures, and notes what is odd about it."""
-    write_results(output / "detections.json", found.results)
-    if found.non_finite:
-        report.warn(f"{found.non_finite} outputs of the network were not finite and detect nothing")
-    if not len(found.results.scores):
-        report.note("Nothing was detected with a score above the threshold")
+def score_images(args, processes: Processes, report, validation: Annotations, model: torch.nn.Module) -> Evaluation:
+    loader = EvaluationLoader(
+        validation, batch_size=args.eval_batch_size, num_workers=args.num_workers, device=processes.device,
+        rank=processes.rank, world_size=processes.world_size,
+    )  # fmt: skip
+    return evaluate(
+        model, loader, validation, device=processes.device, half=args.fp16, dist=processes, progress=report.progress
+    )
 
 
 def score(args: argparse.Namespace, processes: Processes) -> int:
-    raise NotImplementedError
+    """`--mode evaluation`: the 12 figures of a checkpoint, and mAP by category."""
+    state = processes.broadcast_object(load_checkpoint(args.checkpoint) if processes.is_main else None)
+    validation = read_labelled(*locations(args.data, "val"), state, source=args.checkpoint)
+    check_images_exist(validation)
+    report = Report(None, append=True) if processes.is_main else NullReport()
+    with closing(report):
+        tell_data(report, args, processes, None, validation)
+        model = trained_model(args, processes, state, len(validation.categories))
+        found = score_images(args, processes, report, validation, model)
+        tell_figures(report, found.scores)
+        if processes.is_main:
+            leave_evaluation(found, validation, args.output, report)
+    return meets_target(args, report, found.scores.figures["mAP"])
 
 
 def predict(args: argparse.Namespace, processes: Processes) -> int:
-    raise NotImplementedError
+    """`--mode prediction`: detections on images without annotations."""
+    if processes.world_size > 1:
+        raise UserError("--mode prediction works on one process")
+    state = load_checkpoint(args.checkpoint)
+    categories = known_categories(state)
+    with closing(Report(None, append=True)) as report:
+        model = trained_model(args, processes, state, len(categories))
+        done = predict_images(
+            model, find_images(args.data), categories, args.output, batch_size=args.eval_batch_size,
+            device=processes.device, half=args.fp16, progress=report.progress,
+        )  # fmt: skip
+        report.note(
+            f"{done.images} images, {done.detections} detections: pictures and detections.json in {args.output}"
+        )
+        warn_of_non_finite(report, done.non_finite)
+    return DONE
 
 
 def check(args: argparse.Namespace, processes: Processes) -> int:
-    raise NotImplementedError
+    """`--mode check`: reads every image and annotation, and draws a training batch."""
+    if processes.world_size > 1:
+        raise UserError("--mode check works on one process, which uses all cores")
+    with closing(Report(None, append=True)) as report:
+        files = [locations(args.data, split) for split in ("train", "val")]
+        status = check_dataset(files, workers=os.cpu_count() or 1, progress=report.progress, write=report.note)
+        if status == DONE:
+            training = read_annotations(*files[0])
+            with closing(make_loader(args, processes, training)) as loader:
+                path = draw_training_batch(next(iter(loader)), training.categories, args.output)
+            report.note(f"A training batch as the network sees it: {path}")
+    return status
 
 
 def benchmark(args: argparse.Namespace, processes: Processes) -> int:

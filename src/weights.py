@@ -9,7 +9,7 @@ from torch import nn
 from torchvision import models
 
 from .checkpoint import label_count, load_backbone, load_backbone_file, load_weights
-from .coco import Category
+from .coco import Annotations, Category, read_annotations
 from .errors import UserError
 
 IMAGENET, RANDOM = "imagenet", "none"
@@ -67,3 +67,35 @@ def same_labels(state: dict, categories: tuple[Category, ...]) -> bool:
     if "categories" in state:
         return [tuple(category) for category in state["categories"]] == list(categories)
     return label_count(state["model"]) == len(categories) + 1
+
+
+def known_categories(state: dict) -> tuple[Category, ...]:
+    """The categories that a checkpoint's labels stand for.
+
+    A published checkpoint may name them (`label_map`); one that does not gets "label 1" and so on, as ids too.
+    """
+    if "categories" in state:
+        return tuple(Category(*category) for category in state["categories"])
+    names = state.get("label_map") or {}
+    return tuple(Category(k, names.get(k, f"label {k}")) for k in range(1, label_count(state["model"])))
+
+
+def read_labelled(path: Path, image_folder: Path, state: dict, *, source: Path) -> Annotations:
+    """A validation file's annotations, labelled as the checkpoint's network was trained.
+
+    A published checkpoint that does not say is taken to follow the order of the file's own categories.
+    Raises DataError or UserError where the categories are not the checkpoint's.
+    """
+    if "categories" in state:
+        return read_annotations(path, image_folder, categories=known_categories(state))
+    annotations = read_annotations(path, image_folder)
+    if not same_labels(state, annotations.categories):
+        raise UserError(
+            f"{source}: tells {label_count(state['model']) - 1} categories apart, but {path} has "
+            f"{len(annotations.categories)}"
+        )
+    names = state.get("label_map") or {}
+    for label, category in enumerate(annotations.categories, 1):
+        if names.get(label, category.name) != category.name:
+            raise UserError(f"{source}: label {label} is {names[label]!r}, but {category.name!r} in {path}")
+    return annotations

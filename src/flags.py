@@ -1,0 +1,154 @@
+"""The flags of main.py; README.rst tells what they do, and a test pins them to it."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .data import PIPELINES
+from .model import BACKBONES
+
+BAD_FLAGS = 2  # the exit status
+EVALUATION_EPOCHS = [3, 21, 31, 37, 42, 48, 53, 59, 64]
+MULTISTEP_EPOCHS = [43, 54]
+MODES = ("training", "evaluation", "prediction", "check", "benchmark")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_FLAGS, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags; README.rst and the tests pin the documented ones."""
+    parser = Parser(
+        prog="main.py",
+        description="Trains the Single Shot MultiBox Detector (SSD300 on a ResNet) on data in the COCO 2017 layout.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_documented(parser)
+    _add_modes(parser.add_argument_group("what to do"))
+    _add_weights(parser.add_argument_group("network and weights"))
+    _add_output(parser.add_argument_group("output"))
+    return parser
+
+
+def _add_documented(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", "-d", type=_path, required=True, help="path to training and test data")
+    add("--epochs", "-e", type=_count, default=65, help="epochs to train")
+    add("--batch-size", "--bs", "-b", type=_positive, default=32, help="images per iteration, per process")
+    add("--eval-batch-size", "--ebs", type=_positive, default=32, help="images per evaluation step, per process")
+    add("--seed", "-s", type=_count, default=0, help="seed of everything random")
+    add("--evaluation", nargs="*", type=_count, default=EVALUATION_EPOCHS, metavar="E",
+        help="epochs (from 0) after which to evaluate; left out: these and the last; given empty: never")  # fmt: skip
+    add("--multistep", nargs="*", type=_count, default=MULTISTEP_EPOCHS, metavar="E",
+        help="epochs from whose start the learning rate is a tenth")  # fmt: skip
+    add("--learning-rate", "--lr", type=_rate, default=2.6e-3,
+        help="for 32 images: it is multiplied by processes x batch size / 32")  # fmt: skip
+    add("--momentum", "-m", type=_rate, default=0.9, help="momentum of SGD")
+    add("--weight-decay", "--wd", type=_rate, default=5e-4,
+        help="weight decay of SGD; none on biases and batch-norm weights")  # fmt: skip
+    add("--warmup", type=_count, default=None, help="iterations of linear warm-up from 0")
+    add("--num-workers", type=_count, default=4, help="worker processes (no_dali) or threads (dali)")
+    add("--fp16", action="store_true",
+        help="half precision: float16 with loss scaling on a GPU, bfloat16 on a CPU")  # fmt: skip
+    add("--local_rank", "--local-rank", type=_count, default=0,
+        help="set by the launcher; the LOCAL_RANK variable wins")  # fmt: skip
+    add("--data_pipeline", "--data-pipeline", choices=PIPELINES, default="dali",
+        help="who prepares the training images: NVIDIA DALI or torchvision")  # fmt: skip
+
+
+def _add_modes(group) -> None:
+    group.add_argument(
+        "--mode", choices=MODES, default="training",
+        help="evaluation: score a checkpoint. prediction: --data is an image or a folder of images. check: read every "
+        "image and annotation and report what is wrong. benchmark: time training steps and print images/s",
+    )  # fmt: skip
+    group.add_argument(
+        "--target", type=_rate, default=None, metavar="MAP", help="exit status 1 when the final mAP is below it"
+    )
+
+
+def _add_weights(group) -> None:
+    group.add_argument("--backbone", choices=BACKBONES, default="resnet50", help="the ResNet under the detector")
+    group.add_argument(
+        "--backbone-weights", default="imagenet", metavar="{imagenet,none,FILE}",
+        help="torchvision's ImageNet weights, random ones, or a state_dict in a file",
+    )  # fmt: skip
+    group.add_argument(
+        "--checkpoint", type=_path, default=None, metavar="FILE",
+        help="the weights to use, in every mode; training starts at epoch 0 with them (fine-tuning)",
+    )  # fmt: skip
+    group.add_argument(
+        "--resume", nargs="?", type=_path, const=True, default=None, metavar="FILE",
+        help="continue a run exactly where FILE stopped; without FILE from last.pt in --output, or afresh where there "
+        "is none",
+    )  # fmt: skip
+
+
+def _add_output(group) -> None:
+    group.add_argument(
+        "--output", type=_path, default=Path("models"), metavar="DIR", help="checkpoints, metrics and pictures"
+    )
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return Path(text).expanduser()
+
+
+def _count(text: str) -> int:
+    return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def _positive(text: str) -> int:
+    return _number(text, int, lambda value: value >= 1, "a whole number, 1 or more")
+
+
+def _rate(text: str) -> float:
+    return _number(text, float, lambda value: math.isfinite(value) and value >= 0, "a number, 0 or more")
+
+
+def _number(text: str, kind: type, accept, wanted: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accept(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags, checked against each other; exits with status 2 and one line where they are bad."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.mode in ("evaluation", "prediction") and args.checkpoint is None:
+        parser.error(f"--mode {args.mode} needs --checkpoint FILE")
+    if args.checkpoint is not None and args.resume is not None:
+        parser.error("--checkpoint starts a run with its weights, --resume continues one: give one of them")
+    if args.mode in ("training", "benchmark") and args.batch_size == 1:
+        parser.error("--batch-size 1: batch-norm cannot train on one image (the last map is 1 x 1); give 2 or more")
+    if args.mode == "training" and args.epochs == 0:
+        parser.error("--epochs 0: nothing to train")
+    return args
+
+
+def evaluation_epochs(args: argparse.Namespace) -> list[int]:
+    """The epochs after which to evaluate: those given; where none are given, the published ones and the last."""
+    if args.evaluation is EVALUATION_EPOCHS:
+        return [*EVALUATION_EPOCHS, args.epochs - 1]
+    return args.evaluation
