@@ -4,6 +4,7 @@ msgspec checks types while it reads and skips what is not asked for (segmentatio
 refuses is looked at a second time, slowly, for a message that a user can act on.
 """
 
+import contextlib
 import json
 import mmap
 import re
@@ -61,8 +62,16 @@ class Content(Struct):
     categories: list[CategoryEntry]
 
 
+class _TupleEntry(AnnotationEntry, gc=False):
+    bbox: tuple[float, float, float, float]
+
+
+class _TupleContent(Content):
+    annotations: list[_TupleEntry]
+
+
 class _Parts(Struct):
-    """The same, not looked into."""
+    """The same as Content, not looked into."""
 
     images: Raw = Raw(b"[]")
     annotations: Raw = Raw(b"[]")
@@ -122,24 +131,9 @@ def _mapped(stream) -> mmap.mmap | bytes:
 
 def _decode(path: Path, data: memoryview, start: int) -> Content:
     """Decodes `data`, which begins `start` bytes into the file."""
-    decoder = msgspec.json.Decoder(Content)
-    try:
-        try:
-            return decoder.decode(data)
-        except ValidationError:
-            raise
-        except DecodeError:
-            readable = _without_nan(data)
-            return decoder.decode(readable)
-    except ValidationError as error:
-        _raise_located(path, data, str(error))
-    except DecodeError as error:
-        _raise_malformed(path, data, start, str(error))
-    except UnicodeDecodeError as error:
-        offset = bytes(data).find(error.object) + error.start
-        _raise_malformed(path, data, start, f"text that is not UTF-8 (byte {offset})")
-    except RecursionError:
-        raise DataError(f"{path}: is nested too deeply for a COCO annotation file") from None
+    with contextlib.suppress(DecodeError, UnicodeDecodeError, RecursionError):
+        return msgspec.json.decode(data, type=Content)
+    return _decode_carefully(path, data, start)
 
 
 # --- what is wrong, and where ----------------------------------------------------------------------------------------
@@ -158,7 +152,32 @@ def _without_nan(data: memoryview) -> bytearray:
     return readable
 
 
-def _raise_located(path: Path, data: memoryview, problem: str) -> NoReturn:
+def _decode_carefully(path: Path, data: memoryview, start: int) -> Content:
+    """Decodes what holds NaN; raises DataError for what is wrong."""
+    readable = _without_nan(data)
+    try:
+        return msgspec.json.decode(readable, type=Content)
+    except ValidationError as error:
+        _raise_located(path, data, readable, _with_place(readable, error))
+    except DecodeError as error:
+        _raise_malformed(path, data, start, str(error))
+    except UnicodeDecodeError as error:
+        offset = readable.find(error.object) + error.start
+        _raise_malformed(path, data, start, f"text that is not UTF-8 (byte {offset})")
+    except RecursionError:
+        raise DataError(f"{path}: is nested too deeply for a COCO annotation file") from None
+
+
+def _with_place(readable: bytearray, error: ValidationError) -> str:
+    """What the decoder says; of a box with too many numbers it tells the place only when that is a tuple."""
+    try:
+        msgspec.json.decode(readable, type=_TupleContent)
+    except ValidationError as placed:
+        return str(placed)
+    return str(error)
+
+
+def _raise_located(path: Path, data: memoryview, readable: bytearray, problem: str) -> NoReturn:
     """Raises DataError for what the decoder said, such as: Expected `int`, got `str` - at `$.images[0].id`."""
     problem, _, place = problem.partition(" - at `$")
     missing = re.search(r"missing required field `(\w+)`", problem)
@@ -167,7 +186,7 @@ def _raise_located(path: Path, data: memoryview, problem: str) -> NoReturn:
         _raise_wrong_outline(path, steps[0] if steps else None, problem)
     part, index = steps[0], int(steps[1])
     field = steps[2] if len(steps) > 2 else None
-    entry = _entry(data, part, index)
+    entry = _entry(data, readable, part, index)
     name = describe(part, index, entry)
     if not field:
         raise DataError(f"{path}: {name} must be an object with {', '.join(WANTED[part])}")
@@ -193,10 +212,9 @@ def describe(part: str, index: int, entry: Any) -> str:
     return f"{part}[{index}]" + (f" ({', '.join(known)})" if known else "")
 
 
-def _entry(data: memoryview, part: str, index: int) -> Any:
+def _entry(data: memoryview, readable: bytearray, part: str, index: int) -> Any:
     """An entry as Python's JSON reader has it, which knows NaN; None where it cannot be had."""
     try:
-        readable = _without_nan(data)
         parts = msgspec.json.decode(readable, type=_Parts)
         entry = bytes(msgspec.json.decode(getattr(parts, part), type=list[Raw])[index])
         start = readable.find(entry)
