@@ -5,7 +5,7 @@ import threading
 from tqdm import tqdm
 
 FORM = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-TRAINING_FORM = FORM + ", {images_per_second:.0f} images/s"
+TRAINING_FORM = FORM + ", {speed} images/s"
 
 
 class Bar(tqdm):
@@ -37,7 +37,8 @@ class TrainingBar(Bar):
         values = super().format_dict
         seconds = values["elapsed"]
         iterations_per_second = values["rate"] or ((self.n - self.initial) / seconds if seconds else 0)
-        return {**values, "images_per_second": iterations_per_second * self.images}
+        speed = iterations_per_second * self.images
+        return {**values, "speed": f"{speed:.0f}" if speed >= 100 else f"{speed:.1f}"}
 
 
 class NullBar:
