@@ -21,6 +21,7 @@ from src.errors import UserError
 from src.evaluate import IOU_THRESHOLD, MAX_DETECTIONS, Evaluation, evaluate
 from src.flags import evaluation_epochs, parse_args
 from src.gallery import draw_training_batch, leave_evaluation, tell_figures, warn_of_non_finite
+from src.half import half_is_fast
 from src.model import SSD300, feature_channels
 from src.plots import draw_training
 from src.predict import find_images
@@ -207,11 +208,6 @@ def tell_data(report, args, processes: Processes, training: Annotations | None, 
             report.warn(warning)
     if args.fp16 and not half_is_fast(processes.device):
         report.warn("--fp16: this CPU has no bfloat16 arithmetic, so it is slower than without")
-
-
-def half_is_fast(device: torch.device) -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return device.type == "cuda" or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def device_name(device: torch.device) -> str:

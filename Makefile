@@ -1,0 +1,39 @@
+# make demo   draws sample data, trains and evaluates on it, and leaves checkpoints and pictures in demo/
+# make test   runs every test
+# make lint   checks style
+# All make .venv first; PYTHON names the interpreter that it is made with.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+DEMO := demo
+# Threads in the libraries under torch: one for each core, unless told otherwise.
+DEMO_FLAGS = --data $(DEMO)/data --output $(DEMO)/run --backbone resnet18 --backbone-weights none \
+	--epochs 10 --batch-size 8 --eval-batch-size 16 --num-workers 2 --lr 0.08 --warmup 40 --multistep 8 \
+	--evaluation 4 9 --target 0.3
+
+.PHONY: venv demo test lint clean
+
+venv: $(INSTALLED)
+
+$(INSTALLED): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: venv
+	$(BIN)/python -m src.sample $(DEMO)/data
+	$(BIN)/python main.py $(DEMO_FLAGS) $$($(BIN)/python -m src.half)
+	@echo "The pictures, figures and checkpoints are in $(DEMO)/run."
+
+test: venv
+	$(BIN)/python -m pytest -q
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(DEMO)
