@@ -66,54 +66,77 @@ def detect(
     defaults = default_boxes().to(offsets.device) if defaults is None else defaults
     usable = finite_boxes(offsets, logits) if usable is None else usable
     probabilities = logits.float().softmax(dim=1)[:, 1:]  # [N, K, A]
-    image, label, box = (probabilities > score_threshold).nonzero(as_tuple=True)  # in the order of images
-    sound = usable[image, box]
-    image, label, box = image[sound], label[sound], box[sound]
-    scores = probabilities[image, label, box]
-    bounds = torch.searchsorted(image, torch.arange(len(offsets) + 1, device=image.device)).tolist()
-    parts = (torch.stack((label + 1, box)).tensor_split(bounds, dim=1)[1:-1], scores.tensor_split(bounds)[1:-1])
-    return [
-        _detect_image(*part, score, offset.float().T, defaults, iou_threshold, max_candidates, max_detections)
-        for part, score, offset in zip(*parts, offsets, strict=True)
-    ]
-
-
-def _detect_image(
-    labels: Tensor,
-    box: Tensor,
-    scores: Tensor,
-    offsets: Tensor,
-    defaults: Tensor,
-    iou_threshold: float,
-    max_candidates: int,
-    max_detections: int,
-) -> Detections:
-    """Suppression in one image; labels, box (the default box) and scores [M] of its candidates, offsets [A, 4].
-
-    A detection depends on better candidates alone, so only the best are looked at as long as they yield enough.
-    """
-    tried = FIRST_TRIED
-    while True:
-        best, order = scores.topk(min(tried, len(scores)))
-        chosen = labels[order]
-        within = _rank_in_class(chosen) < max_candidates
-        best, order, chosen = best[within], order[within], chosen[within]
-        index = box[order]
-        boxes = box_convert(decode(offsets[index], defaults[index]), "cxcywh", "xyxy").clamp(-REACH, REACH)
-        # Float64 holds boxes and shift with 30 bits below a pixel, so the overlaps within a class stay what they are.
-        shifted = boxes.double() + (chosen * (2 * REACH + 1))[:, None]
-        keep = nms(shifted, best.double(), iou_threshold)[:max_detections]
-        if len(keep) == max_detections or tried >= len(scores):
-            return Detections(boxes[keep], chosen[keep], best[keep])
+    image, label, box = (probabilities > score_threshold).nonzero(as_tuple=True)  # [M] each, image by image
+    scores = torch.where(usable[image, box], probabilities[image, label, box], 0)
+    counts = torch.bincount(image, minlength=len(offsets))
+    first = counts.cumsum(0) - counts  # [N] of each image's candidates
+    keys = _keys(scores, image, first, counts)
+    counts = counts.tolist()
+    found = [Detections(offsets.new_zeros(0, 4, dtype=torch.float32), label[:0], scores[:0])] * len(offsets)
+    waiting, tried = [row for row, count in enumerate(counts) if count], FIRST_TRIED
+    while waiting:  # a detection depends on better candidates alone: the best suffice as long as they yield enough
+        rows = torch.tensor(waiting, device=offsets.device)
+        chosen = _best(keys[rows], first[rows], scores, label, tried, max_candidates)
+        boxes = _decoded(offsets[rows], defaults, box[chosen.index])
+        for row, detections in zip(waiting, _suppressed(boxes, chosen, iou_threshold), strict=True):
+            found[row] = Detections(*(part[:max_detections] for part in detections))
+        waiting = [row for row in waiting if len(found[row].scores) < max_detections and tried < counts[row]]
         tried *= 4
+    return found
+
+
+def _keys(scores: Tensor, image: Tensor, first: Tensor, counts: Tensor) -> Tensor:
+    """Integers that order each image's candidates, best first, padded with 0; [N, most candidates].
+
+    scores, image [M]; first, counts [N].  The score's bits, then the place: no two are alike, so equal scores do not
+    stand in another order in another batch or on another device.
+    """
+    place = torch.arange(len(image), device=image.device) - first[image]
+    keys = torch.zeros(len(counts), int(counts.max()) if len(counts) else 0, dtype=torch.int64, device=image.device)
+    bits = scores.view(torch.int32).long()
+    keys[image, place] = torch.where(scores > 0, (bits << 32) + (2**32 - 1 - place), 0)
+    return keys
+
+
+class _Candidates(NamedTuple):
+    """The best candidates of each image, best first, then ones of score 0 that do not count; [N, T]."""
+
+    scores: Tensor
+    labels: Tensor  # 1..K
+    index: Tensor  # among the batch's candidates
+
+
+def _best(keys: Tensor, first: Tensor, scores: Tensor, label: Tensor, tried: int, max_candidates: int) -> _Candidates:
+    """The best `tried` candidates of each image, and at most `max_candidates` of a class."""
+    key, place = keys.topk(min(tried, keys.shape[1]), dim=1)
+    index = (first[:, None] + place).clamp(max=len(scores) - 1)
+    labels = label[index] + 1
+    counted = (key > 0) & (_rank_in_class(labels) < max_candidates)
+    ordered, order = torch.where(counted, scores[index], 0).sort(dim=1, descending=True, stable=True)
+    return _Candidates(ordered, labels.gather(1, order), index.gather(1, order))
 
 
 def _rank_in_class(labels: Tensor) -> Tensor:
-    """How many of the same label stand before each; [M]."""
-    ordered, order = labels.sort(stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(labels), device=labels.device) - torch.searchsorted(ordered, ordered)
-    return rank
+    """How many of the same label stand before each in its row; [N, T]."""
+    ordered, order = labels.sort(dim=1, stable=True)
+    place = torch.arange(labels.shape[1], device=labels.device)
+    return torch.empty_like(order).scatter_(1, order, place - torch.searchsorted(ordered, ordered))
+
+
+def _decoded(offsets: Tensor, defaults: Tensor, box: Tensor) -> Tensor:
+    """Boxes ltrb of the default boxes `box` [N, T], within reach; [N, T, 4].  offsets [N, 4, A]."""
+    chosen = offsets.gather(2, box[:, None].expand(-1, 4, -1)).transpose(1, 2).float()
+    return box_convert(decode(chosen, defaults[box]), "cxcywh", "xyxy").clamp(-REACH, REACH)
+
+
+def _suppressed(boxes: Tensor, candidates: _Candidates, iou_threshold: float) -> Iterator[Detections]:
+    """What non-maximum suppression within each class leaves of each image's candidates; boxes [N, T, 4]."""
+    # Float64 holds boxes and shift with 30 bits below a pixel, so the overlaps within a class stay what they are.
+    shifted = boxes.double() + (candidates.labels * (2 * REACH + 1))[..., None]
+    scores = candidates.scores.double()
+    for row, count in enumerate((candidates.scores > 0).sum(dim=1).tolist()):
+        keep = nms(shifted[row, :count], scores[row, :count], iou_threshold)
+        yield Detections(boxes[row, keep], candidates.labels[row, keep], candidates.scores[row, keep])
 
 
 class Evaluation(NamedTuple):
