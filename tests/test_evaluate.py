@@ -12,7 +12,9 @@ from torchvision.ops import box_convert, box_iou
 from src.coco import read_annotations
 from src.default_boxes import NUM_DEFAULT_BOXES, default_boxes, default_boxes_ltrb, encode
 from src.evaluate import Detections, detect, evaluate, finite_boxes, to_results
+from src.model import SSD300
 from src.scoring import METRIC_NAMES
+from src.torch_pipeline import EvaluationLoader
 from tests.datasets import annotation, write_coco
 
 CPU = torch.device("cpu")
@@ -107,9 +109,7 @@ def test_detections_are_those_of_a_loop_over_the_classes(labels, sigma, backgrou
 
 
 def test_a_batch_of_crowded_images_gives_exactly_what_one_at_a_time_gives():
-    offsets, logits = (
-        torch.cat([part.roll(97 * turn, dims=2) for turn in range(16)]) for part in random_output(2, 81)
-    )
+    offsets, logits = (torch.cat([part.roll(97 * turn, dims=2) for turn in range(16)]) for part in random_output(2, 81))
     together = detect(offsets, logits)
     for image, found in enumerate(together):
         (alone,) = detect(offsets[image : image + 1], logits[image : image + 1])
@@ -321,3 +321,25 @@ def test_any_number_of_processes_scores_the_same_on_every_rank(annotations, worl
         assert (evaluation.results is None) == (number > 0)
     for ours, theirs in zip(evaluations[0].results, alone.results, strict=True):
         assert np.array_equal(ours, theirs)
+
+
+def test_the_network_itself_on_real_files_in_half_precision(annotations):
+    loader = EvaluationLoader(annotations, batch_size=2, num_workers=0, device=CPU)
+    evaluation = evaluate(SSD300("resnet18", 3), loader, annotations, device=CPU, half=True)
+    assert evaluation.non_finite == 0
+    assert set(evaluation.results.image_ids) <= set(annotations.image_ids)
+    assert np.isfinite(evaluation.results.boxes).all()
+    assert 0 <= evaluation.scores.figures["mAP"] < 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("sigma", "background"), [(1.0, 9.0), (1.0, 6.0), (4.0, 8.0)])
+def test_detections_on_cuda_are_those_on_the_cpu(sigma, background):
+    offsets, logits = random_output(4, 81, sigma=sigma, background=background)
+    on_cuda = detect(offsets.cuda(), logits.cuda())
+    for ours, expected in zip(on_cuda, detect(offsets, logits), strict=True):
+        ours, expected = (tuple(part.cpu().numpy() for part in found) for found in (ours, expected))
+        left, right = in_comparable_order(*ours), in_comparable_order(*expected)
+        assert np.array_equal(ours[1][left], expected[1][right])
+        np.testing.assert_allclose(ours[0][left], expected[0][right], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(ours[2][left], expected[2][right], rtol=0, atol=1e-5)
