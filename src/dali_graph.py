@@ -134,19 +134,23 @@ def random_window(boxes, labels) -> tuple:
 
 
 def decode_and_resize(files, anchor, shape, *, on_gpu: bool):
-    """The window of the picture, or all of it without one, at 300 x 300; HWC float, RGB in 0..255."""
+    """The window of the picture, or all of it without one, at 300 x 300; HWC uint8 RGB."""
     options = {"device": "mixed" if on_gpu else "cpu", "adjust_orientation": False}
     if anchor is None:
         images = fn.decoders.image(files, **options)
     else:
         images = fn.decoders.image_slice(files, anchor, shape, **options)
-    return fn.resize(images, size=[IMAGE_SIZE, IMAGE_SIZE], dtype=types.FLOAT)
+    return fn.resize(images, size=[IMAGE_SIZE, IMAGE_SIZE])
 
 
 def change_colour(images, brightness, contrast, saturation, hue):
-    """`augment.colour_matrix` applied and clipped to 0..255; HWC float in and out, hue in degrees."""
-    images = fn.color_twist(images, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
-    return math.max(math.min(images, 255.0), 0.0)  # on a CPU faster than clamp, and than clipping by giving bytes
+    """`augment.colour_matrix` applied and clipped to 0..255; HWC uint8 in, float out, hue in degrees.
+
+    The contrast's centre is 128 for uint8 alone; for float it would be 0.5.
+    """
+    factors = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
+    images = fn.color_twist(images, **factors, dtype=types.FLOAT)
+    return math.max(math.min(images, 255.0), 0.0)  # on a CPU faster than clamp, and than rounding to bytes
 
 
 def normalise(images, flip, *, half: bool = False):
@@ -164,7 +168,7 @@ def normalise(images, flip, *, half: bool = False):
 def match_default_boxes(boxes, labels, *, on_gpu: bool) -> tuple:
     """Boxes [A, 4] cxcywh and labels [A] of the default boxes in reverse order, for boxes [G, 4] ltrb and labels [G].
 
-    In reverse, because of equal overlaps the operator takes the last default box, the published model the first.
+    In reverse, because on equal overlaps the operator takes the last default box, the published model the first.
     """
     if on_gpu:
         boxes, labels = boxes.gpu(), labels.gpu()
