@@ -7,14 +7,12 @@ pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
 from nvidia import dali
 
 from src.augment import colour_matrix
-from src.coco import read_annotations
 from src.dali_graph import change_colour, decode_and_resize, match_default_boxes, normalise
-from src.dali_pipeline import DaliTrainLoader
 from src.default_boxes import default_boxes, default_boxes_ltrb, match
 
+from .dali_loaders import loader, read
 from .datasets import annotation, write_coco
 
-CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOLERANCE = 0.02
 DRAWS = 40
@@ -89,10 +87,10 @@ def test_matches_are_the_other_pipelines_on_random_boxes():
 
 def test_crop_statistics_are_the_oracles(coco128, oracle):
     expected = oracle("random_crop")
-    annotations = read_annotations(coco128 / "annotations" / "instances_train2017.json", coco128 / "train2017")
-    loader = DaliTrainLoader(annotations, batch_size=126, device=CPU, num_threads=2, seed=1)
+    annotations = read(coco128)
     counts = np.diff(annotations.first_box)[annotations.with_boxes()]
-    pipeline = loader.build(("ids", "shape", "true_boxes", "flip"))  # decodes nothing
+    outputs = ("ids", "shape", "true_boxes", "flip")  # so that nothing is decoded
+    pipeline = loader(annotations, batch_size=126, seed=1).build(outputs)
     shapes, kept_fractions, box_areas, flips = [], [], [], []
     for _ in range(DRAWS):
         ids, shape, boxes, flip = pipeline.run()
@@ -126,8 +124,8 @@ def test_boxes_follow_the_picture_through_window_and_flip(tmp_path):
     picture = np.zeros((180, 240, 3), np.uint8)
     picture[top : top + height, left : left + width] = 255
     Image.fromarray(picture).save(tmp_path / "train2017" / "000001.jpg", quality=95)
-    annotations = read_annotations(tmp_path / "annotations" / "instances_train2017.json", tmp_path / "train2017")
-    pipeline = DaliTrainLoader(annotations, batch_size=60, device=CPU).build(("images", "true_boxes", "shape", "flip"))
+    annotations = read(tmp_path)
+    pipeline = loader(annotations, batch_size=60).build(("images", "true_boxes", "shape", "flip"))
     images, boxes, shapes, flips = (output.as_array() for output in pipeline.run())
     assert 0 < flips.sum() < 60
     assert (shapes < 1).any()
@@ -161,9 +159,9 @@ def test_colour_is_the_other_pipelines_formula(parameters, device):
 def test_colours_are_drawn_from_the_ranges_for_each_image(tmp_path):
     write_coco(tmp_path, [annotation(1)], images=1, splits=("train",))
     Image.new("RGB", (160, 120), (96, 96, 96)).save(tmp_path / "train2017" / "000001.jpg", quality=100)
-    annotations = read_annotations(tmp_path / "annotations" / "instances_train2017.json", tmp_path / "train2017")
-    loader = DaliTrainLoader(annotations, batch_size=300, device=CPU)
-    images = loader.build(("images",)).run()[0].as_array().mean(axis=(1, 2))  # [400, 3]
+    annotations = read(tmp_path)
+    (images,) = loader(annotations, batch_size=200).build(("images",)).run()
+    images = images.as_array().mean(axis=(1, 2))  # [200, 3]
     grey = (images * (0.229, 0.224, 0.225) + (0.485, 0.456, 0.406)) * 255
     assert np.ptp(grey, axis=1).max() < 3  # hue and saturation leave grey as it is
     # brightness b and contrast c, even in their ranges: b (c (96 - 128) + 128) is 70 to 126, 96 on average
