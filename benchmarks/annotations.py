@@ -23,7 +23,7 @@ IMAGES, BOXES = 118_287, 860_001  # COCO's train2017
 ANNOTATED = 117_266 / IMAGES
 CATEGORIES = 80
 SIZE = (640, 480)  # pixels, of every image
-POINTS = (4, 48)  # of a polygon, the least and one more than the most
+POINTS = (4, 60)  # of a polygon, the least and one more than the most
 POLYGONS = 2000  # different ones
 REPEATS = 3
 MEGABYTE = 1e6
@@ -179,17 +179,17 @@ def write_annotation_file(file: Path, images: int) -> None:
     rng = np.random.default_rng(0)
     ids = rng.choice(6 * images, images, replace=False)
     with file.open("w") as stream:
-        stream.write('{"info": {"description": "made up", "year": 2017}, "licenses": [], "images": [')
+        stream.write('{"info": {"description": "made up","year": 2017},"licenses": [],"images": [')
         stream.writelines(separated(map(image_text, ids.tolist())))
-        stream.write('], "annotations": [')
+        stream.write('],"annotations": [')
         stream.writelines(separated(annotation_texts(rng, ids)))
         categories = [{"supercategory": "thing", "id": k, "name": f"thing {k}"} for k in range(1, CATEGORIES + 1)]
-        stream.write(f'], "categories": {json.dumps(categories)}}}')
+        stream.write(f'],"categories": {json.dumps(categories)}}}')
 
 
 def separated(texts):
     for number, text in enumerate(texts):
-        yield ", " + text if number else text
+        yield "," + text if number else text
 
 
 def file_name(image_id: int) -> str:
@@ -199,9 +199,9 @@ def file_name(image_id: int) -> str:
 def image_text(image_id: int) -> str:
     name, (width, height) = file_name(image_id), SIZE
     return (
-        f'{{"license": 3, "file_name": "{name}", "coco_url": "http://images.cocodataset.org/train2017/{name}", '
-        f'"height": {height}, "width": {width}, "date_captured": "2013-11-14 11:18:45", '
-        f'"flickr_url": "http://farm9.staticflickr.com/8186/{image_id}_4e622c8349_z.jpg", "id": {image_id}}}'
+        f'{{"license": 3,"file_name": "{name}","coco_url": "http://images.cocodataset.org/train2017/{name}",'
+        f'"height": {height},"width": {width},"date_captured": "2013-11-14 11:18:45",'
+        f'"flickr_url": "http://farm9.staticflickr.com/8186/{image_id}_4e622c8349_z.jpg","id": {image_id}}}'
     )
 
 
@@ -209,15 +209,15 @@ def annotation_texts(rng: np.random.Generator, ids: np.ndarray):
     count = round(BOXES * len(ids) / IMAGES)
     owners = rng.choice(ids[: round(ANNOTATED * len(ids))], count).tolist()
     polygons = [
-        ", ".join(f"{value:.2f}" for value in rng.uniform(0, 480, 2 * rng.integers(*POINTS))) for _ in range(POLYGONS)
+        ",".join(f"{value:.2f}" for value in rng.uniform(0, 480, 2 * rng.integers(*POINTS))) for _ in range(POLYGONS)
     ]
     sides = np.exp(rng.uniform(np.log(8), np.log(400), (count, 2)))
     boxes = np.concatenate([rng.uniform(0, 1, (count, 2)) * (np.array(SIZE) - sides), sides], axis=1).tolist()
     for number, (owner, (x, y, width, height)) in enumerate(zip(owners, boxes, strict=True)):
         yield (
-            f'{{"segmentation": [[{polygons[number % POLYGONS]}]], "area": {0.6 * width * height:.5f}, '
-            f'"iscrowd": {int(number % 85 == 0)}, "image_id": {owner}, "bbox": [{x:.2f}, {y:.2f}, {width:.2f}, '
-            f'{height:.2f}], "category_id": {number % CATEGORIES + 1}, "id": {number + 1}}}'
+            f'{{"segmentation": [[{polygons[number % POLYGONS]}]],"area": {0.6 * width * height:.5f},'
+            f'"iscrowd": {int(number % 85 == 0)},"image_id": {owner},"bbox": [{x:.2f},{y:.2f},{width:.2f},'
+            f'{height:.2f}],"category_id": {number % CATEGORIES + 1},"id": {number + 1}}}'
         )
 
 

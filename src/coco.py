@@ -117,7 +117,8 @@ def _check_same_categories(path: Path, own: tuple[Category, ...], training: tupl
 class _Images(NamedTuple):
     ids: np.ndarray  # int64 [I]
     sizes: np.ndarray  # int32 [I, 2] width, height
-    names: list[str]
+    names: bytes
+    first_byte: np.ndarray  # int64 [I + 1]
 
 
 def _images(path: Path, entries: list[ImageEntry], image_folder: Path) -> _Images:
@@ -130,8 +131,11 @@ def _images(path: Path, entries: list[ImageEntry], image_folder: Path) -> _Image
         raise DataError(f"{path}: images[{first}] and images[{second}] have the same id {repeated}: give each its own")
     names = [entry.file_name for entry in entries]
     _check_names(path, names, image_folder)
-    sizes = np.array([(entry.width, entry.height) for entry in entries], np.int32)
-    return _Images(ids, sizes, names)
+    sizes = np.empty((len(entries), 2), np.int32)
+    sizes[:, 0] = [entry.width for entry in entries]
+    sizes[:, 1] = [entry.height for entry in entries]
+    encoded = [name.encode() for name in names]
+    return _Images(ids, sizes, b"".join(encoded), _starts(np.array([len(name) for name in encoded])))
 
 
 def _check_names(path: Path, names: list[str], image_folder: Path) -> None:
@@ -166,19 +170,19 @@ def _clean(
     path: Path, image_folder: Path, images: _Images, rows: Rows, categories: tuple[Category, ...]
 ) -> Annotations:
     """The Annotations of the rows that can be used, grouped by image."""
-    usable = (rows.image >= 0) & (rows.boxes[:, 2:] > rows.boxes[:, :2]).all(axis=1)
+    left, top, right, bottom = rows.boxes.T
+    usable = (rows.image >= 0) & (right > left) & (bottom > top)
     order = np.flatnonzero(usable)
-    order = order[np.argsort(rows.image[order], kind="stable")]
-    encoded = [name.encode() for name in images.names]
+    order = order[_by_image(rows.image[order])]
     return Annotations(
         path=path,
         image_folder=image_folder,
         image_ids=images.ids,
         sizes=images.sizes,
-        names=b"".join(encoded),
-        first_byte=_starts(np.array([len(name) for name in encoded])),
+        names=images.names,
+        first_byte=images.first_byte,
         first_box=_starts(np.bincount(rows.image[order], minlength=len(images.ids))),
-        boxes=rows.boxes[order],
+        boxes=rows.boxes.take(order, axis=0),
         labels=rows.labels[order],
         crowd=rows.crowd[order],
         areas=rows.areas[order],
@@ -186,6 +190,12 @@ def _clean(
         categories=categories,
         warnings=tuple(f"{path}: {line}" for line in warnings_of(rows, usable)),
     )
+
+
+def _by_image(image: np.ndarray) -> np.ndarray:
+    """`np.argsort(image, kind="stable")`, by the lower 16 bits, then the upper ones: four times as fast."""
+    order = np.argsort(image.astype(np.uint16), kind="stable")
+    return order[np.argsort((image >> 16).astype(np.uint16)[order], kind="stable")]
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
@@ -234,38 +244,45 @@ def _files_in(annotations: Annotations, folder: str) -> set[str]:
         ) from None
 
 
-class _CleanImage(msgspec.Struct):
+class _CleanImage(msgspec.Struct, gc=False):
     id: int
     file_name: str
     width: int
     height: int
 
 
-class _CleanAnnotation(msgspec.Struct):
+class _CleanAnnotation(msgspec.Struct, gc=False):
     id: int
     image_id: int
     category_id: int
-    bbox: tuple[float, float, float, float]
+    bbox: list[float]
     area: float
     iscrowd: int = 0  # crowds are trained as ordinary boxes
 
 
 def write_clean_file(annotations: Annotations, path: Path | str) -> None:
-    """Writes a COCO file of the images that have boxes: image ids are their positions in `with_boxes()`, category ids
-    the labels."""
+    """Writes a COCO file of the images that have boxes, for a parser that need not cope with anything.
+
+    An image's id is its position in `with_boxes()`, a category's the label.
+    """
     chosen = annotations.with_boxes()
-    images = [_CleanImage(i, annotations.file_name(k), *annotations.sizes[k].tolist()) for i, k in enumerate(chosen)]
     counts = np.diff(annotations.first_box)[chosen]
-    corners = annotations.boxes.astype(np.float64)
-    sides = corners[:, 2:] - corners[:, :2]
-    rows = zip(
-        np.repeat(np.arange(len(chosen)), counts).tolist(),
-        annotations.labels.tolist(),
-        np.concatenate([corners[:, :2], sides], axis=1).tolist(),
-        sides.prod(axis=1).tolist(),
-        strict=True,
+    boxes = annotations.boxes.astype(np.float64)  # where the differences of float32 are exact
+    boxes[:, 2:] -= boxes[:, :2]
+    columns = (
+        np.arange(1, len(boxes) + 1),
+        np.repeat(np.arange(len(chosen)), counts),
+        annotations.labels,
+        boxes,
+        boxes[:, 2] * boxes[:, 3],
     )
-    boxes = [_CleanAnnotation(number, *row) for number, row in enumerate(rows, 1)]
-    categories = [{"id": label, "name": category.name} for label, category in enumerate(annotations.categories, 1)]
-    content = {"images": images, "annotations": boxes, "categories": categories}
+    content = {
+        "images": [
+            _CleanImage(i, annotations.file_name(k), *annotations.sizes[k].tolist()) for i, k in enumerate(chosen)
+        ],
+        "annotations": list(map(_CleanAnnotation, *(column.tolist() for column in columns))),
+        "categories": [
+            {"id": label, "name": category.name} for label, category in enumerate(annotations.categories, 1)
+        ],
+    }
     Path(path).write_bytes(msgspec.json.encode(content))

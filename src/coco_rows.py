@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .coco_file import AnnotationEntry, describe
+from .coco_file import AnnotationEntry, Box, describe
 from .errors import DataError
 
 FIRST = 5  # how many a message lists
+LARGEST_TABLE = 2**21  # entries; ids that span more are searched for, six times as slowly
 # Boxes given as x1, y1, x2, y2: of COCO's photographs, four fifths reach outside when they are read as x, y, width,
 # height, and every one is a box inside the image as it stands.
 MANY = 0.25
@@ -70,7 +71,7 @@ def read_rows(
     )
 
 
-def _column(entries: list[AnnotationEntry], field: str, dtype: type, missing=None) -> np.ndarray:
+def _column(entries: Sequence[AnnotationEntry | Box], field: str, dtype: type, missing=None) -> np.ndarray:
     """One field of all entries; `missing` stands for None."""
     values = map(attrgetter(field), entries)
     if missing is not None:
@@ -80,16 +81,23 @@ def _column(entries: list[AnnotationEntry], field: str, dtype: type, missing=Non
 
 def _annotation_ids(entries: list[AnnotationEntry]) -> tuple[np.ndarray, bool]:
     """Their ids, or 1, 2, ... and True where one is missing or not unique."""
-    if not any(entry.id is None for entry in entries):
+    numbers = np.arange(1, len(entries) + 1)
+    try:
         ids = _column(entries, "id", np.int64)
-        in_order = np.sort(ids)
-        if not (in_order[1:] == in_order[:-1]).any():
-            return ids, False
-    return np.arange(1, len(entries) + 1), True
+    except TypeError:  # None
+        return numbers, True
+    in_order = np.sort(ids)
+    repeated = (in_order[1:] == in_order[:-1]).any()
+    return (numbers, True) if repeated else (ids, False)
 
 
 def _positions(values: np.ndarray, among: np.ndarray) -> np.ndarray:
     """Where each value stands in `among`, whose values differ; -1 where it does not."""
+    least, greatest = int(among.min()), int(among.max())
+    if greatest - least < LARGEST_TABLE:
+        table = np.full(greatest - least + 2, -1)
+        table[among - least] = np.arange(len(among))
+        return table[np.where((values >= least) & (values <= greatest), values - least, -1)]
     order = np.argsort(among)
     nearest = order[np.searchsorted(among, values, sorter=order).clip(max=len(among) - 1)]
     return np.where(among[nearest] == values, nearest, -1)
@@ -100,14 +108,15 @@ def _boxes(entries: list[AnnotationEntry], sizes: np.ndarray) -> tuple[np.ndarra
 
     An axis at a time, because whole arrays of a million boxes would stay behind as holes in the heap.
     """
+    given = [entry.bbox for entry in entries]
     boxes = np.empty((len(entries), 4), np.float32)
     areas = np.ones(len(entries))
     flat, outside = np.zeros((2, len(entries)), np.bool_)
     corners = np.ones(len(entries), np.bool_)
     with np.errstate(over="ignore"):
-        for axis, (start, extent) in enumerate((("bbox.x", "bbox.width"), ("bbox.y", "bbox.height"))):
+        for axis, (start, extent) in enumerate((("x", "width"), ("y", "height"))):
             limit = sizes[:, axis].astype(np.float64)
-            low, side = _column(entries, start, np.float64), _column(entries, extent, np.float64)
+            low, side = _column(given, start, np.float64), _column(given, extent, np.float64)
             boxes[:, axis] = low.clip(0, limit)
             boxes[:, axis + 2] = (low + side).clip(0, limit)
             areas *= side.clip(0, limit)
