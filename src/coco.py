@@ -267,7 +267,7 @@ def write_clean_file(annotations: Annotations, path: Path | str) -> None:
     """
     chosen = annotations.with_boxes()
     counts = np.diff(annotations.first_box)[chosen]
-    boxes = annotations.boxes.astype(np.float64)  # where the differences of float32 are exact
+    boxes = annotations.boxes.astype(np.float64)  # so that left + width is right again in float32
     boxes[:, 2:] -= boxes[:, :2]
     columns = (
         np.arange(1, len(boxes) + 1),
@@ -276,13 +276,10 @@ def write_clean_file(annotations: Annotations, path: Path | str) -> None:
         boxes,
         boxes[:, 2] * boxes[:, 3],
     )
+    files = ((i, annotations.file_name(k), *annotations.sizes[k].tolist()) for i, k in enumerate(chosen))
     content = {
-        "images": [
-            _CleanImage(i, annotations.file_name(k), *annotations.sizes[k].tolist()) for i, k in enumerate(chosen)
-        ],
+        "images": [_CleanImage(*file) for file in files],
         "annotations": list(map(_CleanAnnotation, *(column.tolist() for column in columns))),
-        "categories": [
-            {"id": label, "name": category.name} for label, category in enumerate(annotations.categories, 1)
-        ],
+        "categories": [{"id": k, "name": category.name} for k, category in enumerate(annotations.categories, 1)],
     }
     Path(path).write_bytes(msgspec.json.encode(content))
