@@ -4,7 +4,6 @@ msgspec checks types while it reads and skips what is not asked for (segmentatio
 refuses is looked at a second time, slowly, for a message that a user can act on.
 """
 
-import contextlib
 import json
 import mmap
 import re
@@ -131,9 +130,11 @@ def _mapped(stream) -> mmap.mmap | bytes:
 
 def _decode(path: Path, data: memoryview, start: int) -> Content:
     """Decodes `data`, which begins `start` bytes into the file."""
-    with contextlib.suppress(DecodeError, UnicodeDecodeError, RecursionError):
+    try:
         return msgspec.json.decode(data, type=Content)
-    return _decode_carefully(path, data, start)
+    except (DecodeError, UnicodeDecodeError, RecursionError) as error:
+        place = re.search(r"\(byte (\d+)\)", str(error))
+    return _decode_carefully(path, data, start, int(place[1]) if place else 0)
 
 
 # --- what is wrong, and where ----------------------------------------------------------------------------------------
@@ -142,19 +143,26 @@ TEXT_OR_NAN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|NaN|-?Infinity', re.DOTALL)
 NO_NUMBER = b'"?"'
 
 
-def _without_nan(data: memoryview) -> bytearray:
-    """`data` with a text of the same length in place of NaN and Infinity, which Python writes and JSON has not."""
+def _without_nan(data: memoryview, first: int) -> bytearray:
+    """`data` with a text of the same length in place of NaN and Infinity, which Python writes and JSON has not.
+
+    first: where the first can be; not inside a text.
+    """
     readable = bytearray(data)
-    for token in TEXT_OR_NAN.finditer(data):
-        start, end = token.span()
-        if data[start] != ord('"'):
-            readable[start:end] = NO_NUMBER.ljust(end - start)
+    if b"NaN" in readable or b"Infinity" in readable:
+        for token in TEXT_OR_NAN.finditer(data, first):
+            start, end = token.span()
+            if data[start] != ord('"'):
+                readable[start:end] = NO_NUMBER.ljust(end - start)
     return readable
 
 
-def _decode_carefully(path: Path, data: memoryview, start: int) -> Content:
-    """Decodes what holds NaN; raises DataError for what is wrong."""
-    readable = _without_nan(data)
+def _decode_carefully(path: Path, data: memoryview, start: int, refused: int) -> Content:
+    """Decodes what holds NaN; raises DataError for what is wrong.
+
+    refused: the byte that the decoder refused, 0 where it has not told; of -Infinity it is the second one.
+    """
+    readable = _without_nan(data, max(0, refused - 1))
     try:
         return msgspec.json.decode(readable, type=Content)
     except ValidationError as error:
