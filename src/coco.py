@@ -8,7 +8,7 @@ Shapes: I images, B boxes, K categories, M entries of `annotations` before clean
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -102,6 +102,14 @@ def _categories(path: Path, entries: list[CategoryEntry]) -> tuple[Category, ...
     return tuple(Category(entry.id, entry.name) for entry in entries)
 
 
+def _namesakes(categories: tuple[Category, ...]) -> Iterator[str]:
+    """A line for each name that several categories have."""
+    for name, count in Counter(category.name for category in categories).items():
+        if count > 1:
+            ids = ", ".join(str(category.id) for category in categories if category.name == name)
+            yield f"the categories {ids} have the same name {name!r}: they are kept apart"
+
+
 def _check_same_categories(path: Path, own: tuple[Category, ...], training: tuple[Category, ...]) -> None:
     def listed(categories: Iterable[Category]) -> str:
         return ", ".join(f"{category.id} {category.name!r}" for category in sorted(categories)) or "none"
@@ -188,7 +196,7 @@ def _clean(
         areas=rows.areas[order],
         annotation_ids=rows.ids[order],
         categories=categories,
-        warnings=tuple(f"{path}: {line}" for line in warnings_of(rows, usable)),
+        warnings=tuple(f"{path}: {line}" for line in (*_namesakes(categories), *warnings_of(rows, usable))),
     )
 
 
