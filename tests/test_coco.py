@@ -177,6 +177,14 @@ def test_a_validation_file_may_hold_no_boxes_but_not_those_of_other_images(tmp_p
     assert "0 of 4 images" in error_of(tmp_path, content([annotation(99)]), categories=categories)
 
 
+def test_boxes_of_more_images_than_16_bits_can_number(tmp_path):
+    images = [{"id": i, "file_name": f"{i}", "width": 160, "height": 120} for i in range(70_000)]
+    owners = [69_999, 4_463, 65_536, 0, 69_999, 4_463]  # 69,999 is 4,463 in the lower 16 bits
+    annotations = read(tmp_path, content([annotation(owner) for owner in owners], images))
+    assert annotations.with_boxes().tolist() == [0, 4_463, 65_536, 69_999]
+    assert annotations.annotation_ids.tolist() == [4, 2, 6, 3, 1, 5]
+
+
 @pytest.mark.parametrize("ids", [(LARGEST_ID, LARGEST_ID - 1), (-LARGEST_ID - 1, 0)])
 def test_the_largest_ids_come_out_exactly(tmp_path, ids):
     images = [{**image, "id": image_id} for image, image_id in zip(IMAGES, ids, strict=False)]
