@@ -5,6 +5,9 @@ Everything random follows from (seed, epoch, position in the epoch), so it does 
 and a run is continued from its position alone.
 """
 
+import atexit
+import multiprocessing
+import os
 import shutil
 import signal
 import warnings
@@ -279,14 +282,28 @@ def _data_loader(
         pin_memory=device.type == "cuda",
         persistent_workers=persistent and workers > 0,
         prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=_WorkerSignals() if workers else None,
     )
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """A notice to the whole process group must not end workers: the run finishes its iteration and ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class _WorkerSignals:
+    """Sets a worker's signals: one to the whole process group must not end it, as the run finishes its iteration.
+
+    Only once the run itself leaves does SIGTERM end the worker.
+    """
+
+    def __init__(self) -> None:
+        self._leaving = multiprocessing.Event()
+        # Runs before multiprocessing ends the workers that are left, since that was registered earlier.
+        atexit.register(self._leaving.set)
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame) -> None:
+        if self._leaving.is_set():
+            os._exit(128 + number)
 
 
 def _guarded(loader: DataLoader) -> Iterator:
@@ -294,7 +311,9 @@ def _guarded(loader: DataLoader) -> Iterator:
     try:
         for batch in loader:
             if isinstance(batch, UserError):
-                raise batch
+                # A new one: raising `batch` itself would tie its traceback, this frame and the loader into a cycle,
+                # and workers of a loader that the garbage collector frees are waited for in vain, for 20 seconds.
+                raise type(batch)(str(batch))
             yield batch
     except RuntimeError as error:
         if "Bus error" not in str(error) and "shared memory" not in str(error):
