@@ -85,16 +85,21 @@ def train(args: argparse.Namespace, processes: Processes) -> int:
     schedule = make_schedule(args, processes)
     identity = make_identity(args, processes, training)
     state = processes.broadcast_object(resumed_state(args, identity) if processes.is_main else None)
+    model, news = starting_model(args, processes, training.categories, state)
+    # An older run's files are moved only now, when all that could be among them has been read.
     report = start_report(args, processes, state, training, validation)
-    with closing(report), closing(stop):
-        trainer = make_trainer(args, processes, report, training.categories, state)
-        with closing(make_loader(args, processes, training)) as loader:
-            position = start_position(processes, report, trainer, loader, schedule, identity, state)
-            tell_start(report, args, processes, loader, schedule, training, validation)
-            evaluation = make_evaluation(args, processes, report, validation, trainer.model) if epochs else None
-            run = Run(trainer, loader, schedule, evaluate=evaluation, evaluation_epochs=epochs, identity=identity,
-                position=position, output=args.output, processes=processes, stop=stop, report=report)  # fmt: skip
-            return finish(run, args, report, began)
+    with closing(report), closing(stop), closing(make_loader(args, processes, training)) as loader:
+        trainer = make_trainer(args, processes, model)
+        position = start_position(processes, report, trainer, loader, schedule, identity, state)
+        for line in news:
+            report.note(line)
+        tell_start(report, args, processes, loader, schedule, training, validation)
+        run = Run(
+            trainer, loader, schedule, evaluate=make_evaluation(args, processes, report, validation, model),
+            evaluation_epochs=epochs, identity=identity, position=position, output=args.output, processes=processes,
+            stop=stop, report=report,
+        )  # fmt: skip
+        return finish(run, args, report, began)
 
 
 def finish(run: Run, args: argparse.Namespace, report: Report | NullReport, began: float) -> int:
@@ -177,25 +182,27 @@ def make_identity(args: argparse.Namespace, processes: Processes, training: Anno
 
 def resumed_state(args: argparse.Namespace, identity: Identity) -> dict | None:
     """The checkpoint to continue from, None for a new run."""
-    if args.resume is None:
+    if args.resume is None or (args.resume is True and not resumed_file(args).exists()):
         return None
-    path = args.output / LAST if args.resume is True else args.resume
-    if args.resume is True and not path.exists():
-        return None
-    return read_run(path, identity)
+    return read_run(resumed_file(args), identity)
+
+
+def resumed_file(args: argparse.Namespace) -> Path:
+    return args.output / LAST if args.resume is True else args.resume
 
 
 def start_report(args, processes: Processes, state: dict | None, training, validation) -> Report | NullReport:
     """Opens the run's files on rank 0 and tells what the data held; an older run's files are set aside first."""
     if not processes.is_main:
         return NullReport()
-    continued = state is not None and (args.resume is True or args.resume.parent.resolve() == args.output.resolve())
+    continued = state is not None and resumed_file(args).parent.resolve() == args.output.resolve()
     moved = None if continued else set_aside_old_run(args.output)
     report = Report(args.output, append=continued)
-    if continued:
-        report.truncate(epoch=state["epoch"], iteration=state["iteration"])
     if moved:
         report.note(moved)
+    if state is not None:
+        report.truncate(epoch=state["epoch"], iteration=state["iteration"])
+        report.note(f"Continued from {resumed_file(args)}: epoch {state['epoch']}, iteration {state['iteration']}")
     tell_data(report, args, processes, training, validation)
     report.flags(vars(args), device=device_name(processes.device), processes=processes.world_size)
     return report
@@ -214,23 +221,28 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def make_trainer(
-    args: argparse.Namespace, processes: Processes, report, categories: tuple[Category, ...], state: dict | None
-) -> Trainer:
-    """The network with the weights it starts from on rank 0 (several processes copy rank 0's), and its optimizer."""
+def starting_model(
+    args: argparse.Namespace, processes: Processes, categories: tuple[Category, ...], state: dict | None
+) -> tuple[SSD300, list[str]]:
+    """The network with the weights it starts from, and lines to print about them.
+
+    The weights are loaded on rank 0, from which the wrapper of several processes copies them.
+    """
     torch.manual_seed(args.seed)
     model = SSD300(args.backbone, len(categories) + 1)
+    news = []
     if processes.is_main:
         if state is not None:
-            load_weights(model, state["model"], source=args.output, fresh_label_heads=False)
+            load_weights(model, state["model"], source=resumed_file(args), fresh_label_heads=False)
         elif args.checkpoint is not None:
-            line = load_detector(model, load_checkpoint(args.checkpoint), categories, source=args.checkpoint)
-            if line:
-                report.note(line)
+            news += load_detector(model, load_checkpoint(args.checkpoint), categories, source=args.checkpoint)
         else:
             load_backbone_weights(model, args.backbone, args.backbone_weights)
     processes.broadcast_object()  # fetching may take long
-    model.to(processes.device, memory_format=torch.channels_last)
+    return model.to(processes.device, memory_format=torch.channels_last), news
+
+
+def make_trainer(args: argparse.Namespace, processes: Processes, model: SSD300) -> Trainer:
     optimizer = make_optimizer(model, momentum=args.momentum, weight_decay=args.weight_decay)
     return Trainer(model, optimizer=optimizer, device=processes.device, half=args.fp16, processes=processes)
 

@@ -112,7 +112,7 @@ class BreakdownWatch:
             return
         raise TrainingBreakdownError(
             f"the loss is not finite since epoch {epoch}, iteration {first} (learning rate {learning_rate:.3g}): "
-            "lower --learning-rate or lengthen --warmup; the last checkpoint is from before"
+            "lower --learning-rate or lengthen --warmup; nothing was saved since"
         )
 
 

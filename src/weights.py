@@ -47,19 +47,19 @@ def fetch_imagenet(backbone: str) -> dict:
         socket.setdefaulttimeout(waiting)
 
 
-def load_detector(model: nn.Module, state: dict, categories: tuple[Category, ...], *, source: Path) -> str | None:
-    """Loads a checkpoint's weights to start training from; the line to print where the label heads start afresh.
+def load_detector(model: nn.Module, state: dict, categories: tuple[Category, ...], *, source: Path) -> list[str]:
+    """Loads a checkpoint's weights to start training from; lines to print, where the label heads start afresh.
 
     They do where the checkpoint's categories are not these.  Raises UserError where the weights do not fit.
     """
     fresh = not same_labels(state, categories)
     load_weights(model, state["model"], source=source, fresh_label_heads=fresh)
     if not fresh:
-        return None
-    return (
+        return []
+    return [
         f"{source}: its {label_count(state['model']) - 1} categories are not these {len(categories)}: backbone, "
         "extra blocks and localisation heads are loaded, the label heads start afresh"
-    )
+    ]
 
 
 def same_labels(state: dict, categories: tuple[Category, ...]) -> bool:
