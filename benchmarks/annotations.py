@@ -29,11 +29,12 @@ REPEATS = 3
 MEGABYTE = 1e6
 
 READING_GOAL = 0.1  # of json.load's time
+READING_LIMIT = 2.5  # s
 PEAK_LIMIT, KEPT_LIMIT, WORKER_LIMIT = 1000.0, 100.0, 10.0  # MB
 
 
 class Cost(NamedTuple):
-    seconds: float
+    seconds: float  # of the processor, which one thread has for itself, so that a busy machine matters less
     peak: float  # MB resident, file pages in use included
     kept: float  # MB that the result keeps resident
 
@@ -57,7 +58,8 @@ def run(*, images: int = IMAGES) -> list[dict]:
         reading = Cost(*(statistics.median(figures) for figures in zip(*costs, strict=True)))
         size = f"{file.stat().st_size / MEGABYTE:.0f} MB of annotations"
         return [
-            row(f"reading {size}, beside json.load (s)", reading.seconds, whole.seconds, READING_GOAL),
+            row(f"reading {size}, beside json.load (processor s)", reading.seconds, whole.seconds, READING_GOAL),
+            row("  the same, beside the limit (processor s)", reading.seconds, READING_LIMIT, 1.0),
             row("  at its peak, beside the limit (MB)", reading.peak, PEAK_LIMIT, 1.0),
             row("  kept, beside the limit (MB)", reading.kept, KEPT_LIMIT, 1.0),
             row("  json.load at its peak (MB)", whole.peak),
@@ -92,9 +94,9 @@ def in_new_process(function: Callable, *arguments):
 
 def cost(function: Callable, *arguments) -> Cost:
     before = resident("VmRSS")
-    start = time.perf_counter()
+    start = time.process_time()
     result = function(*arguments)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     kept = resident("VmRSS") - before
     del result
     return Cost(seconds, resident("VmHWM"), kept)
