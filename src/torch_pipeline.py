@@ -215,7 +215,7 @@ class TorchTrainLoader:
 
     def close(self) -> None:
         """Ends the worker processes."""
-        self.loader = None
+        _end_workers(self.loader._iterator)
 
 
 class EvaluationSet(Dataset):
@@ -286,6 +286,12 @@ def _data_loader(
     )
 
 
+def _end_workers(batches: Iterator | None) -> None:
+    """Ends a loader's workers now: once the garbage collector has it, torch waits 10 s for each of them in vain."""
+    if hasattr(batches, "_shutdown_workers"):  # not without workers
+        batches._shutdown_workers()
+
+
 class _WorkerSignals:
     """Sets a worker's signals: one to the whole process group must not end it, as the run finishes its iteration.
 
@@ -308,12 +314,12 @@ class _WorkerSignals:
 
 def _guarded(loader: DataLoader) -> Iterator:
     """The loader's batches; raises a user's error that a worker returned or that killed it."""
+    batches = iter(loader)
     try:
-        for batch in loader:
+        for batch in batches:
             if isinstance(batch, UserError):
-                # A new one: raising `batch` itself would tie its traceback, this frame and the loader into a cycle,
-                # and workers of a loader that the garbage collector frees are waited for in vain, for 20 seconds.
-                raise type(batch)(str(batch))
+                _end_workers(batches)
+                raise batch
             yield batch
     except RuntimeError as error:
         if "Bus error" not in str(error) and "shared memory" not in str(error):
