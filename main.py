@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from src import distributed, mlperf
+from src.benchmark import benchmark as time_steps
 from src.check import check_dataset
 from src.checkpoint import load_checkpoint, load_weights
 from src.coco import Annotations, Category, check_images_exist, read_annotations
@@ -31,6 +32,7 @@ from src.run import LAST, Identity, Position, Run, changed_settings, digest, rea
 from src.train import REFERENCE_BATCH, Schedule, Trainer, TrainingBreakdownError, make_optimizer
 from src.weights import known_categories, load_backbone_weights, load_detector, read_labelled
 
+BENCHMARK_STEPS = 20
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143  # exit statuses
 
 
@@ -381,7 +383,19 @@ def check(args: argparse.Namespace, processes: Processes) -> int:
 
 
 def benchmark(args: argparse.Namespace, processes: Processes) -> int:
-    raise NotImplementedError
+    """`--mode benchmark`: the speed of training and evaluation steps."""
+    if processes.world_size > 1:
+        raise UserError("--mode benchmark works on one process")
+    training, _ = read_data(args.data, evaluating=False)
+    torch.manual_seed(args.seed)
+    model = SSD300(args.backbone, len(training.categories) + 1)
+    trainer = make_trainer(args, processes, model.to(processes.device, memory_format=torch.channels_last))
+    with closing(Report(None, append=True)) as report, closing(make_loader(args, processes, training)) as loader:
+        tell_data(report, args, processes, training, None)
+        report.note(f"Device: {device_name(processes.device)}, {args.backbone}, {args.batch_size} images a step")
+        time_steps(trainer, loader, batch_size=args.batch_size, num_labels=model.num_labels, steps=BENCHMARK_STEPS,
+                   write=report.note)  # fmt: skip
+    return DONE
 
 
 if __name__ == "__main__":
