@@ -80,8 +80,14 @@ class Trainer:
         return LossParts(parts.localisation.detach(), parts.label.detach())
 
     def restore(self, state: dict) -> None:
-        """Takes momentum and loss scale from a checkpoint; one written without loss scaling leaves the scale new."""
+        """Takes momentum and loss scale from a checkpoint; one written without loss scaling leaves the scale new.
+
+        The optimizer's settings stay this run's.
+        """
+        settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
