@@ -2,11 +2,12 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -28,7 +29,17 @@ from src.plots import draw_training
 from src.predict import find_images
 from src.predict import predict as predict_images
 from src.report import METRICS, NullReport, Report, set_aside_old_run
-from src.run import LAST, Identity, Position, Run, changed_settings, digest, read_run, restore_position
+from src.run import (
+    LAST,
+    TRAINING_DATA,
+    Identity,
+    Position,
+    Run,
+    changed_settings,
+    digest,
+    read_run,
+    restore_position,
+)
 from src.train import REFERENCE_BATCH, Schedule, Trainer, TrainingBreakdownError, make_optimizer
 from src.weights import known_categories, load_backbone_weights, load_detector, read_labelled
 
@@ -58,16 +69,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fail(error: Exception, processes: Processes) -> int:
     """Tells why this process ends, unless another has told before; the exit status."""
+    if processes.world_size > 1:  # a launcher that has seen another process end does not wait for the message
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     lost = processes.is_lost(error)
+    if lost and processes.stopped_elsewhere() is not None:
+        return TERMINATED
     if processes.report_failure():
         who = f"rank {processes.rank}: " if processes.world_size > 1 else ""
         if lost:
-            print(f"main.py: error: {who}lost touch with another process: {error}", file=sys.stderr)
+            reason = distributed.reason(error)
+            print(f"main.py: error: {who}lost touch with another process ({reason})", file=sys.stderr)
         elif isinstance(error, (UserError, TrainingBreakdownError)):
             print(f"main.py: error: {who}{error}", file=sys.stderr)
         else:
             print(f"main.py: error: {who}a fault of the program:", file=sys.stderr)
             traceback.print_exception(error)
+        processes.told()
     return BAD_INPUT if isinstance(error, UserError) else FAILED
 
 
@@ -81,18 +98,21 @@ def configure(device: torch.device) -> None:
 def train(args: argparse.Namespace, processes: Processes) -> int:
     """`--mode training`: from scratch, from weights, or from where a run stopped."""
     began = time.perf_counter()
-    stop = StopNotice(processes)
-    epochs = [epoch for epoch in evaluation_epochs(args) if epoch < args.epochs]
-    training, validation = read_data(args.data, evaluating=bool(epochs))
-    schedule = make_schedule(args, processes)
-    identity = make_identity(args, processes, training)
-    state = processes.broadcast_object(resumed_state(args, identity) if processes.is_main else None)
-    model, news = starting_model(args, processes, training.categories, state)
-    # An older run's files are moved only now, when all that could be among them has been read.
-    report = start_report(args, processes, state, training, validation)
-    with closing(report), closing(stop), closing(make_loader(args, processes, training)) as loader:
+    with ExitStack() as stack:
+        stop = stack.enter_context(closing(StopNotice(processes)))
+        epochs = [epoch for epoch in evaluation_epochs(args) if epoch < args.epochs]
+        training, validation = read_data(args.data, evaluating=bool(epochs))
+        schedule = make_schedule(args, processes)
+        identity = make_identity(args, processes, training)
+        state = processes.broadcast_object(resumed_state(args, identity) if processes.is_main else None)
+        model, news = starting_model(args, processes, training.categories, state)
+        loader = stack.enter_context(closing(make_loader(args, processes, training)))
         trainer = make_trainer(args, processes, model)
-        position = start_position(processes, report, trainer, loader, schedule, identity, state)
+        position, warnings = start_position(processes, trainer, loader, schedule, identity, state)
+        # An older run's files are moved, or cut back, only now: all that could be among them has been read.
+        report = stack.enter_context(closing(start_report(args, processes, state, training, validation)))
+        for warning in warnings:
+            report.warn(warning)
         for line in news:
             report.note(line)
         tell_start(report, args, processes, loader, schedule, training, validation)
@@ -106,7 +126,7 @@ def train(args: argparse.Namespace, processes: Processes) -> int:
 
 def finish(run: Run, args: argparse.Namespace, report: Report | NullReport, began: float) -> int:
     """Trains to the end and tells how it ended; the exit status."""
-    position = run.position
+    position = run.position  # `run` moves it on
     if position.epoch >= args.epochs:
         report.note(f"Nothing is left to train: {position.epoch} epochs are done (--epochs {args.epochs})")
     try:
@@ -115,10 +135,8 @@ def finish(run: Run, args: argparse.Namespace, report: Report | NullReport, bega
         report.break_down()
         raise
     except Terminated:
-        report.note(
-            f"Stopped by SIGTERM in epoch {position.epoch} after iteration {position.iteration - 1}; "
-            f"--resume continues from {args.output / LAST}"
-        )
+        where = f"in epoch {position.epoch} after {position.within} of its {position.length} iterations"
+        report.note(f"Stopped by SIGTERM {where}; --resume continues from {args.output / LAST}")
         raise
     accuracy = position.last_map if position.evaluated else "not evaluated"
     report.end(average_images_per_second=run.images_per_second, seconds=time.perf_counter() - began, accuracy=accuracy)
@@ -178,7 +196,7 @@ def make_identity(args: argparse.Namespace, processes: Processes, training: Anno
         "data_pipeline",
     )
     settings = {f"--{name}": getattr(args, name.replace("-", "_")) for name in names}
-    settings |= {"the number of processes": processes.world_size, "the training data": digest(training)}
+    settings |= {"the number of processes": processes.world_size, TRAINING_DATA: digest(training)}
     return Identity(args.backbone, [list(category) for category in training.categories], args.seed, settings)
 
 
@@ -256,22 +274,21 @@ def trained_model(args, processes: Processes, state: dict, num_categories: int) 
     return model.to(processes.device, memory_format=torch.channels_last)
 
 
-def start_position(processes: Processes, report, trainer: Trainer, loader: TrainLoader, schedule: Schedule,
-                   identity: Identity, state: dict | None) -> Position:  # fmt: skip
-    """Where the run begins; everything but the weights is taken from the checkpoint, where there is one."""
+def start_position(processes: Processes, trainer: Trainer, loader: TrainLoader, schedule: Schedule,
+                   identity: Identity, state: dict | None) -> tuple[Position, list[str]]:  # fmt: skip
+    """Where the run begins, and warnings; all but the weights is taken from the checkpoint, where there is one."""
     if state is None:
-        return Position()
+        return Position(), []
     changed = changed_settings(state, identity)
+    warnings = []
     if changed:
-        report.warn(f"continued with other settings than before, so the run is another one: {', '.join(changed)}")
+        warnings = [f"continued with other settings than before, so the run is another one: {', '.join(changed)}"]
     trainer.restore(state)
-    position = restore_position(state, schedule)
+    position = restore_position(state, schedule, len(loader))
     states = state["pipeline"]
-    own = states[processes.rank] if len(states) == processes.world_size else {}
+    own = states[min(processes.rank, len(states) - 1)]  # which tells of another number of processes itself
     loader.load_state_dict(own, epoch=position.epoch, iteration=position.within)
-    for warning in loader.warnings:
-        report.warn(warning)
-    return position
+    return position, warnings + loader.warnings
 
 
 def tell_start(report, args, processes: Processes, loader: TrainLoader, schedule: Schedule, training: Annotations,

@@ -4,10 +4,11 @@ One process without a launcher opens no port and no group: every method then wor
 """
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +23,8 @@ GROUP_TIMEOUT = 120  # seconds after which a rank that does not answer is taken 
 GROUP_TIMEOUT_VARIABLE = "SSD300_GROUP_TIMEOUT"
 WAIT_LIMIT = 6 * 3600  # seconds that ranks wait for work that only rank 0 does (scoring, writing, fetching weights)
 POLL = 0.05  # seconds between looks at the store
+TELLING_LIMIT = 5  # seconds that a rank which fails after another waits for that one to have told why
+FAILURES, TOLD, STOPPED = "failures", "told", "stopped"  # keys of the store
 
 
 class LostRankError(Exception):
@@ -38,7 +41,7 @@ class Processes:
         self.store = store
         # The integers and arrays below stay in the host's memory, whatever the gradients travel on.
         self.host_group = dist.new_group(backend="gloo", timeout=_group_timeout()) if world_size > 1 else None
-        self.failed = False
+        self.failed = False  # whether the group is not to be trusted any more
         self._messages = 0
 
     @property
@@ -52,7 +55,7 @@ class Processes:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         # Batch-norm buffers are taken from rank 0 where they matter (`share_buffers`), not in every iteration.
-        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=device_ids, forward_sync_buffers=False)
 
     def share_buffers(self, model: nn.Module) -> None:
         """Gives every rank the batch-norm statistics of rank 0: each has seen other images, but one model is scored."""
@@ -101,14 +104,47 @@ class Processes:
         return dist.all_reduce(number, dist.ReduceOp.MAX, group=self.host_group, async_op=True)
 
     def report_failure(self) -> bool:
-        """Records that this rank fails; True where no other has failed before, so that one message is printed."""
+        """Records that this rank fails; True where no other has failed before: that one tells why, once.
+
+        It calls `told` afterwards; the others come back when it has, because a launcher ends all when one is gone.
+        """
         self.failed = True
         if self.world_size == 1:
             return True
         try:
-            return self.store.add("failures", 1) == 1
+            if self.store.add(FAILURES, 1) == 1:
+                return True
+            deadline = time.monotonic() + TELLING_LIMIT
+            while not self.store.check([TOLD]) and time.monotonic() < deadline:
+                time.sleep(POLL)
+            return False
         except (dist.DistError, RuntimeError):  # the process that keeps the store is gone: nobody else will tell
             return True
+
+    def told(self) -> None:
+        """Lets the ranks that fail as well go on to their end."""
+        self._set(TOLD)
+
+    def report_stop(self) -> None:
+        """Records that this rank was told to stop, so that the others do not take it for lost."""
+        self._set(STOPPED)
+
+    def stopped_elsewhere(self) -> int | None:
+        """After a loss: the rank that was told to stop and has left, None where none was or nothing is known."""
+        self.failed = True
+        if self.world_size == 1:
+            return None
+        try:
+            return int(self.store.get(STOPPED)) if self.store.check([STOPPED]) else None
+        except (dist.DistError, RuntimeError):
+            return None
+
+    def _set(self, key: str) -> None:
+        self.failed = True
+        if self.world_size > 1:
+            # Without the store nobody can be told.
+            with suppress(dist.DistError, RuntimeError):
+                self.store.set(key, str(self.rank))
 
     def is_lost(self, error: Exception) -> bool:
         """Whether the error says that another rank is gone; gloo raises plain RuntimeErrors."""
@@ -121,6 +157,8 @@ class Processes:
         # Polling, because a wait inside the store would hold back signals.
         deadline = time.monotonic() + WAIT_LIMIT
         while not self.store.check([key]):
+            if self.store.check([FAILURES]) or self.store.check([STOPPED]):
+                raise LostRankError("it has failed or was told to stop")
             if time.monotonic() > deadline:
                 raise LostRankError(f"rank 0 has not answered for {WAIT_LIMIT} s")
             time.sleep(POLL)
@@ -139,9 +177,12 @@ def start(local_rank: int, device: torch.device | None = None) -> Iterator[Proce
     if world_size == 1:
         yield Processes(0, 1, device, None)
         return
-    store = _join(device, rank, world_size)
-    processes = Processes(rank, world_size, device, store)
-    yield processes
+    processes = _join(device, rank, world_size)
+    try:
+        yield processes
+    except (KeyboardInterrupt, Terminated):
+        processes.report_stop()
+        raise
     if not processes.failed:  # a broken group might wait for the ranks that are gone
         dist.destroy_process_group()
 
@@ -158,14 +199,18 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _join(device: torch.device, rank: int, world_size: int) -> dist.Store:
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+def _join(device: torch.device, rank: int, world_size: int) -> Processes:
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"the variable WORLD_SIZE is {world_size}, but {missing[0]} is not set: start the processes with torchrun, "
+            "which sets all of them, or unset WORLD_SIZE for one process"
+        )
     timeout = _group_timeout()
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"ssd300 attempt {attempt}", store)
+        store = dist.PrefixStore(f"ssd300 start {_count_start(store, rank, timeout)}", store)
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("group", store),
@@ -173,13 +218,34 @@ def _join(device: torch.device, rank: int, world_size: int) -> dist.Store:
             world_size=world_size,
             timeout=timeout,
         )
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        return Processes(rank, world_size, device, dist.PrefixStore("run", store))
+    except (ValueError, RuntimeError, LostRankError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"rank {rank} of {world_size} cannot join the others at {address} ({reason}): is another job on that "
-            "port? Choose one with the launcher's --master_port (or the MASTER_PORT variable)"
+            f"rank {rank} of {world_size} cannot join the others at {address} ({reason(error)}): is another job on "
+            "that port? Choose one with the launcher's --master_port (or the MASTER_PORT variable)"
         ) from error
-    return dist.PrefixStore("run", store)
+
+
+def _count_start(store: dist.Store, rank: int, timeout: timedelta) -> int:
+    """The number of this start of all ranks: a launcher that restarts them keeps the store and what stands in it.
+
+    Rank 0 counts on. Another rank takes the number with which no process of its rank has started before.
+    """
+    if rank == 0:
+        return store.add("ssd300 starts", 1)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        number = store.add("ssd300 starts", 0)
+        if number > 0 and store.add(f"ssd300 start {number} of rank {rank}", 1) == 1:
+            return number
+        time.sleep(POLL)
+    raise LostRankError(f"rank 0 has not started for {timeout.total_seconds():g} s")
+
+
+def reason(error: Exception) -> str:
+    """The one line of a library's message that says what happened, without the place in its source."""
+    return re.sub(r"^(\[[^\]]*\.\w+:\d+\]\s*)+", "", str(error).splitlines()[0] if str(error) else repr(error))
 
 
 def _group_timeout() -> timedelta:
@@ -211,13 +277,14 @@ class StopNotice:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """SIGTERM is only noted inside; a note that was not acted on raises Terminated at the end."""
+        """SIGTERM is only noted inside; at the end any rank's note that was not acted on raises Terminated on all."""
         self._deferred = True
         try:
             yield
+            stop = self.processes.maximum(int(self.received))
         finally:
             self._deferred = False
-        if self.received:
+        if stop or self.received:
             raise Terminated
 
     def agreed(self) -> bool:

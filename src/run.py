@@ -17,6 +17,7 @@ from .report import NullReport, Report
 from .train import Schedule, Trainer, train_epoch
 
 LAST, BEST = "last.pt", "best.pt"
+TRAINING_DATA = "the training data"  # one of the settings
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Position:
 
     epoch: int = 0  # the one it is in
     within: int = 0  # iterations done in that epoch
+    length: int = 0  # iterations of an epoch
     iteration: int = 0  # iterations done since the run's start
     best_map: float | None = None
     last_map: float | None = None
@@ -67,6 +69,7 @@ class Run:
         self.evaluation_epochs = frozenset(evaluation_epochs)
         self.identity = identity
         self.position = position
+        position.length = len(loader)
         self.output = output
         self.processes = processes
         self.stop = stop
@@ -85,15 +88,23 @@ class Run:
         Raises TrainingBreakdownError, or Terminated after SIGTERM; the checkpoint then says where to go on.
         """
         while self.position.epoch < epochs:
+            evaluated = self.position.epoch in self.evaluation_epochs
             with self.stop.deferred():
                 if self._train_epoch():
                     raise Terminated
-            improved = self.position.epoch in self.evaluation_epochs and self._evaluate()
-            self.position.epoch, self.position.within = self.position.epoch + 1, 0
-            with self.stop.deferred():
-                if improved:  # before last.pt, which knows of it
-                    self._save(BEST)
-                self._save(LAST)
+                if not evaluated:
+                    self._end_epoch(improved=False)
+            if evaluated:
+                improved = self._evaluate()
+                with self.stop.deferred():
+                    self._end_epoch(improved)
+
+    def _end_epoch(self, improved: bool) -> None:
+        """Moves on to the next epoch and saves; the best network too where it has improved."""
+        self.position.epoch, self.position.within = self.position.epoch + 1, 0
+        if improved:  # before last.pt, which knows of it
+            self._save(BEST)
+        self._save(LAST)
 
     def _train_epoch(self) -> bool:
         """Trains to the end of the epoch; True where a scheduler's notice ended it before."""
@@ -117,7 +128,7 @@ class Run:
         position.within = result.iterations
         self.images += result.images
         self.seconds += result.seconds
-        if not result.stopped:
+        if position.within == position.length:
             self.report.end_epoch(
                 epoch=epoch,
                 seconds=result.seconds,
@@ -195,21 +206,30 @@ def different_categories(state: dict, identity: Identity) -> str:
     """The first label at which the categories of a checkpoint and of the data part."""
     pairs = zip_longest(state["categories"], identity.categories)
     label, (there, here) = next((k, pair) for k, pair in enumerate(pairs, 1) if pair[0] != pair[1])
-    return f"label {label} is {there} there and {here} here (id, name)"
+    there, here = (f"{entry[1]!r} (id {entry[0]})" if entry else "none" for entry in (there, here))
+    return f"label {label} is {there} there and {here} here"
 
 
 def changed_settings(state: dict, identity: Identity) -> list[str]:
     """The settings that differ from those a checkpoint was written under, as "name (old -> new)"."""
+    before = state["settings"]
+    changed = [name for name, value in identity.settings.items() if before.get(name) != value]
     return [
-        f"{name} ({state['settings'].get(name)} -> {value})"
-        for name, value in identity.settings.items()
-        if state["settings"].get(name) != value
+        name if name == TRAINING_DATA else f"{name} ({before.get(name)} -> {identity.settings[name]})"
+        for name in changed
     ]
 
 
-def restore_position(state: dict, schedule: Schedule) -> Position:
-    """The position that a checkpoint holds; inside an epoch it is counted in this run's iterations."""
+def restore_position(state: dict, schedule: Schedule, length: int) -> Position:
+    """The position that a checkpoint holds, counted in this run's iterations, `length` of them an epoch.
+
+    Where iterations have other images now, inside an epoch stays inside one.
+    """
     position = Position(**{name: state[name] for name in Position.__dataclass_fields__})
-    old_images = state["settings"]["--batch-size"] * state["settings"]["the number of processes"]
-    position.within = position.within * old_images // schedule.images
+    if position.within == position.length:
+        position.within = length
+    elif position.within:
+        old_images = state["settings"]["--batch-size"] * state["settings"]["the number of processes"]
+        position.within = min(max(1, position.within * old_images // schedule.images), length - 1)
+    position.length = length
     return position
