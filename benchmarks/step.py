@@ -1,9 +1,8 @@
-"""The training step beside the plain network, and a whole run beside the bare step: `python -m benchmarks.step`.
+"""The training step beside the plain network, and a whole run beside the bare step: `python -m benchmarks step run`.
 
 The yardstick of the step is the same network in float32 with channels first, in the same run.
 """
 
-import argparse
 import statistics
 import tempfile
 from itertools import repeat
@@ -19,14 +18,12 @@ from src.distributed import Processes, StopNotice
 from src.half import half_is_fast
 from src.model import SSD300
 from src.report import Report
-from src.sample import draw_dataset
 from src.train import Schedule, Trainer, make_optimizer, train_epoch
 
 BATCH = 8
 STEPS = 3  # of each kind, ResNet-50 on a CPU takes seconds for one
 GOAL_FLOAT32, GOAL_HALF, GOAL_WHOLE = 1.2, 2.4, 0.95
 LABELS = 81
-ITERATIONS = 30  # of the whole run
 TRIALS = 3  # of the whole run, in turns with the bare step
 
 
@@ -54,24 +51,26 @@ def run(device: torch.device | None = None, *, backbone: str = "resnet50", batch
     return rows
 
 
-def whole_run(data: Path, device: torch.device | None = None, *, backbone: str = "resnet18") -> list[dict]:
+def whole_run(
+    data: Path, device: torch.device | None = None, *, backbone: str = "resnet18", batch_size: int = BATCH
+) -> list[dict]:
     """A row for each pipeline: an epoch of a run beside as many bare steps on random input, taken in turns."""
     device = device or torch.device("cpu")
     annotations = read_annotations(data / "annotations" / "instances_train2017.json", data / "train2017")
     labels = len(annotations.categories) + 1
     trainer = make_trainer(backbone, device, half=half_is_fast(device), labels=labels)
-    noise = random_batch(BATCH, labels, device=device, dtype=torch.float32)
+    noise = random_batch(batch_size, labels, device=device, dtype=torch.float32)
     rows = []
     for pipeline in ("no_dali", "dali"):
         loader = make_train_loader(
-            pipeline, annotations, batch_size=BATCH, num_workers=2, device=device, half=trainer.half, seed=0
+            pipeline, annotations, batch_size=batch_size, num_workers=2, device=device, half=trainer.half, seed=0
         )
         whole, bare = [], []
         for epoch in range(TRIALS + 1):
             loader.set_epoch(epoch)
-            whole.append(_epoch_speed(trainer, loader, epoch))
+            whole.append(_epoch_speed(trainer, loader, epoch, batch_size))
             steps = [noise] * len(loader)
-            bare.append(_epoch_speed(trainer, steps, epoch))
+            bare.append(_epoch_speed(trainer, steps, epoch, batch_size))
         loader.close()
         name = f"whole run beside the bare step, {pipeline}, {backbone}"
         # the first trial starts workers and warms caches
@@ -79,9 +78,9 @@ def whole_run(data: Path, device: torch.device | None = None, *, backbone: str =
     return rows
 
 
-def _epoch_speed(trainer: Trainer, batches, epoch: int) -> float:
+def _epoch_speed(trainer: Trainer, batches, epoch: int, batch_size: int) -> float:
     """Images a second of one epoch as a run does it, with logging."""
-    schedule = Schedule(base=1e-4, images=BATCH, warmup=0, multistep=())
+    schedule = Schedule(base=1e-4, images=batch_size, warmup=0, multistep=())
     stop = StopNotice(trainer.breakdown.processes)
     with tempfile.TemporaryDirectory() as folder, open("/dev/null", "w") as nowhere:
         report = Report(Path(folder), append=False, stream=nowhere)
@@ -103,21 +102,3 @@ def row(name: str, ours: float, yardstick: float, goal: float | None) -> dict:
         "goal": goal,
         "met": None if goal is None else ratio >= goal,
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=None, help="a folder in the COCO 2017 layout; drawn if left out")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        data = args.data
-        if data is None:
-            data = Path(folder, "data")
-            draw_dataset(data, images=64, val_images=1, seed=0)
-        for entry in [*run(), *whole_run(data)]:
-            print(f"{entry['name']}: {entry['ours']:.2f}  yardstick {entry['yardstick']:.2f}  ratio {entry['ratio']:.2f}"
-                  f"  goal {entry['goal']}")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,88 @@
+"""All benchmarks in one table: `python -m benchmarks [NAME ...] [--data DIR] [--gpu] [--json FILE]`.
+
+Each figure stands beside a yardstick that was measured in the same run, since machines differ and their speed drifts:
+what counts is the ratio.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from src.sample import draw_dataset
+
+from . import annotations, evaluation, loaders, step
+
+DRAWN_IMAGES = 256  # where no --data is given
+GPU_BATCH = 128
+
+
+def cpu_benchmarks(data: Path) -> dict[str, Callable[[], list[dict]]]:
+    """What can be run, by name."""
+    return {
+        "loaders": lambda: loaders.run(data),
+        "step": step.run,
+        "run": lambda: step.whole_run(data),
+        "evaluation": evaluation.run,
+        "annotations": annotations.run,
+    }
+
+
+def gpu_benchmarks(data: Path) -> dict[str, Callable[[], list[dict]]]:
+    cuda = torch.device("cuda")
+    return {
+        "step": lambda: step.run(cuda, batch_size=GPU_BATCH),
+        "run": lambda: step.whole_run(data, cuda, backbone="resnet50", batch_size=GPU_BATCH),
+        "evaluation": lambda: evaluation.run(device=cuda),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The rows with columns for ours, yardstick, ratio, goal and whether it is met."""
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"{'':{width}}  {'ours':>9}  {'yardstick':>9}  {'ratio':>6}  {'goal':>6}"]
+    for row in rows:
+        cells = [_cell(row["ours"], 9, 2), _cell(row["yardstick"], 9, 2), _cell(row["ratio"], 6, 3)]
+        verdict = "" if row["goal"] is None else f"{row['goal']:6g}  {'met' if row['met'] else 'NOT MET'}"
+        lines.append("  ".join([f"{row['name']:{width}}", *cells, verdict]).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, width: int, decimals: int) -> str:
+    return " " * width if value is None else f"{value:{width}.{decimals}f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what is asked for; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="loaders, step, run, evaluation, annotations; all")
+    parser.add_argument("--data", type=Path, default=None, help="a folder in the COCO 2017 layout; drawn if left out")
+    parser.add_argument("--gpu", action="store_true", help="the CUDA set: step, run, evaluation")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the rows there, too")
+    args = parser.parse_args(argv)
+    if args.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: there is no GPU here")
+    with tempfile.TemporaryDirectory() as folder:
+        data = args.data or Path(folder, "data")
+        if args.data is None:
+            draw_dataset(data, images=DRAWN_IMAGES, val_images=1, seed=0)
+        chosen = gpu_benchmarks(data) if args.gpu else cpu_benchmarks(data)
+        unknown = set(args.names) - set(chosen)
+        if unknown:
+            parser.error(f"no benchmark named {sorted(unknown)[0]!r}: there are {', '.join(chosen)}")
+        rows = []
+        for name in args.names or chosen:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            rows += chosen[name]()
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
