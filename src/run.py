@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from .distributed import Processes, StopNotice, Terminated
 from .errors import UserError
 from .report import NullReport, Report
 from .train import Schedule, Trainer, train_epoch
+from .weights import first_difference
 
 LAST, BEST = "last.pt", "best.pt"
 TRAINING_DATA = "the training data"  # one of the settings
@@ -181,9 +181,12 @@ def read_run(path: Path, identity: Identity) -> dict:
     if state["backbone"] != identity.backbone:
         raise UserError(f"{path}: is a run of --backbone {state['backbone']}, not {identity.backbone}")
     if state["categories"] != identity.categories:
+        there, here = (
+            [f"{name!r} (id {id})" for id, name in side] for side in (state["categories"], identity.categories)
+        )
         raise UserError(
-            f"{path}: is a run on other categories than the data's: {different_categories(state, identity)}; "
-            f"to train these from its weights use --checkpoint {path}"
+            f"{path}: is a run on other categories than the data's ({first_difference(there, here)}): to train these "
+            f"from its weights use --checkpoint {path}"
         )
     return state
 
@@ -200,14 +203,6 @@ def digest(annotations: Annotations) -> str:
     ):
         content.update(np.ascontiguousarray(array))
     return content.hexdigest()
-
-
-def different_categories(state: dict, identity: Identity) -> str:
-    """The first label at which the categories of a checkpoint and of the data part."""
-    pairs = zip_longest(state["categories"], identity.categories)
-    label, (there, here) = next((k, pair) for k, pair in enumerate(pairs, 1) if pair[0] != pair[1])
-    there, here = (f"{entry[1]!r} (id {entry[0]})" if entry else "none" for entry in (there, here))
-    return f"label {label} is {there} there and {here} here"
 
 
 def changed_settings(state: dict, identity: Identity) -> list[str]:
