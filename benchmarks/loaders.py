@@ -44,6 +44,7 @@ class DecodedImages(Dataset):
 
 def run(data: Path, *, batches: int = BATCHES, repeats: int = REPEATS) -> list[dict]:
     """Rows name, ours and yardstick (images a second, medians), ratio, goal (least ratio, or None), met."""
+    torch.set_num_threads(1)  # in this process: the cores are the workers' and DALI's, as they are beside a GPU
     annotations = read_annotations(data / "annotations" / "instances_train2017.json", data / "train2017")
     rows = []
     for workers in WORKERS:

@@ -21,7 +21,8 @@ except Exception as error:  # absent, no wheel for this system, or a library tha
     raise UserError(f"DALI cannot be used here ({str(error).splitlines()[0]}): use --data_pipeline no_dali") from None
 
 PREFETCH = 2  # batches prepared ahead
-OUTPUTS = ("images", "boxes", "labels", "ids", "sizes")  # what training takes of the graph
+COLOUR = {"brightness": ssd.BRIGHTNESS, "contrast": ssd.CONTRAST, "saturation": ssd.SATURATION, "hue": ssd.HUE}
+OUTPUTS = ("images", "boxes", "labels", "ids", "sizes")  # what training takes of the graph; colours are not clipped
 
 
 class Settings(NamedTuple):
@@ -85,8 +86,9 @@ def training_graph(settings: Settings, annotation_file: Path, image_folder: Path
         nodes |= {"anchor": anchor, "shape": shape, "flip": flip}
     nodes["resized"] = images = decode_and_resize(files, anchor, shape, on_gpu=on_gpu)
     if settings.augment:
-        ranges = (ssd.BRIGHTNESS, ssd.CONTRAST, ssd.SATURATION, ssd.HUE)
-        images = change_colour(images, *(fn.random.uniform(range=limits) for limits in ranges))
+        colour = {name: fn.random.uniform(range=limits) for name, limits in COLOUR.items()}
+        images = change_colour(images, **colour)
+        nodes |= colour
     nodes["images"] = normalise(images, flip, half=settings.half)
     nodes |= {"true_boxes": boxes, "true_labels": labels}
     nodes["boxes"], nodes["labels"] = match_default_boxes(boxes, labels, on_gpu=on_gpu)
@@ -144,13 +146,12 @@ def decode_and_resize(files, anchor, shape, *, on_gpu: bool):
 
 
 def change_colour(images, brightness, contrast, saturation, hue):
-    """`augment.colour_matrix` applied and clipped to 0..255; HWC uint8 in, float out, hue in degrees.
+    """`augment.colour_matrix` applied, not yet clipped to 0..255; HWC uint8 in, float out, hue in degrees.
 
     The contrast's centre is 128 for uint8 alone; for float it would be 0.5.
     """
     factors = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
-    images = fn.color_twist(images, **factors, dtype=types.FLOAT)
-    return math.max(math.min(images, 255.0), 0.0)  # on a CPU faster than clamp, and than rounding to bytes
+    return fn.color_twist(images, **factors, dtype=types.FLOAT)
 
 
 def normalise(images, flip, *, half: bool = False):

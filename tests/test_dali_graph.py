@@ -152,7 +152,7 @@ def test_colour_is_the_other_pipelines_formula(parameters, device):
 
     (changed,) = run(graph, 1, device)
     matrix = colour_matrix(*parameters)
-    expected = np.clip(picture @ matrix[:, :3].T + matrix[:, 3], 0, 255)
+    expected = picture @ matrix[:, :3].T + matrix[:, 3]
     assert np.abs(changed[0].numpy() - expected).mean() < 0.5  # both round YIQ's coefficients, each in its own way
 
 

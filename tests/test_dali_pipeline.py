@@ -13,6 +13,8 @@ from PIL import Image
 pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
 
 from src import dali_pipeline
+from src.augment import colour_matrix
+from src.dali_graph import OUTPUTS
 from src.errors import DataError, UserError
 from src.torch_pipeline import TorchTrainLoader
 
@@ -110,6 +112,27 @@ def test_photographs_without_augmentation_are_the_other_pipelines(coco128):
         # boxes differ by 1e-8, which decides between default boxes that overlap one equally but for that
         assert (ours_labels != theirs_labels).sum() <= 4
         assert torch.equal(ours_labels.bincount(), theirs_labels.bincount())
+
+
+def test_colours_are_changed_by_the_formula_and_clipped_once(coco128):
+    train_loader = loader(read(coco128), batch_size=32)
+    steps = ("resized", "flip", "brightness", "contrast", "saturation", "hue")
+    pipeline = train_loader.build((*OUTPUTS, *steps))  # the same operators, and so the same draws
+    resized, flips, *factors = (output.as_array() for output in pipeline.run()[len(OUTPUTS) :])
+    train_loader.set_epoch(0)
+    images = next(iter(train_loader)).images
+    assert 0 < flips.sum() < 32
+    clipped = 0
+    for number, image in enumerate(images):
+        matrix = colour_matrix(*(float(factor[number]) for factor in factors))
+        changed = resized[number] @ matrix[:, :3].T + matrix[:, 3]
+        expected = torch.from_numpy(changed.clip(0, 255)).permute(2, 0, 1)
+        expected = expected.flip(2) if flips[number] else expected
+        found = image * DEVIATION + MEAN
+        assert (found - expected).abs().mean() < 1
+        assert found.min() > -0.01 and found.max() < 255.01
+        clipped += (changed < 0).sum() + (changed > 255).sum()
+    assert clipped > 10000
 
 
 @pytest.mark.gpu
