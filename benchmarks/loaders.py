@@ -44,7 +44,6 @@ class DecodedImages(Dataset):
 
 def run(data: Path, *, batches: int = BATCHES, repeats: int = REPEATS) -> list[dict]:
     """Rows name, ours and yardstick (images a second, medians), ratio, goal (least ratio, or None), met."""
-    torch.set_num_threads(1)  # in this process: the cores are the workers' and DALI's, as they are beside a GPU
     annotations = read_annotations(data / "annotations" / "instances_train2017.json", data / "train2017")
     rows = []
     for workers in WORKERS:
@@ -61,6 +60,8 @@ def run(data: Path, *, batches: int = BATCHES, repeats: int = REPEATS) -> list[d
 def measure(annotations: Annotations, workers: int, batches: int, repeats: int) -> dict[str, float]:
     """Images a second of both pipelines and both yardsticks, the median of measurements taken in turns."""
     with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # in this process: the cores are the workers' and DALI's, as they are beside a GPU
         advance = {
             "no_dali": torch_batches(annotations, workers, stack),
             "no_dali yardstick": decoded_batches(annotations, workers),
