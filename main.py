@@ -77,8 +77,8 @@ def fail(error: Exception, processes: Processes) -> int:
     if processes.report_failure():
         who = f"rank {processes.rank}: " if processes.world_size > 1 else ""
         if lost:
-            reason = distributed.reason(error)
-            print(f"main.py: error: {who}lost touch with another process ({reason})", file=sys.stderr)
+            other = f"rank {1 - processes.rank}" if processes.world_size == 2 else "another process"
+            print(f"main.py: error: {who}lost touch with {other} ({distributed.reason(error)})", file=sys.stderr)
         elif isinstance(error, (UserError, TrainingBreakdownError)):
             print(f"main.py: error: {who}{error}", file=sys.stderr)
         else:

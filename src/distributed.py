@@ -244,8 +244,9 @@ def _count_start(store: dist.Store, rank: int, timeout: timedelta) -> int:
 
 
 def reason(error: Exception) -> str:
-    """The one line of a library's message that says what happened, without the place in its source."""
-    return re.sub(r"^(\[[^\]]*\.\w+:\d+\]\s*)+", "", str(error).splitlines()[0] if str(error) else repr(error))
+    """The sentence of a library's message that says what happened, without the place in its source."""
+    line = (str(error).splitlines() or [repr(error)])[0]
+    return re.sub(r"^(\[[^\]]*\.\w+:\d+\]\s*)+", "", line).split(". ")[0].rstrip(".")
 
 
 def _group_timeout() -> timedelta:
