@@ -49,7 +49,8 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143  # exit sta
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; the exit status."""
-    args = parse_args(argv)
+    with distributed.telling_once():
+        args = parse_args(argv)
     jobs = {"training": train, "evaluation": score, "prediction": predict, "check": check, "benchmark": benchmark}
     try:
         with distributed.start(args.local_rank) as processes:

@@ -3,12 +3,13 @@
 One process without a launcher opens no port and no group: every method then works on that process alone.
 """
 
+import io
 import os
 import re
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -221,8 +222,9 @@ def _join(device: torch.device, rank: int, world_size: int) -> Processes:
         return Processes(rank, world_size, device, dist.PrefixStore("run", store))
     except (ValueError, RuntimeError, LostRankError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        why = "the address is already in use" if "EADDRINUSE" in str(error) else reason(error)
         raise UserError(
-            f"rank {rank} of {world_size} cannot join the others at {address} ({reason(error)}): is another job on "
+            f"rank {rank} of {world_size} cannot join the others at {address} ({why}): is another job on "
             "that port? Choose one with the launcher's --master_port (or the MASTER_PORT variable)"
         ) from error
 
@@ -250,7 +252,28 @@ def reason(error: Exception) -> str:
 
 
 def _group_timeout() -> timedelta:
-    return timedelta(seconds=float(os.environ.get(GROUP_TIMEOUT_VARIABLE, GROUP_TIMEOUT)))
+    text = os.environ.get(GROUP_TIMEOUT_VARIABLE, str(GROUP_TIMEOUT))
+    with suppress(ValueError):
+        if 0 < float(text) < WAIT_LIMIT:
+            return timedelta(seconds=float(text))
+    raise UserError(f"the variable {GROUP_TIMEOUT_VARIABLE} is {text!r}, not a number of seconds below {WAIT_LIMIT}")
+
+
+@contextmanager
+def telling_once() -> Iterator[None]:
+    """Inside, only the first process of a machine prints, where all would print the same.
+
+    An exit of the others is held back until it has, because a launcher ends all when one is gone.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        yield
+        return
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
+            yield
+        except SystemExit:
+            time.sleep(TELLING_LIMIT)
+            raise
 
 
 class Terminated(BaseException):
