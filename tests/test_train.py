@@ -13,9 +13,9 @@ CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU, None)
 
 
-def make_trainer(model, half=False) -> Trainer:
-    optimizer = make_optimizer(model, momentum=0.9, weight_decay=5e-4)
-    return Trainer(model, optimizer=optimizer, device=CPU, half=half, processes=ALONE)
+def make_trainer(model, half=False, device=CPU, weight_decay=5e-4) -> Trainer:
+    optimizer = make_optimizer(model, momentum=0.9, weight_decay=weight_decay)
+    return Trainer(model, optimizer=optimizer, device=device, half=half, processes=Processes(0, 1, device, None))
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50"])
@@ -27,6 +27,19 @@ def test_six_steps_follow_the_oracles_trajectory(oracle, backbone):
     batch = Batch(images().contiguous(memory_format=torch.channels_last), boxes, labels)
     losses = [sum(trainer.step(batch, rate)).item() for rate in expected["learning_rates"]]
     assert losses == pytest.approx(expected["losses"], rel=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("half", "tolerance"), [(False, 5e-3), (True, 5e-2)])
+def test_six_steps_on_a_gpu_follow_the_oracles_trajectory(oracle, half, tolerance):
+    cuda = torch.device("cuda")
+    expected = oracle("model")["resnet50"]["sgd"]
+    model = fill_weights(SSD300("resnet50", 81)).to(cuda, memory_format=torch.channels_last).train()
+    trainer = make_trainer(model, half, cuda)
+    _, _, boxes, labels = loss_inputs(21, [12, 40], oracle("default_boxes.npz")["xywh"])
+    batch = Batch(images().to(cuda, memory_format=torch.channels_last), boxes.to(cuda), labels.to(cuda))
+    losses = [sum(trainer.step(batch, rate)).item() for rate in expected["learning_rates"]]
+    assert losses == pytest.approx(expected["losses"], rel=tolerance)
 
 
 def test_warm_up_is_the_oracles_and_ends_at_the_full_rate(oracle):
@@ -67,9 +80,7 @@ def test_weight_decay_spares_biases_and_batch_norm():
 def test_a_batch_without_boxes_has_loss_zero_and_a_zero_gradient():
     model = SSD300("resnet18", 3).train()
     before = [parameter.clone() for parameter in model.parameters()]
-    trainer = Trainer(
-        model, optimizer=make_optimizer(model, momentum=0.9, weight_decay=0.0), device=CPU, half=False, processes=ALONE
-    )
+    trainer = make_trainer(model, weight_decay=0.0)
     boxes = trainer.criterion.defaults.expand(2, -1, -1)
     parts = trainer.step(Batch(images(), boxes, torch.zeros(2, 8732, dtype=torch.long)), 0.1)
     assert sum(parts).item() == 0
