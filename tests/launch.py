@@ -1,0 +1,72 @@
+"""Real processes on gloo, started through the launchers; and `python -m tests.launch`, main.py with a fault in one rank.
+
+The variable FAULT is "WHAT RANK STEP": what that rank does to itself before its training step of that number, counted
+from 0 since the process started; a signal's name or `raise`. A restarted rank has no fault.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).parents[1]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+LIMIT = 150  # seconds; a launch that takes longer hangs
+SMALL = ("--backbone", "resnet18", "--backbone-weights", "none", "--fp16", "--batch-size", "2", "--num-workers", "0")
+NO_DALI = ("--data_pipeline", "no_dali")
+
+
+def command(script: Sequence[str], *, processes: int = 2, launcher: Sequence[str] = TORCHRUN) -> list[str]:
+    """The command line that starts `script` ("main.py" or "-m", "tests.launch", with flags) through a launcher."""
+    return [sys.executable, *launcher, f"--nproc_per_node={processes}", *map(str, script)]
+
+
+@contextmanager
+def started(line: Sequence[str], **variables: str) -> Iterator[subprocess.Popen]:
+    """The running launcher, its text in pipes; in a session of its own. Nothing of it is left afterwards."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **variables}
+    process = subprocess.Popen(
+        list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=HERE
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(LIMIT)
+        process.stdout.close()
+        process.stderr.close()
+
+
+def launch(line: Sequence[str], **variables: str) -> subprocess.CompletedProcess:
+    """Starts and waits for the end; LIMIT is the proof that nothing hangs."""
+    with started(line, **variables) as process:
+        out, err = process.communicate(timeout=LIMIT)
+        return subprocess.CompletedProcess(line, process.returncode, out, err)
+
+
+def _with_fault(what: str, step: int) -> None:
+    from src.train import Trainer
+
+    train_step, steps = Trainer.step, iter(range(step + 1))
+
+    def faulty(*arguments):
+        if next(steps, None) == step:
+            if what == "raise":
+                raise KeyError("a mistake")
+            os.kill(os.getpid(), getattr(signal, what))
+        return train_step(*arguments)
+
+    Trainer.step = faulty
+
+
+if __name__ == "__main__":
+    from main import main
+
+    fault, rank, when = os.environ["FAULT"].split()
+    if os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        _with_fault(fault, int(when))
+    sys.exit(main())
