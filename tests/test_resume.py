@@ -1,96 +1,42 @@
 """Runs that are stopped and continued: main.py in this process, in two on gloo, and as a process of its own."""
 
-import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from torch import distributed as dist
 
 import main
-from src.loss import LossParts
-from src.train import Trainer
 
-from .datasets import annotation, write_coco
+from .stopped_runs import (
+    BOUNDARY,
+    FLAGS,
+    FULL_RATE,
+    INSIDE,
+    SETTINGS,
+    be_one_of_two,
+    flags,
+    free_ports,
+    idle_run,
+    losses,
+    records,
+    run,
+    run_and_stop,
+    same,
+    small,
+    state_of,
+)
 
 pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
 
-SETTINGS = [(pipeline, half) for pipeline in ("dali", "no_dali") for half in (False, True)]
-# The warm-up ends inside the second epoch, in which the rate is a tenth.
-FLAGS = ("--backbone", "resnet18", "--backbone-weights", "none", "-b", "2", "--num-workers", "0", "--lr", "0.16",
-         "--warmup", "4", "--multistep", "1", "--evaluation")  # fmt: skip
-FULL_RATE = 0.16 * 2 / 32  # for two images
-INSIDE, BOUNDARY = "inside.pt", "boundary.pt"  # checkpoints inside the first epoch and at its end
 HERE = Path(__file__).parents[1]
-
-
-def small(folder: Path, images: int, **options) -> Path:
-    boxes = [annotation(image, (5 * image, 20, 60, 50), 1 + image % 2) for image in range(1, images + 1)]
-    return write_coco(folder, boxes, images=images, **options)
-
-
-def flags(pipeline: str, half: bool) -> tuple[str, ...]:
-    return "--data_pipeline", pipeline, *(["--fp16"] if half else [])
-
-
-def run(data: Path, output: Path, *more: str, signalled_at: int | None = None) -> int:
-    """main.py on `data`, telling the loss of every iteration; SIGTERM comes in its n-th training step, if at all."""
-    step, steps = Trainer.step, iter(range(1, 100))
-
-    def signalled(*arguments):
-        if next(steps) == signalled_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
-
-    with mock.patch.object(Trainer, "step", signalled), mock.patch("src.train.LOG_INTERVAL", 1):
-        return main.main(["--data", str(data), "--output", str(output), "--epochs", "2", *FLAGS, *more])
-
-
-def run_and_stop(data: Path, folder: Path, stops: list[int | None], start: Callable) -> None:
-    """`folder/whole` is never stopped; `folder/stopped` is, in those steps since it started, and continued each time.
-
-    INSIDE and BOUNDARY in `folder` are its first two checkpoints.
-    """
-    assert start(data, folder / "whole") == main.DONE
-    names = iter([INSIDE, BOUNDARY])
-    for number, stop in enumerate(stops):
-        resumed = ["--resume"] if number else []
-        assert start(data, folder / "stopped", *resumed, signalled_at=stop) == (main.TERMINATED if stop else main.DONE)
-        shutil.copy(folder / "stopped" / "last.pt", folder / next(names, "later.pt"))
-
-
-def records(folder: Path, kind: str) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
-
-
-def losses(folder: Path) -> list[float]:
-    return [entry["loss"] for entry in records(folder, "iteration")]
-
-
-def state_of(folder: Path) -> dict:
-    return torch.load(folder / "last.pt")
-
-
-def same(one, other) -> bool:
-    """Whether two states are the same, tensors bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 def check_same(folder: Path, *, length: int, rates: list[float]) -> None:
@@ -154,36 +100,6 @@ def test_one_process_continues_bit_for_bit(runs, pipeline, half):
     assert [boundary[name] for name in ("epoch", "within", "iteration")] == [0, 2, 2]
 
 
-def be_one_of_two(rank: int, data: Path, folder: Path, ports: list[int]) -> None:
-    """All runs of two processes, one after another, as their launcher would start this one each time."""
-    torch.set_num_threads(1)
-    environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(environment)
-    numbers = iter(ports)
-
-    def start(data: Path, output: Path, *more: str, signalled_at: int | None = None) -> int:
-        os.environ["MASTER_PORT"] = str(next(numbers))
-        with mock.patch("main.load_backbone_weights", wraps=main.load_backbone_weights) as fetching:
-            status = run(data, output, *setting, *more, signalled_at=signalled_at if rank == 1 else None)
-        assert fetching.call_count == int(rank == 0 and "--resume" not in more)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return status
-
-    for pipeline, half in SETTINGS:
-        # In float32, which takes its time, one epoch.  Two processes agree on a stop an iteration later.
-        setting = (*flags(pipeline, half), *(() if half else ("--epochs", "1")))
-        run_and_stop(data, folder / f"{pipeline} {half}", [1, 1, None] if half else [1, None], start)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Path:
     """A folder with that of `run_and_stop` on two processes, SIGTERM coming to the second, for each of SETTINGS."""
@@ -205,10 +121,10 @@ def test_two_processes_continue_bit_for_bit(pair, pipeline, half):
 
 def test_sigterm_to_a_process_group_and_the_rest_by_another_process(runs, data, tmp_path):
     """With a worker process, which the signal must not end; the run that continues has none."""
-    line = [sys.executable, "main.py", "--data", data, "--output", tmp_path, "--epochs", "2", *FLAGS, "--fp16"]
+    line = [sys.executable, "main.py", "--data", data, "--output", tmp_path, "--epochs", "2", *FLAGS]
     process = subprocess.Popen(
-        [*map(str, line), "--data_pipeline", "no_dali", "--num-workers", "1"], cwd=HERE, start_new_session=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*map(str, line), *flags("no_dali", True), "--num-workers", "1"], cwd=HERE, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     for told in process.stdout:
         if told.startswith("Epoch:  0, Iteration: 0"):
@@ -224,21 +140,6 @@ def test_sigterm_to_a_process_group_and_the_rest_by_another_process(runs, data, 
 
 
 # --- other settings --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def idle() -> Iterator[mock.Mock]:
-    """Training steps that do nothing, to be counted."""
-    nothing = LossParts(torch.ones(()), torch.ones(()))
-    with mock.patch("src.train.Trainer.step", return_value=nothing) as step:
-        yield step
-
-
-def idle_run(data: Path, output: Path, *more: str) -> tuple[int, int]:
-    """Exit status of a run whose training steps do nothing, and how many there were."""
-    with idle() as step:
-        status = main.main(["--data", str(data), "--output", str(output), "--epochs", "2", *FLAGS, *more])
-        return status, step.call_count
 
 
 @pytest.mark.parametrize(("pipeline", "half"), [("dali", True), ("no_dali", False)])
@@ -311,10 +212,10 @@ def test_inside_an_epoch_dali_wants_its_own_settings_and_leaves_the_run_as_it_is
     shutil.copy(runs(before, True) / INSIDE, tmp_path / "last.pt")
     (tmp_path / "metrics.jsonl").write_text('{"kind": "iteration", "epoch": 5, "iteration": 99}\n')
     content = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    batch_size = "4" if before == "dali" else "2"  # of 4: a single iteration an epoch
+    batch_size = "3" if before == "dali" else "2"
     line = refused(capsys, data, tmp_path, "-b", batch_size, "--resume", "--fp16")
     assert "cannot continue inside epoch 0" in line
-    assert ("batch size 2 (now 4)" if before == "dali" else "--data_pipeline no_dali") in line
+    assert ("batch size 2 (now 3)" if before == "dali" else "--data_pipeline no_dali") in line
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == content
 
 
@@ -384,12 +285,12 @@ def test_best_is_the_best_so_far_over_continuations_and_old_epochs_go(data, tmp_
 
 def test_a_full_disk_is_told_of_in_one_line_and_the_old_checkpoint_stays(runs, data, tmp_path, capsys):
     resource = pytest.importorskip("resource")
-    shutil.copy(runs("no_dali", True) / BOUNDARY, tmp_path / "last.pt")
+    shutil.copy(runs("no_dali", True) / INSIDE, tmp_path / "last.pt")
     before = state_of(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
-        assert idle_run(data, tmp_path, *flags("no_dali", True), "--resume") == (main.BAD_INPUT, 2)
+        assert idle_run(data, tmp_path, *flags("no_dali", True), "--resume") == (main.BAD_INPUT, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (line,) = capsys.readouterr().err.splitlines()
