@@ -11,7 +11,7 @@ from PIL import Image
 
 from .coco import Annotations, Category, read_annotations
 from .errors import DataError
-from .torch_pipeline import read_image
+from .images import read_image
 
 CHUNK = 16  # pictures a thread takes at a time
 ORIENTATION_TAG = 0x0112  # EXIF 2.32, table 4

@@ -21,7 +21,7 @@ from .coco import Annotations, write_clean_file
 from .dali_graph import OUTPUTS, PREFETCH, Settings, dali, make_pipeline
 from .default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES
 from .errors import UserError
-from .torch_pipeline import read_image
+from .images import read_image
 
 
 class DaliTrainLoader:

@@ -4,6 +4,19 @@
 class UserError(Exception):
     """Bad flags, files or data; `main.py` prints the message as one line and exits with status 2."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class DataError(UserError):
     """A data set that cannot be trained on or scored as it is."""
+
+
+def printable(text: str) -> str:
+    r"""The text in one line that a terminal only shows: control characters and the like as escapes such as \n.
+
+    Names of files and categories are other people's, and may hold anything.
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

@@ -10,10 +10,10 @@ from .batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from .coco import Annotations, Category
 from .default_boxes import IMAGE_SIZE
 from .evaluate import Evaluation
+from .images import decode
 from .plots import Example, draw_batch, draw_detections, draw_precision_recall
 from .report import NullReport, Report
 from .scoring import Results, Scores, write_results
-from .torch_pipeline import decode
 
 EXAMPLES = 8  # validation images in detections.png
 RECALLS = np.linspace(0, 1, 101)  # COCO's

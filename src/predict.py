@@ -16,10 +16,10 @@ from .coco import Category
 from .default_boxes import default_boxes
 from .errors import UserError
 from .evaluate import Detections, detect, evaluating, finite_boxes
+from .images import decode, resizer
 from .plots import draw_prediction
 from .report import NullReport
 from .scoring import DECIMALS, write_list
-from .torch_pipeline import decode, resizer
 from .train import autocast
 
 SUFFIXES = (".gif", ".jpeg", ".jpg", ".png", ".webp")  # of the images that torchvision decodes
@@ -105,7 +105,6 @@ def _batches(images: Sequence[Path], batch_size: int) -> Iterator[tuple[int, lis
 def _read(path: Path) -> tuple[Tensor, Tensor]:
     """The image as it is [3, H, W] and for the network [3, 300, 300], uint8."""
     image = decode(path)
-    image = image if image.dim() == 3 else image[0]  # the first picture of a film
     return image, resizer()(image)
 
 

@@ -7,7 +7,8 @@ from src.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from src.coco import read_annotations
 from src.default_boxes import NUM_DEFAULT_BOXES, default_boxes
 from src.errors import DataError
-from src.torch_pipeline import EpochSampler, EvaluationLoader, TorchTrainLoader, decode
+from src.images import decode
+from src.torch_pipeline import EpochSampler, EvaluationLoader, TorchTrainLoader
 from tests.datasets import annotation, write_coco
 
 CPU = torch.device("cpu")
