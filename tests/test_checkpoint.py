@@ -56,7 +56,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 
 NUMBERS = 200_000  # of a checkpoint that is killed: writing it takes some milliseconds
-KILLS = 100
+KILLS = 60
 
 
 def kill_writers(path: Path, connection) -> None:
@@ -71,7 +71,7 @@ def kill_writers(path: Path, connection) -> None:
         while writer == 0:
             for state in states:
                 save_checkpoint(path, state)
-        time.sleep(chance.uniform(0, 0.02))
+        time.sleep(chance.uniform(0, 0.05))
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
         weights = load_checkpoint(path)["model"]
