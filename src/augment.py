@@ -77,7 +77,7 @@ class RandomWindowCrop(v2.Transform):
 
 
 def draw_window(boxes: Tensor, width: int, height: int) -> tuple[tuple[int, int, int, int] | None, Tensor | None]:
-    """A random window (left, top, right, bottom) in pixels with a mask [G] of the boxes it keeps; (None, None): no crop.
+    """A random window (left, top, right, bottom) in pixels and the boxes it keeps, [G] bool; (None, None): no crop.
 
     boxes [G, 4] ltrb in pixels.  A condition is picked, one window tried for it, and another picked until one fits.
     """

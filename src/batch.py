@@ -1,6 +1,6 @@
 """A training batch, and the half of its making that works on a whole batch at once, on the device.
 
-Shapes: N images, A = 8,732 default boxes, G ground-truth boxes of the fullest image.
+Shapes: N images, A = 8,732 default boxes, T ground-truth boxes of all images.
 """
 
 from typing import NamedTuple
@@ -28,9 +28,9 @@ class HostBatch(NamedTuple):
 
     images: Tensor  # [N, 3, 300, 300] uint8
     colour: Tensor  # [N, 3, 4] float32, one affine map of RGB in 0..255 an image
-    boxes: Tensor  # [N, G, 4] float32 ltrb in 0..1, zeros beyond counts
-    labels: Tensor  # [N, G] int64, 1..K
-    counts: Tensor  # [N] int64, boxes of each image
+    boxes: Tensor  # [T, 4] float32 ltrb in 0..1, of all images
+    labels: Tensor  # [T] int64, 1..K
+    owners: Tensor  # [T] int64: the image that each box belongs to
 
 
 class BatchMaker(nn.Module):
@@ -46,35 +46,37 @@ class BatchMaker(nn.Module):
     @torch.no_grad()
     def forward(self, host: HostBatch) -> Batch:
         host = HostBatch(*(part.to(self.defaults.device, non_blocking=True) for part in host))
-        images = normalise(change_colour(host.images, host.colour), self.dtype)
-        boxes, labels = self.targets(host.boxes, host.labels, host.counts)
-        return Batch(images, boxes, labels)
+        images = torch.empty_like(host.images, dtype=self.dtype, memory_format=torch.channels_last)
+        # A CPU's cache holds the planes of one image; a GPU wants all at once.
+        chunk = 1 if images.device.type == "cpu" else len(images)
+        for done, raw, colour in zip(*(x.split(chunk) for x in (images, host.images, host.colour)), strict=True):
+            done.copy_(coloured(raw, colour))
+        return Batch(images, *self.targets(host.boxes, host.labels, host.owners, len(images)))
 
-    def targets(self, boxes: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes [N, A, 4] cxcywh and labels [N, A] for every default box, from padded ground truth as in HostBatch."""
-        index = match(boxes, counts, self.defaults_ltrb)  # [N, A]
-        if boxes.shape[1] == 0:
-            return self.defaults.expand(len(boxes), -1, -1), torch.zeros_like(index)
-        background = index < 0
-        index = index.clamp(min=0)
-        centred = box_convert(boxes, "xyxy", "cxcywh")
-        matched = centred.gather(1, index[..., None].expand(-1, -1, 4))
-        matched = torch.where(background[..., None], self.defaults, matched)
-        return matched, labels.gather(1, index).masked_fill(background, 0)
+    def targets(self, boxes: Tensor, labels: Tensor, owners: Tensor, images: int) -> tuple[Tensor, Tensor]:
+        """Boxes [N, A, 4] cxcywh and labels [N, A] for every default box, from the ground truth of N images."""
+        index = match(boxes, owners, images, self.defaults_ltrb)  # [N, A]
+        # A place more, for what is matched to nothing: index -1 is the last.
+        boxes = torch.cat((box_convert(boxes, "xyxy", "cxcywh"), boxes.new_zeros(1, 4)))
+        labels = torch.cat((labels, labels.new_zeros(1)))[index]
+        return torch.where((index < 0)[..., None], self.defaults, boxes[index]), labels
 
 
-def change_colour(images: Tensor, colour: Tensor) -> Tensor:
-    """Applies one affine map of RGB an image and clips to 0..255, once; [N, 3, H, W] float32.
+def coloured(images: Tensor, colour: Tensor) -> Tensor:
+    """Images after the colour step, normalised with ImageNet's mean and deviation; [N, 3, H, W] float32.
 
-    images [N, 3, H, W] in 0..255; colour [N, 3, 4].
+    images [N, 3, H, W] in 0..255; colour [N, 3, 4]: an affine map of RGB, whose results are clipped to 0..255, once.
+    Both steps are one affine map here, and 0 and 255 are clipped to where normalisation takes them.
     """
     red, green, blue = images.float().unbind(dim=1)  # [N, H, W] each
-    changed = torch.empty_like(images, dtype=torch.float32)
-    for channel, weights in enumerate(colour.unbind(dim=1)):
-        of_red, of_green, of_blue, offset = weights[..., None, None].unbind(dim=1)  # [N, 1, 1] each
-        plane = torch.mul(red, of_red, out=changed[:, channel])
-        plane.addcmul_(green, of_green).addcmul_(blue, of_blue).add_(offset)
-    return changed.clamp_(0, 255)
+    result = torch.empty_like(images, dtype=torch.float32)
+    for channel, (mean, deviation) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)):
+        weights = colour[:, channel, :, None, None] / (255 * deviation)  # [N, 4, 1, 1]
+        of_red, of_green, of_blue, offset = weights.unbind(dim=1)
+        plane = torch.addcmul(offset - mean / deviation, red, of_red, out=result[:, channel])
+        plane.addcmul_(green, of_green).addcmul_(blue, of_blue)
+        plane.clamp_(-mean / deviation, (1 - mean) / deviation)
+    return result
 
 
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,6 +1,6 @@
 """The 8,732 default boxes of SSD300, ground truth matched to them, and box offsets encoded and decoded.
 
-Shapes: N images, A = 8,732 default boxes, G ground-truth boxes of the fullest image.
+Shapes: N images, A = 8,732 default boxes, T ground-truth boxes of all images.
 Source: Liu et al. 2016, "SSD: Single Shot MultiBox Detector", sections 2.1 (default boxes) and 2.2 (matching).
 """
 
@@ -19,6 +19,7 @@ ASPECT_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))  # beside 1; each als
 BOXES_PER_CELL = tuple(2 + 2 * len(ratios) for ratios in ASPECT_RATIOS)  # 4, 6, 6, 6, 4, 4
 NUM_DEFAULT_BOXES = sum(size * size * boxes for size, boxes in zip(FEATURE_SIZES, BOXES_PER_CELL, strict=True))
 MATCH_THRESHOLD = 0.5  # intersection over union above which a default box is matched
+BOXES_IN_CACHE = 16  # rows of A floats that stay in a CPU's second-level cache
 VARIANCES = (0.1, 0.2)  # of centre and size: the scale of the encoded offsets
 
 
@@ -49,40 +50,50 @@ def _shapes(k: int) -> list[tuple[float, float]]:
     return shapes
 
 
-def match(boxes: Tensor, counts: Tensor, defaults_ltrb: Tensor, threshold: float = MATCH_THRESHOLD) -> Tensor:
-    """Index of the ground-truth box matched to each default box, -1 for background; [N, A] int64.
+def match(
+    boxes: Tensor, owners: Tensor, images: int, defaults_ltrb: Tensor, threshold: float = MATCH_THRESHOLD
+) -> Tensor:
+    """Index of the ground-truth box matched to each default box of each image, -1 for background; [N, A] int64.
 
-    boxes [N, G, 4] ltrb in 0..1, of which the first counts[n] of image n are real (the rest must be zeros);
+    boxes [T, 4] ltrb in 0..1 of all images, owners [T] int64: the image that each belongs to, images: N;
     defaults_ltrb [A, 4].  A default box takes the box it overlaps most, if by more than `threshold`.  Each ground-truth
     box also claims the default box that overlaps it most (the first of equals); where several claim the same one,
     the last of them gets it.
     """
-    images, slots = boxes.shape[:2]
-    if slots == 0:
-        return torch.full((images, len(defaults_ltrb)), -1, device=boxes.device)
-    # Zero boxes overlap nothing, so the filling needs no mask until it would claim a default box.
-    overlap = _iou(boxes, defaults_ltrb)  # [N, G, A]
-    best_overlap, best_box = overlap.max(dim=1)  # [N, A]
-    matched = torch.where(best_overlap > threshold, best_box, -1)
-    slot = torch.arange(slots, device=boxes.device).expand(images, slots)
-    claimant = torch.where(slot < counts[:, None], slot, -1)
-    claims = torch.full_like(matched, -1).scatter_reduce_(1, overlap.argmax(dim=2), claimant, "amax")
+    total, places = len(boxes), len(defaults_ltrb)
+    background = torch.full((images, places), -1, device=boxes.device)
+    if total == 0:
+        return background
+    overlap = _iou(boxes, defaults_ltrb)  # [T, A]
+    number = torch.arange(total, dtype=torch.int32, device=boxes.device)
+    owner = owners[:, None].expand_as(overlap)  # [T, A]
+    best = overlap.new_zeros(images, places).scatter_reduce_(0, owner, overlap, "amax")  # [N, A]
+    numbers = torch.where(overlap == best[owners], number[:, None], total)  # [T, A]
+    first = number.new_full((images, places), total).scatter_reduce_(0, owner, numbers, "amin")  # [N, A], of equals
+    matched = torch.where(best > threshold, first, -1).long()
+    claimed = owners * places + overlap.argmax(dim=1)  # [T], in the flattened default boxes
+    claims = background.flatten().scatter_reduce(0, claimed, number.long(), "amax").view(images, places)
     return torch.where(claims >= 0, claims, matched)
 
 
 def _iou(boxes: Tensor, defaults_ltrb: Tensor) -> Tensor:
-    """IoU of boxes [N, G, 4] with default boxes [A, 4], ltrb; [N, G, A], equal to torchvision's box_iou bit for bit.
+    """IoU of boxes [T, 4] with default boxes [A, 4], ltrb; [T, A], equal to torchvision's box_iou bit for bit.
 
-    Matching is the costliest step of a batch on a CPU, and coordinate by coordinate it takes a quarter of box_iou's time.
+    Matching is the costliest step of a batch on a CPU.  Coordinate by coordinate, and as many boxes at a time as its
+    cache holds, this takes an eighth of box_iou's time.
     """
-    left, top, right, bottom = boxes[..., None].unbind(dim=2)  # [N, G, 1] each
     default_left, default_top, default_right, default_bottom = defaults_ltrb.t().contiguous()  # [A] each
-    width = (torch.minimum(right, default_right) - torch.maximum(left, default_left)).clamp_(min=0)
-    height = (torch.minimum(bottom, default_bottom) - torch.maximum(top, default_top)).clamp_(min=0)
-    intersection = width.mul_(height)
-    area = (right - left) * (bottom - top)
     default_area = (default_right - default_left) * (default_bottom - default_top)
-    return intersection / (area + default_area - intersection)
+    overlap = boxes.new_empty(len(boxes), len(defaults_ltrb))
+    chunk = BOXES_IN_CACHE if boxes.device.type == "cpu" else len(boxes)
+    for part, done in zip(boxes.split(chunk), overlap.split(chunk), strict=True):
+        left, top, right, bottom = part[..., None].unbind(dim=1)  # [chunk, 1] each
+        width = (torch.minimum(right, default_right) - torch.maximum(left, default_left)).clamp_(min=0)
+        height = (torch.minimum(bottom, default_bottom) - torch.maximum(top, default_top)).clamp_(min=0)
+        intersection = width.mul_(height)
+        area = (right - left) * (bottom - top)
+        torch.div(intersection, area + default_area - intersection, out=done)
+    return overlap
 
 
 def encode(boxes: Tensor, defaults: Tensor) -> Tensor:

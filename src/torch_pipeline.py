@@ -12,16 +12,13 @@ import shutil
 import signal
 import warnings
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Image
 
@@ -29,44 +26,11 @@ from .augment import FLIP_PROBABILITY, RandomWindowCrop, random_colour_matrix
 from .batch import Batch, BatchMaker, HostBatch, normalise
 from .coco import Annotations
 from .default_boxes import IMAGE_SIZE
-from .errors import DataError, UserError
+from .errors import UserError
+from .images import read_image, resizer
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # batches a worker prepares ahead
-
-
-def decode(path: Path) -> Tensor:
-    """The picture in a file; [3, H, W] uint8 RGB.  Its EXIF orientation is ignored.
-
-    Raises DataError, with the full path, for a file that is missing or that torchvision cannot decode.
-    """
-    try:
-        image = decode_image(read_file(str(path)), mode=ImageReadMode.RGB)
-    except RuntimeError as error:
-        reason = "no such file" if not path.exists() else str(error).splitlines()[0]
-        raise DataError(f"{path.absolute()}: cannot be read as an image ({reason})") from None
-    if image.dtype == torch.uint16:  # a 16-bit PNG
-        return (image.int() >> 8).byte()
-    return image
-
-
-@lru_cache
-def resizer() -> v2.Resize:
-    """Resizes to 300 x 300 by an antialiased triangular filter, as both pipelines do."""
-    return v2.Resize((IMAGE_SIZE, IMAGE_SIZE), antialias=True)
-
-
-def read_image(annotations: Annotations, index: int) -> Tensor:
-    """`decode` of an image of the annotation file, whose size must be the one given there."""
-    image = decode(annotations.image_path(index))
-    width, height = annotations.sizes[index]
-    if image.shape[1:] != (height, width):
-        raise DataError(
-            f"{annotations.image_path(index).absolute()}: the picture is {image.shape[2]} x {image.shape[1]}, but "
-            f"{annotations.path} says width {width}, height {height}: correct the entry of image "
-            f"{annotations.image_ids[index]}"
-        )
-    return image
 
 
 class Sample(NamedTuple):
@@ -146,17 +110,18 @@ def _sample_seed(seed: int, epoch: int, position: int) -> int:
 
 
 def collate_training(samples: list) -> HostBatch | UserError:
-    """Samples of TrainingSet as one HostBatch, boxes padded with zeros; the first error where there is one."""
+    """Samples of TrainingSet as one HostBatch; the first error where there is one."""
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
     images, colour, boxes, labels = zip(*samples, strict=True)
+    counts = torch.tensor([len(one) for one in labels])
     return HostBatch(
         images=_stack(images),
         colour=torch.stack(colour),
-        boxes=pad_sequence(boxes, batch_first=True),
-        labels=pad_sequence(labels, batch_first=True),
-        counts=torch.tensor([len(one) for one in labels]),
+        boxes=torch.cat(boxes),
+        labels=torch.cat(labels),
+        owners=torch.arange(len(samples)).repeat_interleave(counts),
     )
 
 

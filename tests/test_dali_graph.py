@@ -74,7 +74,7 @@ def test_matches_are_the_other_pipelines_on_random_boxes():
         sets.append((corners.reshape(-1, 4), rng.integers(1, 81, len(corners))))
     boxes, labels = matches(sets)
     for (truth, truth_labels), one_boxes, one_labels in zip(sets, boxes, labels, strict=True):
-        index = match(torch.from_numpy(truth)[None], torch.tensor([len(truth)]), default_boxes_ltrb())[0]
+        index = match(torch.from_numpy(truth), torch.zeros(len(truth), dtype=torch.long), 1, default_boxes_ltrb())[0]
         positive = index >= 0
         assert torch.equal(one_labels, torch.where(positive, torch.from_numpy(truth_labels)[index], 0))
         corners = torch.from_numpy(truth)[index[positive]]

@@ -31,16 +31,17 @@ def test_default_boxes_are_the_oracles(oracle):
 
 
 def assert_matches(cases: dict, batch_size: int) -> None:
-    """Matches the oracle's images in batches, so that boxes are padded, and compares indices, labels and boxes."""
+    """Matches the oracle's images in batches and compares indices, labels and boxes."""
     ids = [key.removesuffix("_boxes_ltrb") for key in cases if key.endswith("_boxes_ltrb")]
     assert len(ids) == 24
     for start in range(0, len(ids), batch_size):
         chosen = ids[start : start + batch_size]
         boxes = [torch.from_numpy(cases[f"{one}_boxes_ltrb"]) for one in chosen]
-        counts = torch.tensor([len(one) for one in boxes])
-        padded = torch.nn.utils.rnn.pad_sequence(boxes, batch_first=True)
-        for one, box, index in zip(chosen, boxes, match(padded, counts, default_boxes_ltrb()), strict=True):
+        owners = torch.cat([torch.full((len(one),), image) for image, one in enumerate(boxes)])
+        indices = match(torch.cat(boxes), owners, len(boxes), default_boxes_ltrb())
+        for image, (one, box, index) in enumerate(zip(chosen, boxes, indices, strict=True)):
             (positive,) = (index >= 0).numpy().nonzero()
+            index = index - sum(len(earlier) for earlier in boxes[:image])
             np.testing.assert_array_equal(positive, cases[f"{one}_pos"])
             np.testing.assert_array_equal(cases[f"{one}_labels"][index[positive]], cases[f"{one}_pos_labels"])
             centred = box_convert(box[index[positive]], "xyxy", "cxcywh")
@@ -58,14 +59,23 @@ def test_photographs_match_as_the_oracle_has_it(encode_oracle, batch_size):
 
 
 def test_match_without_any_box_is_background():
-    assert (match(torch.zeros(2, 0, 4), torch.zeros(2, dtype=torch.long), default_boxes_ltrb()) == -1).all()
-    assert (match(torch.zeros(2, 3, 4), torch.tensor([0, 0]), default_boxes_ltrb()) == -1).all()
+    none = match(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), 2, default_boxes_ltrb())
+    assert none.shape == (2, 8732)
+    assert (none == -1).all()
+
+
+def test_an_image_without_boxes_between_others_is_background():
+    boxes = random_boxes(2, seed=1)
+    index = match(boxes, torch.tensor([0, 2]), 3, default_boxes_ltrb())
+    assert set(index[0].tolist()) == {-1, 0}
+    assert set(index[1].tolist()) == {-1}
+    assert set(index[2].tolist()) == {-1, 1}
 
 
 def test_every_box_claims_its_best_default_box_and_the_last_claimant_gets_it():
     box = random_boxes(1, seed=3)
     twice = torch.cat((box, box))
-    index = match(twice[None], torch.tensor([2]), default_boxes_ltrb())[0]
+    index = match(twice, torch.zeros(2, dtype=torch.long), 1, default_boxes_ltrb())[0]
     best = box_iou(box, default_boxes_ltrb()).argmax()
     assert index[best] == 1
     assert set(index.tolist()) <= {-1, 0, 1}
@@ -75,7 +85,7 @@ def test_overlap_equals_torchvisions():
     from src.default_boxes import _iou
 
     boxes = random_boxes(40, seed=5)
-    assert torch.equal(_iou(boxes[None], default_boxes_ltrb())[0], box_iou(boxes, default_boxes_ltrb()))
+    assert torch.equal(_iou(boxes, default_boxes_ltrb()), box_iou(boxes, default_boxes_ltrb()))
 
 
 def test_decode_undoes_encode():
