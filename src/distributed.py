@@ -289,6 +289,7 @@ class StopNotice:
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self.received = False
+        self._over = False  # all ranks have agreed to stop
         self._deferred = False
         self._flag = torch.zeros((), dtype=torch.int32)
         self._work = None
@@ -309,6 +310,7 @@ class StopNotice:
         finally:
             self._deferred = False
         if stop or self.received:
+            self._over = True
             raise Terminated
 
     def agreed(self) -> bool:
@@ -326,8 +328,13 @@ class StopNotice:
             return self.processes.world_size == 1 and self.received
         self._work.wait()
         self._work = None
+        self._over = self._over or bool(self._flag)
         return bool(self._flag)
 
     def close(self) -> None:
-        """Gives SIGTERM back to whoever had it."""
-        signal.signal(signal.SIGTERM, self._previous)
+        """Gives SIGTERM back to whoever had it.
+
+        After an agreed stop it is ignored: a launcher sends it to all when one has ended, and each is to end by itself.
+        """
+        ignored = self._over and self.processes.world_size > 1
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if ignored else self._previous)

@@ -1,7 +1,8 @@
-"""Real processes on gloo, started through the launchers; and `python -m tests.launch`, main.py with a fault in one rank.
+"""Real processes on gloo, started through the launchers; and `-m tests.launch`, main.py with a fault in one rank.
 
 The variable FAULT is "WHAT RANK STEP": what that rank does to itself before its training step of that number, counted
-from 0 since the process started; a signal's name or `raise`. A restarted rank has no fault.
+from 0 since the process started; a signal's name or `raise`. "WHAT RANK STEP; WHAT RANK STEP": the second is for the
+first restart, and so on; then there is none.
 """
 
 import os
@@ -26,7 +27,7 @@ def command(script: Sequence[str], *, processes: int = 2, launcher: Sequence[str
 
 @contextmanager
 def started(line: Sequence[str], **variables: str) -> Iterator[subprocess.Popen]:
-    """The running launcher, its text in pipes; in a session of its own. Nothing of it is left afterwards."""
+    """The running launcher, its text in pipes; ended where it is still there afterwards."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **variables}
     process = subprocess.Popen(
         list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=HERE
@@ -66,7 +67,8 @@ def _with_fault(what: str, step: int) -> None:
 if __name__ == "__main__":
     from main import main
 
-    fault, rank, when = os.environ["FAULT"].split()
-    if os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        _with_fault(fault, int(when))
+    faults = dict(enumerate(os.environ["FAULT"].split(";")))
+    what, rank, step = faults.get(int(os.environ["TORCHELASTIC_RESTART_COUNT"]), "nothing -1 0").split()
+    if os.environ["RANK"] == rank:
+        _with_fault(what, int(step))
     sys.exit(main())

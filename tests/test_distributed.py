@@ -1,0 +1,245 @@
+"""Training, loaders and evaluation in real processes on gloo; process_checks.py is what they run."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src import distributed
+from src.distributed import Processes, StopNotice, Terminated
+from src.errors import UserError
+from src.flags import parse_args
+from src.loss import MultiBoxLoss
+from tests import process_checks
+from tests.launch import TORCHRUN, command, launch
+
+ALONE = Processes(0, 1, torch.device("cpu"), None)
+LAUNCHERS = {
+    2: ("-m", "torch.distributed.launch"),
+    3: TORCHRUN,
+}  # the former passes --local-rank=K, the latter does not
+
+
+@pytest.fixture(scope="module", params=LAUNCHERS, ids="{} processes".format)
+def launched(request, tmp_path_factory, oracle) -> tuple[Path, list[dict]]:
+    """The folder in which the processes worked, and what each reports."""
+    folder = tmp_path_factory.mktemp("processes")
+    process_checks.write_data(folder)
+    np.save(folder / "default_boxes.npy", oracle("default_boxes.npz")["xywh"])
+    script = ("-m", "tests.process_checks", "--data", folder)
+    done = launch(command(script, processes=request.param, launcher=LAUNCHERS[request.param]))
+    assert done.returncode == 0, done.stderr
+    return folder, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(request.param)]
+
+
+def test_every_process_knows_its_place(launched):
+    _, reports = launched
+    assert [report["world_size"] for report in reports] == [len(reports)] * len(reports)
+    passed = len(reports) in LAUNCHERS and LAUNCHERS[len(reports)] is not TORCHRUN
+    assert [report["local_rank"] for report in reports] == [rank * passed for rank in range(len(reports))]
+
+
+def steps_by_hand(default_boxes: np.ndarray) -> dict[str, torch.Tensor]:
+    """The weights after the steps of process_checks on the whole batch, by the formulas of SGD with momentum."""
+    network, batch = process_checks.small_network(), process_checks.step_batch(default_boxes)
+    rate = 2.6e-3 * process_checks.STEP_BATCH / 32
+    velocity = dict.fromkeys(dict(network.named_parameters()), 0)
+    for _ in range(process_checks.STEPS):
+        loss = MultiBoxLoss()(*network(batch.images), batch.boxes, batch.labels)
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        with torch.no_grad():
+            for (name, parameter), gradient in zip(network.named_parameters(), gradients, strict=True):
+                decay = 5e-4 if parameter.dim() > 1 else 0
+                velocity[name] = 0.9 * velocity[name] + gradient + decay * parameter
+                parameter -= rate * velocity[name]
+    return network.state_dict()
+
+
+def test_two_processes_take_the_steps_of_one_on_the_whole_batch(launched, oracle):
+    folder, reports = launched
+    if len(reports) != 2:
+        assert "weights" not in reports[0]  # 8 images are not shared among 3
+        return
+    assert reports[0]["weights"] == reports[1]["weights"]
+    start = process_checks.small_network().state_dict()
+    expected = steps_by_hand(oracle("default_boxes.npz")["xywh"])
+    for name, weights in torch.load(folder / "weights.pt").items():
+        moved = (expected[name] - start[name]).double()
+        assert (weights - expected[name]).double().norm() <= 1e-4 * moved.norm(), name
+        assert moved.any() or "running" in name or "tracked" in name, name
+
+
+@pytest.mark.parametrize("pipeline", ["dali", "no_dali"])
+@pytest.mark.parametrize("count", process_checks.SIZES)
+def test_every_process_does_as_many_iterations_and_together_they_see_every_image(launched, pipeline, count):
+    _, reports = launched
+    epochs = [
+        [report["images"][f"{pipeline} {count}"][epoch] for report in reports] for epoch in range(process_checks.EPOCHS)
+    ]
+    share = -(-count // len(reports))
+    places = -(-share // process_checks.BATCH) * process_checks.BATCH
+    for ranks in epochs:
+        assert [len(images) for images in ranks] == [places] * len(reports)
+        assert set().union(*ranks) == set(range(count))
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("pipeline", ["dali", "no_dali"])
+def test_processes_and_epochs_augment_the_same_image_each_in_its_own_way(launched, pipeline):
+    _, reports = launched
+    digests = [digest for report in reports for digest in report["augmented"][pipeline]]
+    assert len(digests) == len(reports) * process_checks.EPOCHS * process_checks.BATCH
+    assert len(set(digests)) == len(digests)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_evaluation_finds_on_any_number_of_processes_what_one_finds(launched, count):
+    """With 2 images, 3 processes are more than images; of the other 9 images one has no boxes."""
+    folder, reports = launched
+    annotations = process_checks.read(folder, count, "val")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = process_checks.evaluation(annotations, ALONE)
+    torch.set_num_threads(threads)
+    assert [report["figures"][str(count)] for report in reports] == [alone.scores.figures] * len(reports)
+    assert alone.scores.figures["AP50"] > 0
+    with np.load(folder / f"results-{count}.npz") as results:
+        assert results["image_ids"].dtype == np.int64
+        assert sorted(set(results["image_ids"])) == [process_checks.FIRST_ID + i for i in range(len(annotations))]
+        for name, array in alone.results._asdict().items():
+            assert np.array_equal(results[name], array), name
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def sockets() -> set[str]:
+    links = (path for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
+    return {target for target in (os.readlink(link) for link in links) if target.startswith("socket:")}
+
+
+def test_one_process_opens_no_port_and_no_group(no_launcher):
+    before = sockets()
+    with distributed.start(0) as processes:
+        assert (processes.rank, processes.world_size, processes.store) == (0, 1, None)
+        assert not torch.distributed.is_initialized()
+        assert sockets() == before
+        assert processes.gather("mine") == ["mine"]
+        assert processes.broadcast_object("mine") == "mine"
+        assert processes.maximum(3) == 3
+
+
+@pytest.mark.parametrize(("variable", "flag", "expected"), [("3", 1, 3), (None, 1, 1), ("0", 1, 0)])
+def test_the_variable_wins_over_the_flag(no_launcher, monkeypatch, variable, flag, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    if variable is not None:
+        monkeypatch.setenv("LOCAL_RANK", variable)
+    with distributed.start(flag) as processes:
+        assert processes.device == torch.device("cuda", expected)
+
+
+def test_more_processes_than_gpus_is_an_error(no_launcher, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="local rank 2 has no GPU: this machine has 2"), distributed.start(2):
+        pass
+
+
+def test_half_set_variables_of_a_launcher_are_an_error(no_launcher, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with (
+        pytest.raises(UserError, match="MASTER_ADDR is not set: start the processes with torchrun"),
+        distributed.start(0),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("limit", ["soon", "0", "-1", "inf", "nan", ""])
+def test_a_time_limit_that_is_none_is_an_error(no_launcher, monkeypatch, limit):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(distributed.GROUP_TIMEOUT_VARIABLE, limit)
+    with pytest.raises(UserError, match="SSD300_GROUP_TIMEOUT is"), distributed.start(0):
+        pass
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="another system may share ports")
+def test_a_taken_port_is_named(no_launcher, monkeypatch):
+    """Under a launcher that only sets variables; torchrun looks for a port itself."""
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UserError) as raised, distributed.start(0):
+            pass
+    assert f"rank 0 of 2 cannot join the others at localhost:{port} (the address is already in use)" in str(
+        raised.value
+    )
+    assert "--master_port" in str(raised.value)
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", "usage"), ("1", "")])
+def test_what_all_would_print_is_printed_by_the_first_of_a_machine(monkeypatch, capsys, rank, printed):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(distributed, "TELLING_LIMIT", 0)
+    with pytest.raises(SystemExit), distributed.telling_once():
+        parse_args(["--help"])
+    assert capsys.readouterr().out.startswith(printed)
+    with pytest.raises(SystemExit, match="2"), distributed.telling_once():
+        parse_args(["--no-such-flag"])
+    assert bool(capsys.readouterr().err) == (rank == "0")
+
+
+def test_a_librarys_message_is_cut_to_what_happened():
+    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [10.0.0.2]:37. This is"
+    assert distributed.reason(RuntimeError(gloo)) == "Connection closed by peer [10.0.0.2]:37"
+    assert distributed.reason(RuntimeError("Timed out.\nframe #0")) == "Timed out"
+    assert distributed.reason(RuntimeError()) == "RuntimeError()"
+
+
+@pytest.fixture
+def stop():
+    notice = StopNotice(ALONE)
+    yield notice
+    notice.close()
+
+
+def send_sigterm() -> None:
+    os.kill(os.getpid(), distributed.signal.SIGTERM)
+
+
+def test_sigterm_ends_what_is_not_to_be_finished(stop):
+    with pytest.raises(Terminated):
+        send_sigterm()
+
+
+def test_sigterm_waits_for_what_is_to_be_finished(stop):
+    finished = False
+    with pytest.raises(Terminated), stop.deferred():
+        send_sigterm()
+        assert stop.agreed()
+        finished = True
+    assert finished
+
+
+def test_an_error_inside_is_not_hidden_by_a_notice(stop):
+    with pytest.raises(ZeroDivisionError), stop.deferred():
+        send_sigterm()
+        raise ZeroDivisionError
+
+
+def test_the_signal_is_given_back():
+    before = distributed.signal.getsignal(distributed.signal.SIGTERM)
+    StopNotice(ALONE).close()
+    assert distributed.signal.getsignal(distributed.signal.SIGTERM) == before
