@@ -1,6 +1,7 @@
 """The weights that runs start from, and whole evaluations of checkpoints."""
 
 import contextlib
+import functools
 import io
 import json
 import signal
@@ -55,6 +56,12 @@ def small_state() -> dict:
     return SSD300("resnet18", 3).state_dict()
 
 
+@functools.cache
+def network(num_labels: int = 3) -> SSD300:
+    """A network with any weights."""
+    return SSD300("resnet18", num_labels)
+
+
 # --- the backbone ----------------------------------------------------------------------------------------------------
 
 
@@ -64,7 +71,7 @@ def backbone_of(model: SSD300) -> dict:
 
 def test_without_a_network_one_line_names_the_address_the_folder_and_the_ways_out(cache):
     with pytest.raises(UserError) as error:
-        load_backbone_weights(SSD300("resnet18", 3), "resnet18", "imagenet")
+        load_backbone_weights(network(), "resnet18", "imagenet")
     message = str(error.value)
     assert "\n" not in message
     assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in message
@@ -73,7 +80,7 @@ def test_without_a_network_one_line_names_the_address_the_folder_and_the_ways_ou
 
 
 def test_the_cache_is_used(cache):
-    resnet, model = models.resnet18(), SSD300("resnet18", 3)
+    resnet, model = models.resnet18(), network()
     cache.mkdir(parents=True)
     torch.save(resnet.state_dict(), cache / "resnet18-f37072fd.pth")
     load_backbone_weights(model, "resnet18", "imagenet")
@@ -87,13 +94,13 @@ def test_a_broken_file_in_the_cache_is_named(cache):
     file = cache / "resnet18-f37072fd.pth"
     file.write_bytes(b"PK\3\4half of a download")
     with pytest.raises(UserError, match=f"^{file}: is no checkpoint, or not a whole one"):
-        load_backbone_weights(SSD300("resnet18", 3), "resnet18", "imagenet")
+        load_backbone_weights(network(), "resnet18", "imagenet")
 
 
 def test_a_download_that_is_not_the_announced_file_is_not_kept(cache, monkeypatch):
     monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: contextlib.closing(Answer(b"a proxy's page")))
     with pytest.raises(UserError, match=r"cannot fetch https.*resnet18.*invalid hash value"):
-        load_backbone_weights(SSD300("resnet18", 3), "resnet18", "imagenet")
+        load_backbone_weights(network(), "resnet18", "imagenet")
     assert list(cache.iterdir()) == []
 
 
@@ -116,7 +123,7 @@ def test_the_best_of_torchvisions_weights_are_asked_for(backbone, version):
 
 
 def test_none_leaves_the_backbone_random_and_a_file_is_looked_for(tmp_path):
-    model = SSD300("resnet18", 3)
+    model = network()
     before = {name: tensor.clone() for name, tensor in backbone_of(model).items()}
     load_backbone_weights(model, "resnet18", "none")
     assert all(torch.equal(before[name], tensor) for name, tensor in backbone_of(model).items())
@@ -127,15 +134,14 @@ def test_none_leaves_the_backbone_random_and_a_file_is_looked_for(tmp_path):
 # --- published detectors ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_published_checkpoint_loads_for_training(oracle, tmp_path, prefix):
+def test_a_published_checkpoint_loads_for_training(oracle, tmp_path):
     shapes = oracle("model")["resnet18"]["state_dict"]
     torch.manual_seed(4)
     weights = {
         name: torch.zeros((), dtype=torch.int64) if name.endswith("tracked") else torch.rand(shape)
         for name, shape in shapes.items()
     }
-    published = {prefix + name: tensor for name, tensor in weights.items()}
+    published = {f"module.{name}": tensor for name, tensor in weights.items()}
     torch.save({"model": published, "epoch": 64, "iteration": 3, "optimizer": {}}, tmp_path / "ssd.pt")
     state, model = load_checkpoint(tmp_path / "ssd.pt"), SSD300("resnet18", 81)
     coco = [Category(k, f"name {k}") for k in range(1, 81)]
@@ -162,7 +168,7 @@ LABEL_MAP = {0: "background", 1: "square", 2: "disc"}
     ],
 )
 def test_label_heads_start_afresh_for_other_categories(small_state, extra, categories, difference):
-    model = SSD300("resnet18", len(categories) + 1)
+    model = network(len(categories) + 1)
     fresh = model.conf[0].weight.clone()
     lines = load_detector(model, {"model": small_state, **extra}, categories, source=FILE)
     kept = [name for name in model.state_dict() if difference is None or not name.startswith("conf.")]
@@ -200,7 +206,8 @@ def test_what_is_no_detector_is_an_error():
 def data(tmp_path_factory) -> Path:
     """Images 10, 20, 30 of the categories 7 and 9."""
     images = [{"id": 10 * k, "file_name": f"{k}.jpg", "width": 160, "height": 120} for k in (1, 2, 3)]
-    boxes = [annotation(10 * k, (10 * k, 20, 60, 50), category) for k in (1, 2, 3) for category in (7, 9)]
+    more = {"iscrowd": 0, "area": 3000}  # which some scorers want
+    boxes = [annotation(10 * k, (10 * k, 20, 60, 50), category, **more) for k in (1, 2, 3) for category in (7, 9)]
     categories = [category._asdict() for category in OURS]
     return write_coco(tmp_path_factory.mktemp("data"), boxes, images=images, categories=categories)
 
