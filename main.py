@@ -1,6 +1,7 @@
 """Trains SSD300 on a ResNet: `python main.py --data DIR`.  README.rst has every flag and what a run leaves."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from src.data import EvaluationLoader, TrainLoader, make_train_loader
 from src.distributed import Processes, StopNotice, Terminated
 from src.errors import UserError
 from src.evaluate import IOU_THRESHOLD, MAX_DETECTIONS, Evaluation, evaluate
-from src.flags import evaluation_epochs, parse_args
+from src.flags import evaluation_epochs, parse_args, unreached_evaluations
 from src.gallery import draw_training_batch, leave_evaluation, tell_figures, warn_of_non_finite
 from src.half import half_is_fast
 from src.model import SSD300, feature_channels
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; the exit status."""
     with distributed.telling_once():
         args = parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and categories may be beyond a terminal's alphabet
+        sys.stdout.reconfigure(errors="backslashreplace")
     jobs = {"training": train, "evaluation": score, "prediction": predict, "check": check, "benchmark": benchmark}
     try:
         with distributed.start(args.local_rank) as processes:
@@ -82,11 +85,19 @@ def fail(error: Exception, processes: Processes) -> int:
             print(f"main.py: error: {who}lost touch with {other} ({distributed.reason(error)})", file=sys.stderr)
         elif isinstance(error, (UserError, TrainingBreakdownError)):
             print(f"main.py: error: {who}{error}", file=sys.stderr)
+        elif is_out_of_memory(error):
+            advice = "lower --batch-size or --eval-batch-size, or use --fp16"
+            print(f"main.py: error: {who}the memory is too small: {advice}", file=sys.stderr)
         else:
             print(f"main.py: error: {who}a fault of the program:", file=sys.stderr)
             traceback.print_exception(error)
         processes.told()
     return BAD_INPUT if isinstance(error, UserError) else FAILED
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's or the host's memory was too small; torch raises a plain RuntimeError for the host's."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def configure(device: torch.device) -> None:
@@ -112,6 +123,8 @@ def train(args: argparse.Namespace, processes: Processes) -> int:
         position, warnings = start_position(processes, trainer, loader, schedule, identity, state)
         # An older run's files are moved, or cut back, only now: all that could be among them has been read.
         report = stack.enter_context(closing(start_report(args, processes, state, training, validation)))
+        for epoch in unreached_evaluations(args):
+            report.warn(f"--evaluation {epoch}: not reached, the epochs are 0 to {args.epochs - 1} (--epochs)")
         for warning in warnings:
             report.warn(warning)
         for line in news:
@@ -148,7 +161,8 @@ def meets_target(args: argparse.Namespace, report: Report | NullReport, accuracy
     """The exit status after an evaluation that ended with `accuracy`."""
     if args.target is None or (accuracy is not None and accuracy >= args.target):
         return DONE
-    report.warn(f"the final mAP is below --target {args.target}")
+    which = "there is no final mAP to reach" if accuracy is None else "the final mAP is below"
+    report.warn(f"{which} --target {args.target}")
     return FAILED
 
 

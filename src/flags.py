@@ -10,6 +10,7 @@ from .data import PIPELINES
 from .model import BACKBONES
 
 BAD_FLAGS = 2  # the exit status
+LARGEST = 2**31 - 1  # of whole numbers; DALI counts in 32 bits
 EVALUATION_EPOCHS = [3, 21, 31, 37, 42, 48, 53, 59, 64]
 MULTISTEP_EPOCHS = [43, 54]
 MODES = ("training", "evaluation", "prediction", "check", "benchmark")
@@ -50,7 +51,7 @@ def _add_documented(parser: argparse.ArgumentParser) -> None:
     add("--epochs", "-e", type=_count, default=65, help="epochs to train")
     add("--batch-size", "--bs", "-b", type=_positive, default=32, help="images per iteration, per process")
     add("--eval-batch-size", "--ebs", type=_positive, default=32, help="images per evaluation step, per process")
-    add("--seed", "-s", type=_count, default=0, help="seed of everything random")
+    add("--seed", "-s", type=_seed, default=0, help="seed of everything random")
     add("--evaluation", nargs="*", type=_count, default=EVALUATION_EPOCHS, metavar="E",
         help="epochs (from 0) after which to evaluate; left out: these and the last; given empty: never")  # fmt: skip
     add("--multistep", nargs="*", type=_count, default=MULTISTEP_EPOCHS, metavar="E",
@@ -84,7 +85,7 @@ def _add_modes(group) -> None:
 def _add_weights(group) -> None:
     group.add_argument("--backbone", choices=BACKBONES, default="resnet50", help="the ResNet under the detector")
     group.add_argument(
-        "--backbone-weights", default="imagenet", metavar="{imagenet,none,FILE}",
+        "--backbone-weights", type=_weights, default="imagenet", metavar="{imagenet,none,FILE}",
         help="torchvision's ImageNet weights, random ones, or a state_dict in a file",
     )  # fmt: skip
     group.add_argument(
@@ -107,15 +108,26 @@ def _add_output(group) -> None:
 def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("an empty path")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r}: no home folder is known for its ~") from None
+
+
+def _weights(text: str) -> str:
+    return text if text in ("imagenet", "none") else str(_path(text))
 
 
 def _count(text: str) -> int:
-    return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
+    return _number(text, int, lambda value: 0 <= value <= LARGEST, f"a whole number from 0 to {LARGEST}")
 
 
 def _positive(text: str) -> int:
-    return _number(text, int, lambda value: value >= 1, "a whole number, 1 or more")
+    return _number(text, int, lambda value: 1 <= value <= LARGEST, f"a whole number from 1 to {LARGEST}")
+
+
+def _seed(text: str) -> int:
+    return _number(text, int, lambda value: 0 <= value < 2**64, "a whole number from 0 to 2^64 - 1")
 
 
 def _rate(text: str) -> float:
@@ -152,3 +164,8 @@ def evaluation_epochs(args: argparse.Namespace) -> list[int]:
     if args.evaluation is EVALUATION_EPOCHS:
         return [*EVALUATION_EPOCHS, args.epochs - 1]
     return args.evaluation
+
+
+def unreached_evaluations(args: argparse.Namespace) -> list[int]:
+    """Epochs given with --evaluation that the run ends before."""
+    return [] if args.evaluation is EVALUATION_EPOCHS else [epoch for epoch in args.evaluation if epoch >= args.epochs]

@@ -91,8 +91,12 @@ class Report:
         learning_rate: float,
         images_per_second: float,
         loss_scale: float = 1.0,
+        skipped_steps: int = 0,
     ) -> None:
-        """The figures of an iteration that is logged; called after its `step`."""
+        """The figures of an iteration that is logged; called after its `step`.
+
+        skipped_steps: those that loss scaling has left out since the process started.
+        """
         self._iterations = iteration + 1
         figures = {
             "loss": loss,
@@ -101,6 +105,7 @@ class Report:
             "learning_rate": learning_rate,
             "images_per_second": images_per_second,
             "loss_scale": loss_scale,
+            "skipped_steps": skipped_steps,
         }
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, rate {learning_rate:.2e}", refresh=False)
@@ -197,7 +202,8 @@ class Report:
     def _print(self, text: str, stream: TextIO) -> None:
         if self._bar is not None:
             self._bar.clear()
-        print(text, file=stream, flush=True)
+        with _writing("to standard output" if stream is self._stream else "to standard error"):
+            print(text, file=stream, flush=True)
         if self._bar is not None:
             self._bar.refresh()
 
@@ -331,9 +337,11 @@ def _open_tensorboard(folder: Path, first_iteration: int | None):
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path | str) -> Iterator[None]:
     """Turns the errors of writing to `path` into one line for the user."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"cannot write {path}: a file is in its place (--output names a folder)") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import SGD, Optimizer
 
 from .batch import Batch
@@ -16,6 +17,7 @@ from .report import NullReport, Report
 REFERENCE_BATCH = 32  # images; --learning-rate is stated for it
 DECAY = 0.1  # of the learning rate at each --multistep epoch
 LOG_INTERVAL = 20  # iterations between readings of the loss
+ADVICE = "lower --learning-rate or lengthen --warmup; nothing was saved since"
 
 
 class TrainingBreakdownError(Exception):
@@ -65,6 +67,25 @@ class Trainer:
         self.device = device
         self.half = half
         self.breakdown = BreakdownWatch(processes, device, patient=self.scaler.is_enabled())
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        if self.scaler.is_enabled():
+            optimizer.register_step_post_hook(self._count_skipped)
+
+    def _count_skipped(self, optimizer: Optimizer, *_) -> None:
+        """Counts a step that the loss scaling left out, on the device: it hands `found_inf` to a fused optimizer."""
+        self._skipped += (optimizer.found_inf > 0).sum()
+
+    def skipped_steps(self) -> int:
+        """Steps that were left out because gradients overflowed, since this process started; waits for the device."""
+        return int(self._skipped)
+
+    def check_weights(self, *, epoch: int, iteration: int, learning_rate: float) -> None:
+        """Raises TrainingBreakdownError, on all ranks alike, where the last step has spoilt the weights."""
+        if not get_total_norm(self.model.parameters()).isfinite():
+            raise TrainingBreakdownError(
+                f"the weights are not finite after epoch {epoch}, iteration {iteration} (learning rate "
+                f"{learning_rate:.3g}): {ADVICE}"
+            )
 
     def step(self, batch: Batch, learning_rate: float) -> LossParts:
         """Forward, backward and SGD on one batch; the loss's parts stay on the device, detached."""
@@ -118,7 +139,7 @@ class BreakdownWatch:
             return
         raise TrainingBreakdownError(
             f"the loss is not finite since epoch {epoch}, iteration {first} (learning rate {learning_rate:.3g}): "
-            "lower --learning-rate or lengthen --warmup; nothing was saved since"
+            + ADVICE
         )
 
 
@@ -148,6 +169,7 @@ def train_epoch(
     Raises TrainingBreakdownError when the loss is not finite.
     """
     trainer.parallel.train()
+    skipped = trainer.skipped_steps()
     began = logged_at = time.perf_counter()
     done = logged = 0
     stopped = False
@@ -168,7 +190,11 @@ def train_epoch(
             break
     if done:
         trainer.breakdown.check(epoch=epoch, learning_rate=rate)
+        trainer.check_weights(epoch=epoch, iteration=iteration, learning_rate=rate)
         stopped = stop.settle() or stopped
+        skipped = trainer.skipped_steps() - skipped
+        if skipped:
+            report.note(f"Epoch {epoch:2d}: {skipped} steps skipped because float16 gradients overflowed")
     return EpochResult(start + done, time.perf_counter() - began, done * schedule.images, stopped)
 
 
@@ -191,4 +217,5 @@ def _log(
         learning_rate=rate,
         images_per_second=images_per_second,
         loss_scale=trainer.scaler.get_scale(),
+        skipped_steps=trainer.skipped_steps(),
     )

@@ -39,6 +39,7 @@ def log_iteration(to: Report, iteration: int, **changes) -> None:
         "learning_rate": 2.6e-3,
         "images_per_second": 523.1,
         "loss_scale": 65536.0,
+        "skipped_steps": 3,
     }
     to.iteration(epoch=iteration // ITERATIONS, iteration=iteration, **(figures | changes))
 

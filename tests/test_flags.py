@@ -113,7 +113,7 @@ def test_evaluation_epochs(flags, expected):
         ("", "--data"),
         ("-d x --epochs three", "'three' is not a whole number"),
         ("-d x --epochs 0", "--epochs 0"),
-        ("-d x -b 0", "'0' is not a whole number, 1 or more"),
+        ("-d x -b 0", "'0' is not a whole number from 1 to 2147483647"),
         ("-d x -b 1", "batch-norm"),
         ("-d x --lr nan", "'nan' is not a number"),
         ("-d x --lr -1", "--lr"),

@@ -220,7 +220,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, file, capfd):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, write):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "models"
-    with pytest.raises(UserError, match=re.escape(f"cannot write {folder}: Not a directory")):
+    with pytest.raises(UserError, match=re.escape(f"cannot write {folder}: a file is in its place")):
         write(Report(folder, append=False, stream=io.StringIO()))
 
 
