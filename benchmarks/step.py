@@ -27,8 +27,10 @@ LABELS = 81
 TRIALS = 3  # of the whole run, in turns with the bare step
 
 
-def make_trainer(backbone: str, device: torch.device, *, half: bool, channels_last: bool = True, labels: int = LABELS):
-    torch.manual_seed(0)
+def make_trainer(
+    backbone: str, device: torch.device, *, half: bool, channels_last: bool = True, labels: int = LABELS, seed: int = 0
+):
+    torch.manual_seed(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = SSD300(backbone, labels).to(device, memory_format=layout)
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=5e-4)
