@@ -22,6 +22,7 @@ from .errors import UserError
 
 GROUP_TIMEOUT = 120  # seconds after which a rank that does not answer is taken for lost
 GROUP_TIMEOUT_VARIABLE = "SSD300_GROUP_TIMEOUT"
+PATIENCE = 15  # times that limit is how much longer than another a rank may take for its share of an evaluation
 WAIT_LIMIT = 6 * 3600  # seconds that ranks wait for work that only rank 0 does (scoring, writing, fetching weights)
 POLL = 0.05  # seconds between looks at the store
 TELLING_LIMIT = 5  # seconds that a rank which fails after another waits for that one to have told why
@@ -41,7 +42,10 @@ class Processes:
         self.device = device
         self.store = store
         # The integers and arrays below stay in the host's memory, whatever the gradients travel on.
-        self.host_group = dist.new_group(backend="gloo", timeout=_group_timeout()) if world_size > 1 else None
+        self.host_group = self.patient_group = None
+        if world_size > 1:
+            self.host_group = dist.new_group(backend="gloo", timeout=_group_timeout())
+            self.patient_group = dist.new_group(backend="gloo", timeout=PATIENCE * _group_timeout())
         self.failed = False  # whether the group is not to be trusted any more
         self._messages = 0
 
@@ -66,15 +70,18 @@ class Processes:
 
     def gather(self, value: Any) -> list | None:
         """Every rank's `value` (anything that pickles, arrays included) in rank order on rank 0, None elsewhere."""
+        return self._gather(value, self.host_group)
+
+    def gather_arrays(self, arrays: list) -> list[list] | None:
+        """`gather` of a list of NumPy arrays, whose types stay as they are, after work of very unequal length."""
+        return self._gather(arrays, self.patient_group)
+
+    def _gather(self, value: Any, group: dist.ProcessGroup | None) -> list | None:
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size if self.is_main else None
-        dist.gather_object(value, values, dst=0, group=self.host_group)
+        dist.gather_object(value, values, dst=0, group=group)
         return values
-
-    def gather_arrays(self, arrays: list) -> list[list] | None:
-        """`gather` of a list of NumPy arrays, whose types stay as they are."""
-        return self.gather(arrays)
 
     def broadcast_object(self, value: Any = None) -> Any:
         """Rank 0's `value` on every rank; the others may wait hours for it, longer than a collective would."""
@@ -211,7 +218,7 @@ def _join(device: torch.device, rank: int, world_size: int) -> Processes:
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        store = dist.PrefixStore(f"ssd300 start {_count_start(store, rank, timeout)}", store)
+        store = dist.PrefixStore(f"ssd300 start {count_start(store, rank, timeout)}", store)
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("group", store),
@@ -229,10 +236,11 @@ def _join(device: torch.device, rank: int, world_size: int) -> Processes:
         ) from error
 
 
-def _count_start(store: dist.Store, rank: int, timeout: timedelta) -> int:
+def count_start(store: dist.Store, rank: int, timeout: timedelta) -> int:
     """The number of this start of all ranks: a launcher that restarts them keeps the store and what stands in it.
 
-    Rank 0 counts on. Another rank takes the number with which no process of its rank has started before.
+    Rank 0 counts on. Another rank takes the number with which no process of its rank has started before. (The
+    launcher's own count of restarts differs between nodes.) Raises LostRankError where rank 0 does not come.
     """
     if rank == 0:
         return store.add("ssd300 starts", 1)

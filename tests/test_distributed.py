@@ -4,6 +4,9 @@ import json
 import os
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +202,20 @@ def test_what_all_would_print_is_printed_by_the_first_of_a_machine(monkeypatch, 
     with pytest.raises(SystemExit, match="2"), distributed.telling_once():
         parse_args(["--no-such-flag"])
     assert bool(capsys.readouterr().err) == (rank == "0")
+
+
+def test_every_restart_on_the_same_store_has_its_number():
+    store, limit = torch.distributed.HashStore(), timedelta(seconds=30)
+    assert [distributed.count_start(store, rank, limit) for rank in range(3)] == [1, 1, 1]
+    with ThreadPoolExecutor() as others:  # rank 1 is back before rank 0
+        early = others.submit(distributed.count_start, store, 1, limit)
+        with pytest.raises(FutureTimeoutError):
+            early.result(0.2)
+        assert distributed.count_start(store, 0, limit) == 2
+        assert early.result() == 2
+    assert distributed.count_start(store, 2, limit) == 2
+    with pytest.raises(distributed.LostRankError, match=r"rank 0 has not started for 0\.1 s"):
+        distributed.count_start(store, 2, timedelta(seconds=0.1))
 
 
 def test_a_librarys_message_is_cut_to_what_happened():
