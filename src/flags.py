@@ -150,8 +150,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.mode in ("evaluation", "prediction") and args.checkpoint is None:
         parser.error(f"--mode {args.mode} needs --checkpoint FILE")
-    if args.checkpoint is not None and args.resume is not None:
-        parser.error("--checkpoint starts a run with its weights, --resume continues one: give one of them")
+    if args.checkpoint is not None and args.resume not in (None, True):
+        parser.error("--checkpoint starts a run with its weights, --resume FILE continues one: give one of them")
     if args.mode in ("training", "benchmark") and args.batch_size == 1:
         parser.error("--batch-size 1: batch-norm cannot train on one image (the last map is 1 x 1); give 2 or more")
     if args.mode == "training" and args.epochs == 0:

@@ -134,5 +134,10 @@ def test_bad_flags_end_in_one_line_and_status_2(flags, said, capsys):
     assert said in lines[0]
 
 
+def test_a_restarted_job_may_name_the_weights_it_began_with():
+    args = parse_args(["-d", "x", "--checkpoint", "a", "--resume"])
+    assert (args.checkpoint, args.resume) == (Path("a"), True)
+
+
 def test_home_folder_is_expanded():
     assert parse_args(["-d", "~/coco"]).data == Path.home() / "coco"
