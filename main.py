@@ -26,6 +26,7 @@ from src.flags import evaluation_epochs, parse_args, unreached_evaluations
 from src.gallery import draw_training_batch, leave_evaluation, tell_figures, warn_of_non_finite
 from src.half import half_is_fast
 from src.model import SSD300, feature_channels
+from src.output import make_folder
 from src.plots import draw_training
 from src.predict import find_images
 from src.predict import predict as predict_images
@@ -96,8 +97,9 @@ def fail(error: Exception, processes: Processes) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU's or the host's memory was too small; torch raises a plain RuntimeError for the host's."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """Whether a GPU's or the host's memory was too small; for the host's, torch raises plain RuntimeErrors."""
+    marks = ("can't allocate memory", "killed by signal: Killed")  # the second is how the system ends a worker process
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(mark in str(error) for mark in marks)
 
 
 def configure(device: torch.device) -> None:
@@ -369,6 +371,7 @@ def score(args: argparse.Namespace, processes: Processes) -> int:
     state = processes.broadcast_object(load_checkpoint(args.checkpoint) if processes.is_main else None)
     validation = read_labelled(*locations(args.data, "val"), state, source=args.checkpoint)
     check_images_exist(validation)
+    make_folder(args.output)  # before the work, not after it
     report = Report(None, append=True) if processes.is_main else NullReport()
     with closing(report):
         tell_data(report, args, processes, None, validation)
@@ -404,6 +407,7 @@ def check(args: argparse.Namespace, processes: Processes) -> int:
     if processes.world_size > 1:
         raise UserError("--mode check works on one process, which uses all cores")
     with closing(Report(None, append=True)) as report:
+        make_folder(args.output)
         files = [locations(args.data, split) for split in ("train", "val")]
         status = check_dataset(files, workers=os.cpu_count() or 1, progress=report.progress, write=report.note)
         if status == DONE:

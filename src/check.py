@@ -49,7 +49,8 @@ def check_dataset(
         faults += unreadable
         for line in summary(annotations):
             write(line)
-        write(f"  wrong: {unreadable} of {len(annotations)} image files" if unreadable else "  nothing is wrong")
+        sound = "  nothing is wrong" + (" but for the warnings" if annotations.warnings else "")
+        write(f"  wrong: {unreadable} of {len(annotations)} image files" if unreadable else sound)
     return 2 if faults else 0
 
 

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from .coco_file import CategoryEntry, ImageEntry, decode_file
-from .coco_rows import Rows, read_rows, warnings_of
+from .coco_rows import Rows, listed, read_rows, warnings_of
 from .errors import DataError
 
 
@@ -106,19 +106,19 @@ def _namesakes(categories: tuple[Category, ...]) -> Iterator[str]:
     """A line for each name that several categories have."""
     for name, count in Counter(category.name for category in categories).items():
         if count > 1:
-            ids = ", ".join(str(category.id) for category in categories if category.name == name)
+            ids = listed([category.id for category in categories if category.name == name])
             yield f"the categories {ids} have the same name {name!r}: they are kept apart"
 
 
 def _check_same_categories(path: Path, own: tuple[Category, ...], training: tuple[Category, ...]) -> None:
-    def listed(categories: Iterable[Category]) -> str:
-        return ", ".join(f"{category.id} {category.name!r}" for category in sorted(categories)) or "none"
+    def named(categories: Iterable[Category]) -> str:
+        return listed([f"{category.id} {category.name!r}" for category in sorted(categories)]) or "none"
 
     here, there = set(own) - set(training), set(training) - set(own)
     if here or there:
         raise DataError(
-            f"{path}: its categories are not the training file's: only here: {listed(here)}; only there: "
-            f"{listed(there)}: give both files the same ids and names"
+            f"{path}: its categories are not the training file's: only here: {named(here)}; only there: "
+            f"{named(there)}: give both files the same ids and names"
         )
 
 

@@ -106,7 +106,7 @@ def decode_file(path: Path) -> Content:
     try:
         with path.open("rb") as stream:
             data = _mapped(stream)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{path.absolute()}: no such annotation file: --data must be a folder in the COCO 2017 layout"
         ) from None

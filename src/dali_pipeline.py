@@ -21,7 +21,7 @@ from .coco import Annotations, write_clean_file
 from .dali_graph import OUTPUTS, PREFETCH, Settings, dali, make_pipeline
 from .default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES
 from .errors import UserError
-from .images import read_image
+from .images import is_text, read_image
 
 
 class DaliTrainLoader:
@@ -137,6 +137,8 @@ class DaliTrainLoader:
 
     def build(self, outputs: tuple[str, ...], checkpoint: bytes | None = None) -> dali.Pipeline:
         """A pipeline of this loader's settings that gives these nodes of the graph; see `make_pipeline`."""
+        if not is_text(self.annotations.image_folder):
+            read_image(self.annotations, int(self.images[0]))  # raises: DALI would not name the path
         with tempfile.TemporaryDirectory(prefix="ssd300-") as folder:
             annotation_file = Path(folder, "annotations.json")
             write_clean_file(self.annotations, annotation_file)

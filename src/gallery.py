@@ -9,8 +9,10 @@ from torchvision.ops import box_convert
 from .batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from .coco import Annotations, Category
 from .default_boxes import IMAGE_SIZE
+from .errors import printable
 from .evaluate import Evaluation
 from .images import decode
+from .output import make_folder
 from .plots import Example, draw_batch, draw_detections, draw_precision_recall
 from .report import NullReport, Report
 from .scoring import Results, Scores, write_results
@@ -21,7 +23,7 @@ RECALLS = np.linspace(0, 1, 101)  # COCO's
 
 def leave_evaluation(found: Evaluation, validation: Annotations, output: Path, report: Report | NullReport) -> None:
     """Writes detections.json, precision_recall.png and detections.png, and notes what is odd about the evaluation."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     write_results(output / "detections.json", found.results)
     warn_of_non_finite(report, found.non_finite)
     if not len(found.results.scores):
@@ -41,9 +43,10 @@ def tell_figures(report: Report | NullReport, scores: Scores) -> None:
     """COCO's 12 figures and the average precision of each category, a line each."""
     for name, value in scores.figures.items():
         report.note(f"{name:<9} {_figure(value)}")
-    width = max(len(name) for name in scores.category_ap)
+    figures = {printable(name): value for name, value in scores.category_ap.items()}
+    width = max(map(len, figures))
     report.note("mAP by category:")
-    for name, value in scores.category_ap.items():
+    for name, value in figures.items():
         report.note(f"  {name:<{width}}  {_figure(value)}")
 
 
@@ -76,7 +79,7 @@ def _example(validation: Annotations, results: Results, index: int) -> Example:
 
 def draw_training_batch(batch: Batch, categories: tuple[Category, ...], output: Path) -> Path:
     """Draws the images of a batch as the network sees them, with the boxes matched to default boxes, into batch.png."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     images = (batch.images.float().cpu() * deviation + mean) * 255
     boxes, names = [], []

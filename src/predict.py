@@ -17,6 +17,7 @@ from .default_boxes import default_boxes
 from .errors import UserError
 from .evaluate import Detections, detect, evaluating, finite_boxes
 from .images import decode, resizer
+from .output import make_folder
 from .plots import draw_prediction
 from .report import NullReport
 from .scoring import DECIMALS, write_list
@@ -76,7 +77,7 @@ def predict(
     categories: the k-th belongs to label k.  progress: `Report.progress` or the like.
     Raises UserError, with the full path, for a file that is no image; nothing is listed then.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     found: list[Found] = []
     non_finite = 0
     progress = progress or NullReport().progress

@@ -14,15 +14,15 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from numbers import Number
 from pathlib import Path
 from typing import TextIO
 
 from . import mlperf
 from .checkpoint import write_atomically
-from .errors import UserError
+from .output import make_folder, writing
 from .progress import Bar, NullBar, TrainingBar
 
 METRICS, FLAGS, MLPERF_LOG, TENSORBOARD = "metrics.jsonl", "flags.json", "mlperf.log", "tensorboard"
@@ -63,7 +63,7 @@ class Report:
         """Starts mlperf.log with everything that is constant, or goes on with it."""
         if self._output is not None:
             path = self._folder() / MLPERF_LOG
-            with _writing(path):
+            with writing(path):
                 self._mlperf = mlperf.MlperfLog(path, constants, append=self._append)
 
     def begin_epoch(self, epoch: int, iterations: int, first_iteration: int = 0) -> None:
@@ -187,7 +187,7 @@ class Report:
         ):
             path = self._output / name
             if path.exists():
-                with _writing(path):
+                with writing(path):
                     text = path.read_text("utf-8", errors="replace")
                 write_atomically(path, truncated(text).encode())
 
@@ -202,7 +202,7 @@ class Report:
     def _print(self, text: str, stream: TextIO) -> None:
         if self._bar is not None:
             self._bar.clear()
-        with _writing("to standard output" if stream is self._stream else "to standard error"):
+        with writing("to standard output" if stream is self._stream else "to standard error"):
             print(text, file=stream, flush=True)
         if self._bar is not None:
             self._bar.refresh()
@@ -213,13 +213,11 @@ class Report:
             self._bar = None
 
     def _folder(self) -> Path:
-        with _writing(self._output):
-            self._output.mkdir(parents=True, exist_ok=True)
-        return self._output
+        return make_folder(self._output)
 
     def _tell_mlperf(self, write: Callable[[mlperf.MlperfLog], None]) -> None:
         if self._mlperf is not None:
-            with _writing(self._output / MLPERF_LOG):
+            with writing(self._output / MLPERF_LOG):
                 write(self._mlperf)
 
     def _record(self, entry: Mapping[str, object]) -> None:
@@ -227,7 +225,7 @@ class Report:
         if self._output is None:
             return
         path = self._output / METRICS
-        with _writing(path):
+        with writing(path):
             if self._metrics is None:
                 self._metrics = (self._folder() / METRICS).open("ab" if self._append else "wb", buffering=0)
             self._metrics.write(json.dumps(_plain(entry), allow_nan=False).encode() + b"\n")
@@ -263,7 +261,7 @@ def set_aside_old_run(output: Path) -> str | None:
     Gives the sentence that says so, None where there was no run.  Other files stay.  Each file is moved by one rename,
     so that an interruption loses nothing; what it left behind is moved by the next call.
     """
-    with _writing(output):
+    with writing(output):
         files = [Path(name) for name in RUN_FILES if os.path.lexists(output / name)]
         files += [path.relative_to(output) for path in sorted(output.glob(EVENT_FILES))]
         if not files:
@@ -334,14 +332,3 @@ def _open_tensorboard(folder: Path, first_iteration: int | None):
     except ImportError:
         return False
     return SummaryWriter(log_dir=str(folder), purge_step=first_iteration)
-
-
-@contextmanager
-def _writing(path: Path | str) -> Iterator[None]:
-    """Turns the errors of writing to `path` into one line for the user."""
-    try:
-        yield
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"cannot write {path}: a file is in its place (--output names a folder)") from None
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None

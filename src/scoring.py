@@ -5,6 +5,7 @@ Shapes: D detections, B boxes, K categories, I images of the annotation file.
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 
 from .coco import Annotations
 from .coco_file import decode_file
+from .output import writing
 
 METRIC_NAMES = (
     "mAP",
@@ -49,7 +51,7 @@ class Scores(NamedTuple):
 
     figures: dict[str, float | None]  # the keys are METRIC_NAMES
     precision: np.ndarray  # [10, 101, K] at IoU 0.5..0.95 and recall 0..1 for the best 100 detections; -1: not defined
-    category_ap: dict[str, float | None]  # by name, in the order of `categories`
+    category_ap: dict[str, float | None]  # by name, in the order of `categories`; namesakes with their ids
 
 
 def join_results(parts: Iterable[Results], annotations: Annotations) -> Results:
@@ -82,18 +84,22 @@ def _parts(results: Results) -> Iterator[list[_Result]]:
 
 
 def write_list(path: Path, parts: Iterable[list[msgspec.Struct]]) -> None:
-    """Writes a JSON list, an object a line, from parts of it; an older file stays whole until it is replaced."""
+    """Writes a JSON list, an object a line, from parts of it; an older file stays whole until it is replaced.
+
+    Raises UserError where it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     encoder = msgspec.json.Encoder()
-    with open(temporary, "wb") as file, _collector_paused():
-        before = b"["
-        for part in parts:
-            file.write(before + encoder.encode_lines(part).rstrip().replace(b"\n", b",\n"))
-            before = b",\n"
-        file.write(b"[]" if before == b"[" else b"]")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path), _collector_paused():
+        with open(temporary, "wb") as file:
+            before = b"["
+            for part in parts:
+                file.write(before + encoder.encode_lines(part).rstrip().replace(b"\n", b",\n"))
+                before = b",\n"
+            file.write(b"[]" if before == b"[" else b"]")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def score(annotations: Annotations, results: Results) -> Scores:
@@ -119,12 +125,19 @@ def score(annotations: Annotations, results: Results) -> Scores:
         scorer.accumulate()
         scorer.summarize()
     precision = scorer.eval["precision"][:, :, :, 0, -1]  # all areas, 100 detections
-    by_category = zip(annotations.categories, np.moveaxis(precision, 2, 0), strict=True)
+    by_category = zip(_names(annotations), np.moveaxis(precision, 2, 0), strict=True)
     return Scores(
         figures={name: _defined(value) for name, value in zip(METRIC_NAMES, scorer.stats, strict=True)},
         precision=precision,
-        category_ap={category.name: _defined(column.mean()) for category, column in by_category},
+        category_ap={name: _defined(column.mean()) for name, column in by_category},
     )
+
+
+def _names(annotations: Annotations) -> Iterator[str]:
+    """The categories' names, with the ids of those that share one."""
+    counts = Counter(category.name for category in annotations.categories)
+    for category in annotations.categories:
+        yield category.name if counts[category.name] == 1 else f"{category.name} (id {category.id})"
 
 
 class _Boxes(NamedTuple):

@@ -6,19 +6,21 @@ and a run is continued from its position alone.
 """
 
 import atexit
+import errno
 import multiprocessing
 import os
 import shutil
 import signal
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Image
 
@@ -116,13 +118,14 @@ def collate_training(samples: list) -> HostBatch | UserError:
             return sample
     images, colour, boxes, labels = zip(*samples, strict=True)
     counts = torch.tensor([len(one) for one in labels])
-    return HostBatch(
+    batch = HostBatch(
         images=_stack(images),
         colour=torch.stack(colour),
         boxes=torch.cat(boxes),
         labels=torch.cat(labels),
         owners=torch.arange(len(samples)).repeat_interleave(counts),
     )
+    return _share(batch)
 
 
 def _stack(images: tuple[Tensor, ...]) -> Tensor:
@@ -202,7 +205,7 @@ def collate_evaluation(samples: list) -> tuple[Tensor, Tensor] | UserError:
         if isinstance(sample, UserError):
             return sample
     images, indices = zip(*samples, strict=True)
-    return _stack(images), torch.tensor(indices)
+    return _share((_stack(images), torch.tensor(indices)))
 
 
 class EvaluationLoader:
@@ -239,16 +242,17 @@ def _data_loader(
 ) -> DataLoader:
     # --num-workers is the user's word; torch's advice on it would stand in every log.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
-    return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        persistent_workers=persistent and workers > 0,
-        prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_WorkerSignals() if workers else None,
-    )
+    with _explained(workers):
+        return DataLoader(
+            dataset,
+            batch_sampler=batch_sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            persistent_workers=persistent and workers > 0,
+            prefetch_factor=PREFETCH if workers else None,
+            worker_init_fn=_WorkerSignals() if workers else None,
+        )
 
 
 def _end_workers(batches: Iterator | None) -> None:
@@ -277,20 +281,48 @@ class _WorkerSignals:
             os._exit(128 + number)
 
 
+def _share(batch: HostBatch | tuple[Tensor, ...]) -> HostBatch | tuple[Tensor, ...]:
+    """Moves a worker's batch into shared memory.
+
+    Here, where a failure is the run's, and not in the queue's thread, which prints it and leaves the run waiting.
+    """
+    if get_worker_info() is not None:
+        for part in batch:
+            part.share_memory_()
+    return batch
+
+
 def _guarded(loader: DataLoader) -> Iterator:
     """The loader's batches; raises a user's error that a worker returned or that killed it."""
-    batches = iter(loader)
+    batches = None
     try:
-        for batch in batches:
-            if isinstance(batch, UserError):
-                _end_workers(batches)
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        if "Bus error" not in str(error) and "shared memory" not in str(error):
-            raise
-        size = shutil.disk_usage(SHARED_MEMORY).total / 2**20
-        raise UserError(
-            f"{SHARED_MEMORY} ({size:.0f} MiB) is too small for {loader.num_workers} worker processes: enlarge it "
-            "(docker run --shm-size=1g), or use fewer workers or none (--num-workers 0)"
-        ) from None
+        with _explained(loader.num_workers):
+            batches = iter(loader)
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+    except Exception:
+        _end_workers(batches)
+        raise
+
+
+@contextmanager
+def _explained(workers: int) -> Iterator[None]:
+    """Turns errors of making and using worker processes into a UserError, where a user can do something about them."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        text = str(error)
+        if "Bus error" in text or "shared memory" in text or getattr(error, "errno", None) == errno.ENOSPC:
+            size = shutil.disk_usage(SHARED_MEMORY).total / 2**20
+            raise UserError(
+                f"{SHARED_MEMORY} ({size:.1f} MiB) is too small for {workers} worker processes: enlarge it (docker run "
+                "--shm-size=1g), or use fewer workers or none (--num-workers 0)"
+            ) from None
+        if "killed by signal" in text or "exited unexpectedly" in text:
+            raise UserError(
+                f"one of {workers} worker processes was killed ({text.splitlines()[0].rstrip('. ')}): where memory is "
+                "short, use fewer workers or none (--num-workers 0)"
+            ) from None
+        raise

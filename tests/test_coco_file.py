@@ -134,7 +134,7 @@ def test_an_annotation_file_that_cannot_be_read(tmp_path):
         read_annotations(path, tmp_path)
     path.unlink()
     path.write_text("{}")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="--data must be a folder in the COCO 2017 layout"):
         read_annotations(path / "below-a-file", tmp_path)
 
 
