@@ -26,7 +26,7 @@ from src.flags import evaluation_epochs, parse_args, unreached_evaluations
 from src.gallery import draw_training_batch, leave_evaluation, tell_figures, warn_of_non_finite
 from src.half import half_is_fast
 from src.model import SSD300, feature_channels
-from src.output import make_folder
+from src.output import make_folder, reserved
 from src.plots import draw_training
 from src.predict import find_images
 from src.predict import predict as predict_images
@@ -123,6 +123,8 @@ def train(args: argparse.Namespace, processes: Processes) -> int:
         loader = stack.enter_context(closing(make_loader(args, processes, training)))
         trainer = make_trainer(args, processes, model)
         position, warnings = start_position(processes, trainer, loader, schedule, identity, state)
+        if processes.is_main:
+            stack.enter_context(reserved(args.output))
         # An older run's files are moved, or cut back, only now: all that could be among them has been read.
         report = stack.enter_context(closing(start_report(args, processes, state, training, validation)))
         for epoch in unreached_evaluations(args):
@@ -389,6 +391,8 @@ def predict(args: argparse.Namespace, processes: Processes) -> int:
         raise UserError("--mode prediction works on one process")
     state = load_checkpoint(args.checkpoint)
     categories = known_categories(state)
+    if args.data.is_dir() and args.data.samefile(make_folder(args.output)):
+        raise UserError(f"--output {args.output} is the images' own folder: what is drawn there would count as images")
     with closing(Report(None, append=True)) as report:
         model = trained_model(args, processes, state, len(categories))
         done = predict_images(

@@ -1,10 +1,19 @@
 """The folder that a run writes into; what keeps it from writing is told of in one line."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from .errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing is locked
+    fcntl = None
+
+_locks: set[int] = set()  # of this process, open folders
 
 
 @contextmanager
@@ -23,3 +32,46 @@ def make_folder(path: Path) -> Path:
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder, whose files they would move and mix; however this process ends, it is free.
+
+    Raises UserError where another run is in it.  Where the file system cannot lock, nobody is kept out.
+    """
+    make_folder(folder)
+    if fcntl is None:
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(lock, folder)
+        _locks.add(lock)
+        yield
+    finally:
+        _locks.discard(lock)
+        os.close(lock)
+
+
+def _lock(lock: int, folder: Path) -> None:
+    _close_locks_in_children()
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another run: give this one its own --output") from None
+    except OSError:
+        pass
+
+
+@cache
+def _close_locks_in_children() -> None:
+    """Worker processes, which may outlive a killed run by seconds, must not hold its lock."""
+
+    def close() -> None:
+        for lock in _locks:
+            with suppress(OSError):
+                os.close(lock)
+        _locks.clear()
+
+    os.register_at_fork(after_in_child=close)
