@@ -87,8 +87,9 @@ def fail(error: Exception, processes: Processes) -> int:
         elif isinstance(error, (UserError, TrainingBreakdownError)):
             print(f"main.py: error: {who}{error}", file=sys.stderr)
         elif is_out_of_memory(error):
-            advice = "lower --batch-size or --eval-batch-size, or use --fp16"
-            print(f"main.py: error: {who}the memory is too small: {advice}", file=sys.stderr)
+            advice = "lower --batch-size, --eval-batch-size or --num-workers, or use --fp16"
+            detail = (str(error).splitlines() or ["MemoryError"])[0]
+            print(f"main.py: error: {who}out of memory ({detail}): {advice}", file=sys.stderr)
         else:
             print(f"main.py: error: {who}a fault of the program:", file=sys.stderr)
             traceback.print_exception(error)

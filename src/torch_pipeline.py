@@ -281,15 +281,27 @@ class _WorkerSignals:
             os._exit(128 + number)
 
 
-def _share(batch: HostBatch | tuple[Tensor, ...]) -> HostBatch | tuple[Tensor, ...]:
-    """Moves a worker's batch into shared memory.
+def _share(batch: HostBatch | tuple[Tensor, ...]) -> HostBatch | tuple[Tensor, ...] | UserError:
+    """Moves a worker's batch into shared memory; a UserError where that is too small.
 
-    Here, where a failure is the run's, and not in the queue's thread, which prints it and leaves the run waiting.
+    Here, and not in the queue's thread, which would print the failure and leave the run waiting.
     """
-    if get_worker_info() is not None:
-        for part in batch:
-            part.share_memory_()
+    worker = get_worker_info()
+    if worker is not None:
+        try:
+            for part in batch:
+                part.share_memory_()
+        except RuntimeError:
+            return _too_small(worker.num_workers)
     return batch
+
+
+def _too_small(workers: int) -> UserError:
+    size = shutil.disk_usage(SHARED_MEMORY).total / 2**20
+    return UserError(
+        f"{SHARED_MEMORY} ({size:.1f} MiB) is too small for {workers} worker processes: enlarge it (docker run "
+        "--shm-size=1g), or use fewer workers or none (--num-workers 0)"
+    )
 
 
 def _guarded(loader: DataLoader) -> Iterator:
@@ -315,11 +327,7 @@ def _explained(workers: int) -> Iterator[None]:
     except (RuntimeError, OSError) as error:
         text = str(error)
         if "Bus error" in text or "shared memory" in text or getattr(error, "errno", None) == errno.ENOSPC:
-            size = shutil.disk_usage(SHARED_MEMORY).total / 2**20
-            raise UserError(
-                f"{SHARED_MEMORY} ({size:.1f} MiB) is too small for {workers} worker processes: enlarge it (docker run "
-                "--shm-size=1g), or use fewer workers or none (--num-workers 0)"
-            ) from None
+            raise _too_small(workers) from None
         if "killed by signal" in text or "exited unexpectedly" in text:
             raise UserError(
                 f"one of {workers} worker processes was killed ({text.splitlines()[0].rstrip('. ')}): where memory is "

@@ -47,3 +47,11 @@ def encode_oracle() -> dict:
         pytest.skip(f"{file.name} is not on this machine")
     with np.load(file) as arrays:
         return dict(arrays)
+
+
+@pytest.fixture(params=["no_dali", "dali"])
+def pipeline(request) -> str:
+    """Each of the two data pipelines, by the name that its flag has."""
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali")  # it has no wheels for this system
+    return request.param

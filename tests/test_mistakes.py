@@ -1,0 +1,139 @@
+"""Mistakes of a new user: where output goes, who reads it, and flags out of range."""
+
+import io
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from src.errors import UserError, printable
+from src.flags import parse_args, unreached_evaluations
+from src.output import reserved, writing
+from src.report import Report
+from tests.both_pipelines import error_line, read, run, train_loader
+from tests.datasets import annotation, write_coco
+from tests.test_main import flags
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("data"), [annotation(image) for image in (1, 2, 3)])
+
+
+def write_weights(path: Path) -> str:
+    """A checkpoint with the categories of small data sets and no network worth the name."""
+    torch.save({"model": {"weight": torch.zeros(1)}, "categories": [[1, "square"], [2, "disc"]]}, path)
+    return str(path)
+
+
+# --- where output goes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["check", "evaluation", "prediction"])
+def test_output_that_is_a_file_is_told_of_before_the_work(data, tmp_path, capsys, mode):
+    (tmp_path / "file").touch()
+    folder = data / "val2017" if mode == "prediction" else data
+    more = () if mode == "check" else ("--checkpoint", write_weights(tmp_path / "weights.pt"))
+    assert main.main(flags(folder, tmp_path / "file", "--mode", mode, *more)) == 2
+    told = capsys.readouterr()
+    assert f"main.py: error: cannot write {tmp_path / 'file'}: a file is in its place" in told.err
+    assert told.out == ""
+
+
+def test_pictures_are_not_drawn_among_the_images(data, tmp_path, capsys):
+    folder, checkpoint = data / "val2017", write_weights(tmp_path / "weights.pt")
+    assert main.main(flags(folder, folder, "--mode", "prediction", "--checkpoint", checkpoint)) == 2
+    assert "is the images' own folder" in error_line(capsys)
+
+
+def test_a_folder_in_use_is_left_alone(data, tmp_path, capsys):
+    (tmp_path / "last.pt").write_text("another run's")
+    with reserved(tmp_path):
+        assert run("no_dali", data, tmp_path, "--evaluation") == 2
+    assert error_line(capsys) == f"main.py: error: {tmp_path} is in use by another run: give this one its own --output"
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
+    alive, say = os.pipe()
+    with reserved(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.write(say, b".")
+            time.sleep(60)
+            os._exit(0)
+    try:
+        os.read(alive, 1)
+        with reserved(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+class Closed(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_reader_that_has_gone_ends_the_run_in_a_line():
+    with pytest.raises(UserError, match="cannot write to standard output: Broken pipe"):
+        Report(None, append=True, stream=Closed()).note("a line")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_names_beyond_the_terminals_alphabet(tmp_path, monkeypatch, encoding):
+    data = write_coco(tmp_path / "日本", [annotation(1)], images=1)
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding=encoding))
+    assert main.main(flags(data, tmp_path / "output", "--mode", "check")) == 0
+    assert rb"\u65e5\u672c/annotations/instances_train2017.json" in output.getvalue()
+
+
+def test_an_error_is_one_line_whatever_names_hold():
+    assert str(UserError("a\nb\x1b[31m\udce9 日本")) == r"a\nb\x1b[31m\udce9 日本"
+    assert printable("plain, ünïcode") == "plain, ünïcode"
+    with pytest.raises(UserError, match=r"^cannot write /a: No space left on device$"), writing("/a"):
+        raise OSError(28, "No space left on device")
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--data ~nobody-of-that-name/coco", "no home folder is known"),
+        ("--data x --backbone-weights ~nobody-of-that-name/file", "no home folder is known"),
+        (f"--data x --seed {2**64}", "from 0 to 2^64 - 1"),
+        ("--data x -b 99999999999", "from 1 to 2147483647"),
+        (f"--data x --warmup {'9' * 400}", "from 0 to 2147483647"),
+    ],
+)
+def test_flags_out_of_range(given, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_args(given.split())
+    assert ended.value.code == 2
+    assert said in error_line(capsys)
+
+
+def test_the_largest_seed_shuffles_and_initialises(pipeline, data):
+    seed = parse_args(["-d", "x", "--seed", str(2**64 - 1)]).seed
+    torch.manual_seed(seed)
+    assert len(list(train_loader(pipeline, read(data), seed=seed, augment=True))) == 3
+
+
+def test_evaluations_that_are_not_reached():
+    assert unreached_evaluations(parse_args(["-d", "x", "-e", "5", "--evaluation", "3", "5", "9"])) == [5, 9]
+    assert unreached_evaluations(parse_args(["-d", "x", "-e", "5"])) == []
+
+
+@pytest.mark.parametrize("below", ["train2017/000001.jpg", "annotations", "annotations/instances_train2017.json"])
+def test_data_that_is_not_the_folder(data, tmp_path, capsys, below):
+    assert main.main(flags(data / below, tmp_path / "output")) == 2
+    assert "--data must be a folder in the COCO 2017 layout" in error_line(capsys)
