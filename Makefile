@@ -8,7 +8,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 DEMO := demo
-# Threads in the libraries under torch: one for each core, unless told otherwise.
 DEMO_FLAGS = --data $(DEMO)/data --output $(DEMO)/run --backbone resnet18 --backbone-weights none \
 	--epochs 10 --batch-size 8 --eval-batch-size 16 --num-workers 2 --lr 0.08 --warmup 40 --multistep 8 \
 	--evaluation 4 9 --target 0.3
@@ -29,7 +28,7 @@ demo: venv
 	@echo "The pictures, figures and checkpoints are in $(DEMO)/run."
 
 test: venv
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .
