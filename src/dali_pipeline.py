@@ -22,6 +22,7 @@ from .dali_graph import OUTPUTS, PREFETCH, Settings, dali, make_pipeline
 from .default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES
 from .errors import UserError
 from .images import is_text, read_image
+from .output import writing
 
 
 class DaliTrainLoader:
@@ -141,7 +142,8 @@ class DaliTrainLoader:
             read_image(self.annotations, int(self.images[0]))  # raises: DALI would not name the path
         with tempfile.TemporaryDirectory(prefix="ssd300-") as folder:
             annotation_file = Path(folder, "annotations.json")
-            write_clean_file(self.annotations, annotation_file)
+            with writing(annotation_file):
+                write_clean_file(self.annotations, annotation_file)
             try:
                 return make_pipeline(
                     self._settings(),

@@ -1,4 +1,4 @@
-"""The folder that a run writes into; what keeps it from writing is told of in one line."""
+"""Where a run writes; what keeps it from writing is told of in one line."""
 
 import os
 from collections.abc import Iterator

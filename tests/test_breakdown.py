@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import resource
 import signal
 import sys
 import time
@@ -115,6 +114,7 @@ def test_weights_are_checked(scaled_trainer, value):
 @contextmanager
 def files_no_larger_than(size: int):
     """What a process can write into a file, one in /dev/shm too; forked processes inherit it."""
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -51,6 +51,7 @@ def test_pictures_are_not_drawn_among_the_images(data, tmp_path, capsys):
     assert "is the images' own folder" in error_line(capsys)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is locked on Windows")
 def test_a_folder_in_use_is_left_alone(data, tmp_path, capsys):
     (tmp_path / "last.pt").write_text("another run's")
     with reserved(tmp_path):
@@ -59,6 +60,7 @@ def test_a_folder_in_use_is_left_alone(data, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is locked and no worker forked on Windows")
 def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
     alive, say = os.pipe()
     with reserved(tmp_path):
@@ -74,6 +76,18 @@ def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_a_full_temporary_folder_is_told_of(data, monkeypatch):
+    pytest.importorskip("nvidia.dali")
+    from src import dali_pipeline
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dali_pipeline, "write_clean_file", full)
+    with pytest.raises(UserError, match=r"cannot write /.*: No space left on device$"):
+        next(iter(train_loader("dali", read(data))))
 
 
 class Closed(io.StringIO):
