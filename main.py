@@ -38,11 +38,10 @@ from src.run import (
     Position,
     Run,
     changed_settings,
-    digest,
     read_run,
     restore_position,
 )
-from src.train import REFERENCE_BATCH, Schedule, Trainer, TrainingBreakdownError, make_optimizer
+from src.train import Schedule, Trainer, TrainingBreakdownError, make_optimizer
 from src.weights import known_categories, load_backbone_weights, load_detector, read_labelled
 
 BENCHMARK_STEPS = 20
@@ -216,7 +215,7 @@ def make_identity(args: argparse.Namespace, processes: Processes, training: Anno
         "data_pipeline",
     )
     settings = {f"--{name}": getattr(args, name.replace("-", "_")) for name in names}
-    settings |= {"the number of processes": processes.world_size, TRAINING_DATA: digest(training)}
+    settings |= {"the number of processes": processes.world_size, TRAINING_DATA: training.digest}
     return Identity(args.backbone, [list(category) for category in training.categories], args.seed, settings)
 
 
@@ -314,7 +313,7 @@ def start_position(processes: Processes, trainer: Trainer, loader: TrainLoader, 
 def tell_start(report, args, processes: Processes, loader: TrainLoader, schedule: Schedule, training: Annotations,
                validation: Annotations | None) -> None:  # fmt: skip
     """What the run found and will do, in a few lines and in the MLPerf log."""
-    rate = schedule.base * schedule.images / REFERENCE_BATCH
+    rate = schedule.peak
     report.note(f"Device: {device_name(processes.device)}, processes: {processes.world_size}")
     report.note(
         f"Training images: {loader.num_images} with {len(training.boxes)} boxes of {len(training.categories)} "

@@ -5,11 +5,13 @@ processes share them instead of copying them page by page.
 Shapes: I images, B boxes, K categories, M entries of `annotations` before cleaning.
 """
 
+import hashlib
 import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +61,15 @@ class Annotations:
         """Copies of the boxes [G, 4] and labels [G] of image `i`."""
         own = slice(self.first_box[i], self.first_box[i + 1])
         return self.boxes[own].copy(), self.labels[own].copy()
+
+    @cached_property
+    def digest(self) -> str:
+        """A short text that differs where the images with boxes, or their boxes and labels, do."""
+        images = self.with_boxes()
+        content = hashlib.blake2b("\0".join(map(self.file_name, images.tolist())).encode(), digest_size=8)
+        for array in (self.sizes[images], np.diff(self.first_box)[images], self.boxes, self.labels):
+            content.update(np.ascontiguousarray(array))
+        return content.hexdigest()
 
     def with_boxes(self) -> np.ndarray:
         """int64 indices of the images that have at least one box."""

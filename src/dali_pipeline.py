@@ -5,7 +5,6 @@ of this pipeline is DALI's checkpoint, kept beside the settings for which alone 
 """
 
 import gc
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -128,7 +127,7 @@ class DaliTrainLoader:
             "device": self.device.type,
             "DALI": dali.__version__,
             "images": self.num_images,
-            "annotations": _digest(self.annotations, self.images),
+            "annotations": self.annotations.digest,
         }
 
     def close(self) -> None:
@@ -269,11 +268,3 @@ def _reason(error: Exception) -> str:
 def _derived_seed(*parts: int) -> int:
     """A seed that other parts give another of; DALI's are signed."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
-
-
-def _digest(annotations: Annotations, images: np.ndarray) -> str:
-    """Tells training sets apart: by the file names, sizes, boxes and labels of the images with boxes."""
-    digest = hashlib.sha256("\0".join(annotations.file_name(int(index)) for index in images).encode())
-    for array in (annotations.sizes[images], annotations.boxes, annotations.labels.astype(np.int64)):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]

@@ -4,7 +4,6 @@ from typing import Protocol
 
 import torch
 
-from .batch import Batch
 from .coco import Annotations
 from .torch_pipeline import EvaluationLoader, TorchTrainLoader
 
@@ -52,4 +51,4 @@ def make_train_loader(
     return DaliTrainLoader(annotations, num_threads=num_workers, half=dtype == torch.float16, **options)
 
 
-__all__ = ["PIPELINES", "Batch", "EvaluationLoader", "TrainLoader", "make_train_loader"]
+__all__ = ["PIPELINES", "EvaluationLoader", "TrainLoader", "make_train_loader"]

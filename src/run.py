@@ -1,14 +1,10 @@
 """A whole training run: epochs, evaluations and checkpoints, from wherever it stands to its end."""
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from .checkpoint import load_checkpoint, save_checkpoint
-from .coco import Annotations
 from .data import TrainLoader
 from .distributed import Processes, StopNotice, Terminated
 from .errors import UserError
@@ -189,20 +185,6 @@ def read_run(path: Path, identity: Identity) -> dict:
             f"from its weights use --checkpoint {path}"
         )
     return state
-
-
-def digest(annotations: Annotations) -> str:
-    """A short text that differs where the images or boxes trained on differ."""
-    content = hashlib.blake2b(annotations.names, digest_size=8)
-    for array in (
-        annotations.first_byte,
-        annotations.sizes,
-        annotations.first_box,
-        annotations.boxes,
-        annotations.labels,
-    ):
-        content.update(np.ascontiguousarray(array))
-    return content.hexdigest()
 
 
 def changed_settings(state: dict, identity: Identity) -> list[str]:

@@ -32,10 +32,15 @@ class Schedule(NamedTuple):
     warmup: int  # iterations
     multistep: tuple[int, ...]  # epochs
 
+    @property
+    def peak(self) -> float:
+        """The rate between the warm-up and the first multistep epoch."""
+        return self.base * self.images / REFERENCE_BATCH
+
     def learning_rate(self, epoch: int, iteration: int) -> float:
         """iteration counts from the run's start.  Linear from 0 over the warm-up, a tenth from each multistep epoch."""
         decays = sum(epoch >= step for step in self.multistep)
-        rate = self.base * self.images / REFERENCE_BATCH * DECAY**decays
+        rate = self.peak * DECAY**decays
         return rate * iteration / self.warmup if iteration < self.warmup else rate
 
 
