@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from src.coco import Annotations, read_annotations
 from src.dali_pipeline import DaliTrainLoader
-from src.torch_pipeline import PREFETCH, TorchTrainLoader, read_image, resizer
+from src.images import read_image, resize
+from src.torch_pipeline import PREFETCH, TorchTrainLoader
 
 WORKERS = (1, 2, 4)
 GOAL_WORKERS = 2
@@ -39,7 +40,7 @@ class DecodedImages(Dataset):
         return endless(self.images).size
 
     def __getitem__(self, position: int) -> torch.Tensor:
-        return resizer()(read_image(self.annotations, self.images[position % len(self.images)]))
+        return resize(read_image(self.annotations, self.images[position % len(self.images)]))
 
 
 def run(data: Path, *, batches: int = BATCHES, repeats: int = REPEATS) -> list[dict]:

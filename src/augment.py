@@ -1,17 +1,13 @@
-"""SSD's augmentation: its constants, once for both pipelines, and its transforms for torchvision.
+"""SSD's augmentation: its constants, once for both pipelines, and its random choices for the pipeline without DALI.
 
+Boxes are NumPy arrays: for the few of an image, torch's and torchvision's transforms cost more than the arithmetic.
 Sources: Liu et al. 2016, section 2.2 (the crop); the colour formula is that of DALI's `hsv` and `brightness_contrast`.
 """
 
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
-from torchvision.ops import box_iou
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
-from torchvision.tv_tensors import BoundingBoxes, Image
 
 NO_CROP = None
 # One is picked with equal chance: the whole image, or a window whose IoU with every box exceeds the number.
@@ -24,14 +20,10 @@ CONTRAST = (0.5, 1.5)  # factor, about CONTRAST_CENTRE
 CONTRAST_CENTRE = 128.0  # of 0..255
 SATURATION = (0.5, 1.5)  # factor
 HUE = (-18.0, 18.0)  # degrees
+NO_COLOUR = np.eye(3, 4, dtype=np.float32)  # the matrix that changes nothing
 
 RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 YIQ_TO_RGB = np.array([[1.0, 0.956, 0.621], [1.0, -0.272, -0.647], [1.0, -1.107, 1.705]])
-
-
-def uniform(low: float, high: float) -> float:
-    """A number from low..high drawn from torch's generator, which the pipeline seeds for each sample."""
-    return low + (high - low) * torch.rand(()).item()
 
 
 def colour_matrix(brightness: float, contrast: float, saturation: float, hue: float) -> np.ndarray:
@@ -47,59 +39,62 @@ def colour_matrix(brightness: float, contrast: float, saturation: float, hue: fl
     return np.column_stack((linear, np.full(3, offset)))
 
 
-def random_colour_matrix() -> Tensor:
+def random_colour_matrix(random: np.random.Generator) -> np.ndarray:
     """`colour_matrix` of random parameters; [3, 4] float32."""
-    matrix = colour_matrix(uniform(*BRIGHTNESS), uniform(*CONTRAST), uniform(*SATURATION), uniform(*HUE))
-    return torch.from_numpy(matrix).float()
+    parameters = [random.uniform(*limits) for limits in (BRIGHTNESS, CONTRAST, SATURATION, HUE)]
+    return colour_matrix(*parameters).astype(np.float32)
 
 
-class RandomWindowCrop(v2.Transform):
-    """Crops a random window in which objects stay recognisable, or nothing; boxes are kept by their centres."""
+def random_crop(
+    image: Tensor, boxes: np.ndarray, labels: np.ndarray, random: np.random.Generator
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Crops a random window in which objects stay recognisable, or nothing; boxes are kept by their centres.
 
-    def forward(self, image: Image, boxes: BoundingBoxes, labels: Tensor) -> tuple[Image, BoundingBoxes, Tensor]:
-        """image [3, H, W]; boxes [G, 4] ltrb in pixels, G at least 1; labels [G].  At least one box remains."""
-        params = self.make_params([image, boxes])
-        if params["window"] is None:
-            return image, boxes, labels
-        kept = params["kept"]
-        boxes = BoundingBoxes(boxes[kept], format="XYXY", canvas_size=image.shape[-2:])
-        return self.transform(image, params), self.transform(boxes, params), labels[kept]
-
-    def make_params(self, flat_inputs: list) -> dict:
-        """The window (left, top, right, bottom in pixels, or None for no crop) and which boxes it keeps, [G] bool."""
-        image, boxes = flat_inputs
-        height, width = image.shape[-2:]
-        return dict(zip(("window", "kept"), draw_window(boxes.as_subclass(Tensor), width, height), strict=True))
-
-    def transform(self, inpt, params: dict):
-        left, top, right, bottom = params["window"]
-        return F.crop(inpt, top, left, bottom - top, right - left)  # clips boxes too
+    image [3, H, W]; boxes [G, 4] ltrb in pixels, G at least 1, at least one of which remains; labels [G].
+    """
+    height, width = image.shape[1:]
+    window, kept = draw_window(boxes, width, height, random)
+    if window is None:
+        return image, boxes, labels
+    left, top, right, bottom = window
+    corner, far_corner = np.array([left, top], np.float32), np.array([right, bottom], np.float32)
+    corners = boxes[kept].reshape(-1, 2, 2).clip(corner, far_corner) - corner
+    return image[:, top:bottom, left:right], corners.reshape(-1, 4), labels[kept]
 
 
-def draw_window(boxes: Tensor, width: int, height: int) -> tuple[tuple[int, int, int, int] | None, Tensor | None]:
+def draw_window(
+    boxes: np.ndarray, width: int, height: int, random: np.random.Generator
+) -> tuple[tuple[int, int, int, int] | None, np.ndarray | None]:
     """A random window (left, top, right, bottom) in pixels and the boxes it keeps, [G] bool; (None, None): no crop.
 
     boxes [G, 4] ltrb in pixels.  A condition is picked, one window tried for it, and another picked until one fits.
     """
-    fractions = boxes / boxes.new_tensor([width, height, width, height])
-    centres = (fractions[:, :2] + fractions[:, 2:]) / 2
+    left, top, right, bottom = (boxes / (width, height, width, height)).T  # [G] each
+    area = (right - left) * (bottom - top)
+    centres = (boxes[:, :2].astype(np.float64) + boxes[:, 2:]) / 2  # in pixels
     while True:
-        min_iou = CROP_MIN_IOU[int(torch.randint(len(CROP_MIN_IOU), ()))]
+        min_iou = CROP_MIN_IOU[random.integers(len(CROP_MIN_IOU))]
         if min_iou is NO_CROP:
             return None, None
-        window_width, window_height = uniform(*CROP_SIDE), uniform(*CROP_SIDE)
-        if not CROP_ASPECT[0] <= window_width / window_height <= CROP_ASPECT[1]:
+        sides = random.uniform(*CROP_SIDE), random.uniform(*CROP_SIDE)
+        if not CROP_ASPECT[0] <= sides[0] / sides[1] <= CROP_ASPECT[1]:
             continue
-        left, top = uniform(0, 1 - window_width), uniform(0, 1 - window_height)
-        window = boxes.new_tensor([[left, top, left + window_width, top + window_height]])
-        if min_iou >= 0 and not bool((box_iou(fractions, window) > min_iou).all()):
-            continue
-        kept = ((centres > window[:, :2]) & (centres < window[:, 2:])).all(dim=1)
-        if bool(kept.any()):
-            return _in_pixels(window[0].tolist(), width, height), kept
+        x, y = random.uniform(0, 1 - sides[0]), random.uniform(0, 1 - sides[1])
+        far_x, far_y = x + sides[0], y + sides[1]
+        if min_iou >= 0:
+            shared_width = np.minimum(right, far_x) - np.maximum(left, x)
+            shared_height = np.minimum(bottom, far_y) - np.maximum(top, y)
+            shared = shared_width.clip(0) * shared_height.clip(0)
+            if not (shared > min_iou * (area + sides[0] * sides[1] - shared)).all():
+                continue
+        # Of the window in whole pixels: a small box beyond its edge would be clipped to nothing.
+        window = _in_pixels((x, y, far_x, far_y), width, height)
+        kept = ((window[:2] < centres) & (centres < window[2:])).all(axis=1)
+        if kept.any():
+            return window, kept
 
 
-def _in_pixels(window: list[float], width: int, height: int) -> tuple[int, int, int, int]:
+def _in_pixels(window: tuple[float, ...], width: int, height: int) -> tuple[int, int, int, int]:
     """The window in whole pixels, at least one each way."""
     left, top = int(window[0] * width), int(window[1] * height)
     return left, top, max(left + 1, int(window[2] * width)), max(top + 1, int(window[3] * height))

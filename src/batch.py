@@ -13,6 +13,7 @@ from .default_boxes import default_boxes, default_boxes_ltrb, match
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of 0..1, red, green, blue
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PIXELS_TOGETHER = 10
 
 
 class Batch(NamedTuple):
@@ -46,41 +47,45 @@ class BatchMaker(nn.Module):
     @torch.no_grad()
     def forward(self, host: HostBatch) -> Batch:
         host = HostBatch(*(part.to(self.defaults.device, non_blocking=True) for part in host))
-        images = torch.empty_like(host.images, dtype=self.dtype, memory_format=torch.channels_last)
-        # A CPU's cache holds the planes of one image; a GPU wants all at once.
-        chunk = 1 if images.device.type == "cpu" else len(images)
-        for done, raw, colour in zip(*(x.split(chunk) for x in (images, host.images, host.colour)), strict=True):
-            done.copy_(coloured(raw, colour))
+        images = coloured(host.images, host.colour, self.dtype)
         return Batch(images, *self.targets(host.boxes, host.labels, host.owners, len(images)))
 
     def targets(self, boxes: Tensor, labels: Tensor, owners: Tensor, images: int) -> tuple[Tensor, Tensor]:
         """Boxes [N, A, 4] cxcywh and labels [N, A] for every default box, from the ground truth of N images."""
         index = match(boxes, owners, images, self.defaults_ltrb)  # [N, A]
-        # A place more, for what is matched to nothing: index -1 is the last.
-        boxes = torch.cat((box_convert(boxes, "xyxy", "cxcywh"), boxes.new_zeros(1, 4)))
-        labels = torch.cat((labels, labels.new_zeros(1)))[index]
-        return torch.where((index < 0)[..., None], self.defaults, boxes[index]), labels
+        # A default box that is matched to nothing takes itself from behind the ground truth, with label 0.
+        itself = torch.arange(len(boxes), len(boxes) + len(self.defaults), device=index.device)
+        index = torch.where(index < 0, itself, index)
+        boxes = torch.cat((box_convert(boxes, "xyxy", "cxcywh"), self.defaults))
+        labels = torch.cat((labels, labels.new_zeros(len(self.defaults))))
+        return boxes[index], labels[index]
 
 
-def coloured(images: Tensor, colour: Tensor) -> Tensor:
-    """Images after the colour step, normalised with ImageNet's mean and deviation; [N, 3, H, W] float32.
+def coloured(images: Tensor, colour: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images after the colour step, normalised with ImageNet's mean and deviation; [N, 3, H, W], channels last.
 
-    images [N, 3, H, W] in 0..255; colour [N, 3, 4]: an affine map of RGB, whose results are clipped to 0..255, once.
-    Both steps are one affine map here, and 0 and 255 are clipped to where normalisation takes them.
+    images [N, 3, H, W] in 0..255, H x W a multiple of 10; colour [N, 3, 4]: an affine map of RGB, whose results are
+    clipped to 0..255, once.  Both steps are one affine map here, and 0 and 255 are clipped to where normalisation
+    takes them.
     """
-    red, green, blue = images.float().unbind(dim=1)  # [N, H, W] each
-    result = torch.empty_like(images, dtype=torch.float32)
-    for channel, (mean, deviation) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)):
-        weights = colour[:, channel, :, None, None] / (255 * deviation)  # [N, 4, 1, 1]
-        of_red, of_green, of_blue, offset = weights.unbind(dim=1)
-        plane = torch.addcmul(offset - mean / deviation, red, of_red, out=result[:, channel])
-        plane.addcmul_(green, of_green).addcmul_(blue, of_blue)
-        plane.clamp_(-mean / deviation, (1 - mean) / deviation)
-    return result
+    mean, deviation = (colour.new_tensor(values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    affine = colour / (255 * deviation[:, None])  # [N, 3, 4]
+    offsets = (affine[:, :, 3] - mean / deviation).repeat(1, PIXELS_TOGETHER)[:, None]
+    several = torch.eye(PIXELS_TOGETHER, device=colour.device)[:, None, :, None]
+    matrices = (several * affine[:, None, :, None, :3].transpose(2, 4)).reshape(len(images), *[3 * PIXELS_TOGETHER] * 2)
+    height, width = images.shape[2:]
+    least, greatest = (-mean / deviation).repeat(width), ((1 - mean) / deviation).repeat(width)
+
+    pixels = images.permute(0, 2, 3, 1).reshape(len(images), -1, 3 * PIXELS_TOGETHER)
+    result = torch.empty_like(pixels, dtype=torch.float32)
+    chunk = 1 if images.device.type == "cpu" else len(images)
+    for done, raw, matrix, offset in zip(*(x.split(chunk) for x in (result, pixels, matrices, offsets)), strict=True):
+        torch.baddbmm(offset, raw.float(), matrix, out=done)
+        done.view(-1, height, 3 * width).clamp_(least, greatest)
+    return result.view(len(images), height, width, 3).permute(0, 3, 1, 2).to(dtype)
 
 
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Images in 0..255 with ImageNet's mean taken away and divided by its deviation; [N, 3, H, W], channels last."""
-    mean = images.new_tensor(IMAGENET_MEAN, dtype=torch.float32).view(3, 1, 1) * 255
-    deviation = images.new_tensor(IMAGENET_STD, dtype=torch.float32).view(3, 1, 1) * 255
-    return images.float().sub(mean).div_(deviation).to(dtype, memory_format=torch.channels_last)
+    plain = torch.eye(3, 4, device=images.device).expand(len(images), -1, -1)
+    return coloured(images, plain, dtype)

@@ -189,8 +189,7 @@ def _clean(
     path: Path, image_folder: Path, images: _Images, rows: Rows, categories: tuple[Category, ...]
 ) -> Annotations:
     """The Annotations of the rows that can be used, grouped by image."""
-    left, top, right, bottom = rows.boxes.T
-    usable = (rows.image >= 0) & (right > left) & (bottom > top)
+    usable = (rows.image >= 0) & rows.solid
     order = np.flatnonzero(usable)
     order = order[_by_image(rows.image[order])]
     return Annotations(

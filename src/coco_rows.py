@@ -19,6 +19,7 @@ LARGEST_TABLE = 2**21  # entries; ids that span more are searched for, six times
 # height, and every one is a box inside the image as it stands.
 MANY = 0.25
 NEARLY_ALL = 0.95
+LEAST_SIDE = 2**-22  # of the image's; less is 0, because float32 fractions would not tell a box's edges apart
 
 
 class Rows(NamedTuple):
@@ -28,9 +29,11 @@ class Rows(NamedTuple):
     strange: np.ndarray  # int64: those image_ids
     labels: np.ndarray  # int64 [M]
     boxes: np.ndarray  # float32 [M, 4] ltrb, clipped to the image
+    solid: np.ndarray  # bool [M]: has an area inside the image
     flat: np.ndarray  # bool [M]: the width or height was not positive
     outside: np.ndarray  # bool [M]: reached more than a pixel outside
     corners: np.ndarray  # bool [M]: would be a box inside the image if it were given as x1, y1, x2, y2
+    fractions: np.ndarray  # bool [M]: would be a box inside the image if it were given as fractions of its sides
     areas: np.ndarray  # float64 [M]
     crowd: np.ndarray  # bool [M]
     ids: np.ndarray  # int64 [M]
@@ -53,17 +56,19 @@ def read_rows(
             f"{path}: {describe('annotations', first, {'id': entries[first].id})} has category_id "
             f"{entries[first].category_id}, which no entry of `categories` has (it has {listed(category_ids)})"
         )
-    boxes, areas, flat, outside, corners = _boxes(entries, sizes[image])
-    given = _column(entries, "area", np.float64, missing=np.nan)
+    boxes, areas, solid, flat, outside, corners, fractions = _boxes(entries, sizes[image])
+    given = _column(entries, "area", np.float64)  # NaN where there is none
     ids, renumbered = _annotation_ids(entries)
     return Rows(
         image=image,
         strange=wanted[image < 0],
         labels=labels,
         boxes=boxes,
+        solid=solid,
         flat=flat,
         outside=outside,
         corners=corners,
+        fractions=fractions,
         areas=np.where(np.isnan(given), areas, given),
         crowd=_column(entries, "iscrowd", np.bool_),
         ids=ids,
@@ -71,12 +76,9 @@ def read_rows(
     )
 
 
-def _column(entries: Sequence[AnnotationEntry | Box], field: str, dtype: type, missing=None) -> np.ndarray:
-    """One field of all entries; `missing` stands for None."""
-    values = map(attrgetter(field), entries)
-    if missing is not None:
-        values = (missing if value is None else value for value in values)
-    return np.fromiter(values, dtype, len(entries))
+def _column(entries: Sequence[AnnotationEntry | Box], field: str, dtype: type) -> np.ndarray:
+    """One field of all entries; None becomes NaN or False."""
+    return np.fromiter(map(attrgetter(field), entries), dtype, len(entries))
 
 
 def _annotation_ids(entries: list[AnnotationEntry]) -> tuple[np.ndarray, bool]:
@@ -104,7 +106,7 @@ def _positions(values: np.ndarray, among: np.ndarray) -> np.ndarray:
 
 
 def _boxes(entries: list[AnnotationEntry], sizes: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The clipped boxes [M, 4], areas before clipping [M], and `flat`, `outside` and `corners` of Rows; sizes [M, 2].
+    """The clipped boxes [M, 4], areas [M], and Rows' columns from `solid` to `fractions`; sizes [M, 2].
 
     An axis at a time, because whole arrays of a million boxes would stay behind as holes in the heap.
     """
@@ -112,7 +114,7 @@ def _boxes(entries: list[AnnotationEntry], sizes: np.ndarray) -> tuple[np.ndarra
     boxes = np.empty((len(entries), 4), np.float32)
     areas = np.ones(len(entries))
     flat, outside = np.zeros((2, len(entries)), np.bool_)
-    corners = np.ones(len(entries), np.bool_)
+    solid, corners, fractions = np.ones((3, len(entries)), np.bool_)
     with np.errstate(over="ignore"):
         for axis, (start, extent) in enumerate((("x", "width"), ("y", "height"))):
             limit = sizes[:, axis].astype(np.float64)
@@ -120,10 +122,12 @@ def _boxes(entries: list[AnnotationEntry], sizes: np.ndarray) -> tuple[np.ndarra
             boxes[:, axis] = low.clip(0, limit)
             boxes[:, axis + 2] = (low + side).clip(0, limit)
             areas *= side.clip(0, limit)
-            flat |= side <= 0
+            solid &= boxes[:, axis + 2] - boxes[:, axis] >= LEAST_SIDE * limit
+            flat |= side < LEAST_SIDE * limit
             outside |= (low < -1) | (low + side > limit + 1)
             corners &= (low < side) & (low >= -1) & (side <= limit + 1)
-    return boxes, areas, flat, outside, corners
+            fractions &= (low >= 0) & (low + side <= 1.01)
+    return boxes, areas, solid, flat, outside, corners, fractions
 
 
 def warnings_of(rows: Rows, usable: np.ndarray) -> Iterator[str]:
@@ -142,6 +146,8 @@ def warnings_of(rows: Rows, usable: np.ndarray) -> Iterator[str]:
             yield f"{which.sum()} of {len(which)} annotations {what} (annotation ids {listed(rows.ids[which])})"
     if (rows.outside & known).sum() > MANY * known.sum() and rows.corners[known].mean() > NEARLY_ALL:
         yield "most `bbox` look like x1, y1, x2, y2: they must be x, y, width, height"
+    if known.any() and rows.fractions[known].mean() > NEARLY_ALL:
+        yield "most `bbox` look like fractions of the image: they must be in pixels"
     if rows.renumbered:
         yield "some annotations have no id of their own: all are numbered from 1 in the file's order"
 

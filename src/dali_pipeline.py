@@ -18,7 +18,7 @@ from torch import Tensor
 from .batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from .coco import Annotations, write_clean_file
 from .dali_graph import OUTPUTS, PREFETCH, Settings, dali, make_pipeline
-from .default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES
+from .default_boxes import IMAGE_SIZE
 from .errors import UserError
 from .images import is_text, read_image
 from .output import writing
@@ -57,7 +57,6 @@ class DaliTrainLoader:
         self.num_threads = max(1, num_threads)
         self.augment = augment
         self.warnings: list[str] = []
-        self._forward_order = torch.arange(NUM_DEFAULT_BOXES - 1, -1, -1, device=device)  # the graph's is reversed
         self._darkest, self._brightest = (self._row_of(value) for value in (0, 1))
         self._pipeline: dali.Pipeline | None = None
         self._first_epoch = 0  # where the pipeline started
@@ -222,8 +221,8 @@ class DaliTrainLoader:
         images.flatten(2).clamp_(self._darkest, self._brightest)
         return Batch(
             images=images.permute(0, 3, 1, 2),  # channels last
-            boxes=boxes.index_select(1, self._forward_order),
-            labels=labels.index_select(1, self._forward_order),
+            boxes=boxes.flip(1),  # the graph matches to the default boxes in reverse order
+            labels=labels.flip(1),
         )
 
     # --- a broken image ---

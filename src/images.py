@@ -2,13 +2,12 @@
 
 import os
 import re
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, read_file
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from .coco import Annotations
 from .default_boxes import IMAGE_SIZE
@@ -66,7 +65,6 @@ def read_image(annotations: Annotations, index: int) -> Tensor:
     return image
 
 
-@lru_cache
-def resizer() -> v2.Resize:
-    """Resizes to 300 x 300 by an antialiased triangular filter, as both pipelines do."""
-    return v2.Resize((IMAGE_SIZE, IMAGE_SIZE), antialias=True)
+def resize(image: Tensor) -> Tensor:
+    """The image [3, H, W] at 300 x 300, by an antialiased triangular filter, as both pipelines do it."""
+    return F.resize(image, [IMAGE_SIZE, IMAGE_SIZE], antialias=True)

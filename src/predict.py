@@ -16,7 +16,7 @@ from .coco import Category
 from .default_boxes import default_boxes
 from .errors import UserError
 from .evaluate import Detections, detect, evaluating, finite_boxes
-from .images import decode, resizer
+from .images import decode, resize
 from .output import make_folder
 from .plots import draw_prediction
 from .report import NullReport
@@ -106,7 +106,7 @@ def _batches(images: Sequence[Path], batch_size: int) -> Iterator[tuple[int, lis
 def _read(path: Path) -> tuple[Tensor, Tensor]:
     """The image as it is [3, H, W] and for the network [3, 300, 300], uint8."""
     image = decode(path)
-    return image, resizer()(image)
+    return image, resize(image)
 
 
 def _detect(model: nn.Module, images: Tensor, *, device: torch.device, half: bool) -> tuple[list[Detections], int]:

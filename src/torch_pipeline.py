@@ -21,15 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torchvision.transforms import v2
-from torchvision.tv_tensors import BoundingBoxes, Image
 
-from .augment import FLIP_PROBABILITY, RandomWindowCrop, random_colour_matrix
+from .augment import FLIP_PROBABILITY, NO_COLOUR, random_colour_matrix, random_crop
 from .batch import Batch, BatchMaker, HostBatch, normalise
 from .coco import Annotations
-from .default_boxes import IMAGE_SIZE
 from .errors import UserError
-from .images import read_image, resizer
+from .images import read_image, resize
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # batches a worker prepares ahead
@@ -77,38 +74,30 @@ class TrainingSet(Dataset):
         self.annotations = annotations
         self.seed = seed
         self.augment = augment
-        self.crop = RandomWindowCrop()
-        self.flip = v2.RandomHorizontalFlip(FLIP_PROBABILITY)
 
-    def __getitem__(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor] | UserError:
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray] | UserError:
         """Image [3, 300, 300] uint8, colour [3, 4], boxes [G, 4] ltrb in 0..1, labels [G].
 
         A user's error is returned, not raised: DataLoader would bury it in the worker's traceback.
         """
         try:
-            image = Image(read_image(self.annotations, sample.index))
+            image = read_image(self.annotations, sample.index)
         except UserError as error:
             return error
         boxes, labels = self.annotations.of_image(sample.index)
-        boxes = BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=image.shape[-2:])
-        labels = torch.from_numpy(labels).long()
-        if not self.augment:
-            image, boxes = resizer()(image, boxes)
-            return *_plain(image, torch.eye(3, 4), boxes), labels
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_sample_seed(self.seed, sample.epoch, sample.position))
-            image, boxes, labels = self.crop(image, boxes, labels)
-            image, boxes = resizer()(image, boxes)
-            image, boxes = self.flip(image, boxes)
-            return *_plain(image, random_colour_matrix(), boxes), labels
-
-
-def _plain(image: Image, colour: Tensor, boxes: BoundingBoxes) -> tuple[Tensor, Tensor, Tensor]:
-    return image.as_subclass(Tensor), colour, boxes.as_subclass(Tensor).float() / IMAGE_SIZE
-
-
-def _sample_seed(seed: int, epoch: int, position: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, position]).generate_state(1, np.uint64)[0])
+        colour, flip = NO_COLOUR, False
+        if self.augment:
+            random = np.random.default_rng([self.seed, sample.epoch, sample.position])
+            image, boxes, labels = random_crop(image, boxes, labels, random)
+            flip = random.random() < FLIP_PROBABILITY
+            colour = random_colour_matrix(random)
+        height, width = image.shape[1:]
+        boxes /= np.array([width, height, width, height], np.float32)
+        image = resize(image)
+        if flip:
+            image = image.flip(-1)
+            boxes[:, [0, 2]] = 1 - boxes[:, [2, 0]]
+        return image, colour, boxes, labels
 
 
 def collate_training(samples: list) -> HostBatch | UserError:
@@ -120,17 +109,17 @@ def collate_training(samples: list) -> HostBatch | UserError:
     counts = torch.tensor([len(one) for one in labels])
     batch = HostBatch(
         images=_stack(images),
-        colour=torch.stack(colour),
-        boxes=torch.cat(boxes),
-        labels=torch.cat(labels),
+        colour=torch.from_numpy(np.stack(colour)),
+        boxes=torch.from_numpy(np.concatenate(boxes)),
+        labels=torch.from_numpy(np.concatenate(labels)),
         owners=torch.arange(len(samples)).repeat_interleave(counts),
     )
     return _share(batch)
 
 
 def _stack(images: tuple[Tensor, ...]) -> Tensor:
-    """Images [3, 300, 300] of any memory layout as [N, 3, 300, 300], plane by plane, as the colour step wants them."""
-    stacked = torch.empty((len(images), *images[0].shape), dtype=torch.uint8)
+    """Images [3, 300, 300] of any memory layout as [N, 3, 300, 300], channels last."""
+    stacked = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, memory_format=torch.channels_last)
     for slot, image in zip(stacked, images, strict=True):
         slot.copy_(image)
     return stacked
@@ -194,7 +183,7 @@ class EvaluationSet(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | UserError:
         try:
-            return resizer()(read_image(self.annotations, index)), index
+            return resize(read_image(self.annotations, index)), index
         except UserError as error:
             return error
 

@@ -3,9 +3,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from torchvision.tv_tensors import BoundingBoxes, Image
 
-from src.augment import RandomWindowCrop, colour_matrix, draw_window
+from src.augment import colour_matrix, draw_window, random_crop
 from src.batch import IMAGENET_MEAN, IMAGENET_STD, coloured
 
 TOLERANCE = 0.02
@@ -18,27 +17,26 @@ def annotated(coco128):
     for image in content["images"]:
         boxes = [entry["bbox"] for entry in content["annotations"] if entry["image_id"] == image["id"]]
         if boxes:
-            left, top, width, height = torch.tensor(boxes).float().unbind(dim=1)
-            yield image["width"], image["height"], torch.stack((left, top, left + width, top + height), dim=1)
+            left, top, width, height = np.array(boxes, np.float32).T
+            yield image["width"], image["height"], np.stack((left, top, left + width, top + height), axis=1)
 
 
 def test_crop_statistics_are_the_oracles(coco128, oracle):
     expected = oracle("random_crop")
-    torch.manual_seed(0)
+    random = np.random.default_rng(0)
     areas, aspects, kept_fractions, box_areas = [], [], [], []
     for width, height, boxes in annotated(coco128):
         for _ in range(DRAWS):
-            window, kept = draw_window(boxes, width, height)
+            window, kept = draw_window(boxes, width, height, random)
             left, top, right, bottom = window or (0, 0, width, height)
             area = (right - left) * (bottom - top) / (width * height)
             areas.append(area if window else 1.0)
             aspects.append((right - left) / width / ((bottom - top) / height) if window else None)
-            kept_fractions.append(kept.float().mean().item() if window else 1.0)
+            kept_fractions.append(kept.mean() if window else 1.0)
             left_over = boxes if kept is None else boxes[kept]
-            limits = torch.tensor([left, top, right, bottom])
-            clipped = torch.minimum(torch.maximum(left_over, limits[[0, 1, 0, 1]]), limits[[2, 3, 2, 3]])
-            sizes = (clipped[:, 2:] - clipped[:, :2]).prod(dim=1) / ((right - left) * (bottom - top))
-            box_areas.append(sizes.mean().item())  # of a draw: images with few boxes count as much as crowded ones
+            clipped = np.clip(left_over, [left, top, left, top], [right, bottom, right, bottom])
+            sizes = (clipped[:, 2:] - clipped[:, :2]).prod(axis=1) / ((right - left) * (bottom - top))
+            box_areas.append(sizes.mean())  # of a draw: images with few boxes count as much as crowded ones
     assert len(areas) == expected["draws"]
     cropped = [aspect is not None for aspect in aspects]
     cropped_areas = np.array(areas)[cropped]
@@ -56,28 +54,41 @@ def test_crop_statistics_are_the_oracles(coco128, oracle):
 
 
 def test_crop_keeps_boxes_by_their_centres_and_clips_them():
-    boxes = torch.tensor([[10.0, 10, 60, 60], [100, 80, 160, 120]])
-    picture = torch.arange(120 * 160).remainder(251).byte().view(1, 120, 160).expand(3, -1, -1)
-    torch.manual_seed(1)
-    crop = RandomWindowCrop()
+    boxes = np.array([[10, 10, 60, 60], [100, 80, 160, 120]], np.float32)
+    picture = torch.arange(120 * 160).view(1, 120, 160).expand(3, -1, -1)  # every pixel tells where it is
+    random = np.random.default_rng(1)
     cropped = 0
     for _ in range(60):
-        image, left_over, labels = crop(
-            Image(picture), BoundingBoxes(boxes, format="XYXY", canvas_size=(120, 160)), torch.tensor([3, 7])
-        )
-        height, width = image.shape[1:]
-        assert len(left_over) == len(labels) >= 1
-        assert (left_over[:, :2] >= 0).all()
-        assert (left_over[:, 2:] <= torch.tensor([width, height])).all()
-        assert (left_over[:, 2:] > left_over[:, :2]).all()
+        image, left_over, labels = random_crop(picture, boxes, np.array([3, 7]), random)
+        (top, left), (height, width) = divmod(image[0, 0, 0].item(), 160), image.shape[1:]
+        expected = {}
+        for label, box in zip((3, 7), boxes, strict=True):
+            if left < (box[0] + box[2]) / 2 < left + width and top < (box[1] + box[3]) / 2 < top + height:
+                inside = np.clip(box, [left, top, left, top], [left + width, top + height] * 2)
+                expected[label] = (inside - [left, top, left, top]).tolist()
+        assert dict(zip(labels.tolist(), left_over.tolist(), strict=True)) == expected
+        assert left_over.dtype == np.float32
+        assert len(expected) >= 1
         cropped += (height, width) != (120, 160)
     assert cropped > 10
+    assert boxes.tolist() == [[10, 10, 60, 60], [100, 80, 160, 120]]  # as they were
+
+
+def test_no_box_that_a_crop_keeps_is_without_area():
+    """A window ends at whole pixels: a box smaller than one must not be kept for its centre and then clipped away."""
+    random = np.random.default_rng(0)
+    corners = random.uniform(0, 99, (2000, 2)).astype(np.float32)
+    boxes = np.concatenate((corners, corners + np.float32(0.3)), axis=1)
+    picture = torch.zeros(3, 100, 100)
+    for _ in range(30):
+        _, left_over, _ = random_crop(picture, boxes, np.ones(len(boxes), np.int64), random)
+        assert (left_over[:, 2:] > left_over[:, :2]).all()
 
 
 def test_a_window_in_a_tiny_image_has_a_pixel():
-    torch.manual_seed(0)
+    random = np.random.default_rng(0)
     for _ in range(50):
-        window, _ = draw_window(torch.tensor([[0.0, 0, 1, 1]]), 1, 1)
+        window, _ = draw_window(np.array([[0, 0, 1, 1]], np.float32), 1, 1, random)
         assert window is None or window == (0, 0, 1, 1)
 
 

@@ -232,8 +232,8 @@ def test_boxes_without_area_are_left_out(tmp_path):
     annotations = read(tmp_path, content([annotation(1, bbox=bbox) for bbox in [*flat, *outside, (20, 20, 5, 5)]]))
     assert annotations.annotation_ids.tolist() == [10]
     joined = "\n".join(annotations.warnings)
-    assert "4 of 10 annotations left out: the width or height" in joined and "annotation ids 1, 2, 3, 4)" in joined
-    assert "5 of 10 annotations left out: their `bbox` is outside" in joined and "ids 5, 6, 7, 8, 9)" in joined
+    assert "5 of 10 annotations left out: the width or height" in joined and "annotation ids 1, 2, 3, 4, 5)" in joined
+    assert "4 of 10 annotations left out: their `bbox` is outside" in joined and "ids 6, 7, 8, 9)" in joined
 
 
 def test_boxes_are_clipped_to_the_image(tmp_path):
@@ -259,6 +259,21 @@ def test_boxes_given_as_corners_are_told_of(coco128, tmp_path):
         entry["bbox"] = [x, y, x + width, y + height]
     warnings = read_annotations(write_annotations(tmp_path, given), tmp_path).warnings
     assert [line for line in warnings if "look like x1, y1, x2, y2: they must be x, y, width, height" in line]
+
+
+def test_boxes_given_as_fractions_are_told_of(tmp_path):
+    entries = [annotation(1, (0.1, 0.2, 0.5, 0.6)), annotation(1, (0, 0, 1, 1))]
+    (line,) = read(tmp_path, content(entries)).warnings
+    assert "look like fractions of the image: they must be in pixels" in line
+
+
+def test_a_box_too_small_for_the_fractions_that_are_trained_on_is_left_out(tmp_path):
+    """500 and the next float32 are one number when divided by 640: the box's logarithm would be infinite."""
+    images = [{"id": 1, "file_name": "1.jpg", "width": 640, "height": 480}]
+    entries = [annotation(1, (500, 5, 3e-5, 9)), annotation(1, (500, 5, 9, 9))]
+    annotations = read(tmp_path, content(entries, images))
+    assert annotations.boxes.tolist() == [[500, 5, 509, 14]]
+    assert "1 of 2 annotations left out" in annotations.warnings[0]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
