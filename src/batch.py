@@ -3,6 +3,7 @@
 Shapes: N images, A = 8,732 default boxes, T ground-truth boxes of all images.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from .default_boxes import default_boxes, default_boxes_ltrb, match
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of 0..1, red, green, blue
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PIXELS_TOGETHER = 10
+PIXELS_TOGETHER = 10  # changed by one product of matrices: those of one pixel, 3 x 3, are too small to be fast
 
 
 class Batch(NamedTuple):
@@ -64,25 +65,38 @@ class BatchMaker(nn.Module):
 def coloured(images: Tensor, colour: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Images after the colour step, normalised with ImageNet's mean and deviation; [N, 3, H, W], channels last.
 
-    images [N, 3, H, W] in 0..255, H x W a multiple of 10; colour [N, 3, 4]: an affine map of RGB, whose results are
-    clipped to 0..255, once.  Both steps are one affine map here, and 0 and 255 are clipped to where normalisation
-    takes them.
+    images [N, 3, H, W] in 0..255, H x W a multiple of PIXELS_TOGETHER; colour [N, 3, 4]: an affine map of RGB, whose
+    results are clipped to 0..255, once.  Both steps are one affine map here, and 0 and 255 are clipped to where
+    normalisation takes them.
     """
-    mean, deviation = (colour.new_tensor(values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, deviation = _statistics(colour.device)
     affine = colour / (255 * deviation[:, None])  # [N, 3, 4]
-    offsets = (affine[:, :, 3] - mean / deviation).repeat(1, PIXELS_TOGETHER)[:, None]
-    several = torch.eye(PIXELS_TOGETHER, device=colour.device)[:, None, :, None]
-    matrices = (several * affine[:, None, :, None, :3].transpose(2, 4)).reshape(len(images), *[3 * PIXELS_TOGETHER] * 2)
-    height, width = images.shape[2:]
+    offsets = affine[:, None, :, 3] - mean / deviation  # [N, 1, 3]
+    offsets, matrices = offsets.repeat(1, 1, PIXELS_TOGETHER), _block_diagonal(affine[..., :3].mT, PIXELS_TOGETHER)
+    number, channels, height, width = images.shape
     least, greatest = (-mean / deviation).repeat(width), ((1 - mean) / deviation).repeat(width)
 
-    pixels = images.permute(0, 2, 3, 1).reshape(len(images), -1, 3 * PIXELS_TOGETHER)
+    pixels = images.permute(0, 2, 3, 1).reshape(number, -1, channels * PIXELS_TOGETHER)
     result = torch.empty_like(pixels, dtype=torch.float32)
-    chunk = 1 if images.device.type == "cpu" else len(images)
+    # A CPU's cache holds one image; a GPU wants all at once.
+    chunk = 1 if images.device.type == "cpu" else number
     for done, raw, matrix, offset in zip(*(x.split(chunk) for x in (result, pixels, matrices, offsets)), strict=True):
         torch.baddbmm(offset, raw.float(), matrix, out=done)
-        done.view(-1, height, 3 * width).clamp_(least, greatest)
-    return result.view(len(images), height, width, 3).permute(0, 3, 1, 2).to(dtype)
+        done.view(-1, height, width * channels).clamp_(least, greatest)
+    return result.view(number, height, width, channels).permute(0, 3, 1, 2).to(dtype)
+
+
+@lru_cache
+def _statistics(device: torch.device) -> Tensor:
+    """ImageNet's mean and deviation, [2, 3]; copied to a GPU once, because that waits for it."""
+    return torch.tensor((IMAGENET_MEAN, IMAGENET_STD), device=device)
+
+
+def _block_diagonal(matrices: Tensor, times: int) -> Tensor:
+    """Each matrix [I, O] of [N, I, O] repeated along the diagonal of one that is zero elsewhere; [N, x I, x O]."""
+    number, rows, columns = matrices.shape
+    blocks = torch.eye(times, device=matrices.device)[:, None, :, None] * matrices[:, None, :, None, :]
+    return blocks.reshape(number, times * rows, times * columns)
 
 
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
