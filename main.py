@@ -212,6 +212,7 @@ def make_identity(args: argparse.Namespace, processes: Processes, training: Anno
         "warmup",
         "multistep",
         "fp16",
+        "compile",
         "data_pipeline",
     )
     settings = {f"--{name}": getattr(args, name.replace("-", "_")) for name in names}
@@ -283,7 +284,9 @@ def starting_model(
 
 def make_trainer(args: argparse.Namespace, processes: Processes, model: SSD300) -> Trainer:
     optimizer = make_optimizer(model, momentum=args.momentum, weight_decay=args.weight_decay)
-    return Trainer(model, optimizer=optimizer, device=processes.device, half=args.fp16, processes=processes)
+    return Trainer(
+        model, optimizer=optimizer, device=processes.device, half=args.fp16, processes=processes, compiled=args.compile
+    )
 
 
 def trained_model(args, processes: Processes, state: dict, num_categories: int) -> SSD300:

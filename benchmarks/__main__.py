@@ -36,7 +36,7 @@ def gpu_benchmarks(data: Path) -> dict[str, Callable[[], list[dict]]]:
     cuda = torch.device("cuda")
     return {
         "step": lambda: step.run(cuda, batch_size=GPU_BATCH),
-        "run": lambda: step.whole_run(data, cuda, backbone="resnet50", batch_size=GPU_BATCH),
+        "run": lambda: step.whole_run(data, cuda, batch_size=GPU_BATCH),
         "evaluation": lambda: evaluation.run(device=cuda),
     }
 

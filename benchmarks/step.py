@@ -3,6 +3,7 @@
 The yardstick of the step is the same network in float32 with channels first, in the same run.
 """
 
+import json
 import statistics
 import tempfile
 from itertools import repeat
@@ -12,7 +13,7 @@ import torch
 
 from src.batch import Batch
 from src.benchmark import random_batch, time_training
-from src.coco import read_annotations
+from src.coco import Annotations, read_annotations
 from src.data import make_train_loader
 from src.distributed import Processes, StopNotice
 from src.half import half_is_fast
@@ -24,17 +25,26 @@ BATCH = 8
 STEPS = 3  # of each kind, ResNet-50 on a CPU takes seconds for one
 GOAL_FLOAT32, GOAL_HALF, GOAL_WHOLE = 1.2, 2.4, 0.95
 LABELS = 81
-TRIALS = 3  # of the whole run, in turns with the bare step
+TRIALS = 2  # of the whole run, in turns with the bare step
+BARE_STEPS = 8  # in a trial
+GPU_ITERATIONS = 32  # of an epoch at least, beside which its start is short
 
 
 def make_trainer(
-    backbone: str, device: torch.device, *, half: bool, channels_last: bool = True, labels: int = LABELS, seed: int = 0
-):
-    torch.manual_seed(seed)
+    backbone: str,
+    device: torch.device,
+    *,
+    half: bool,
+    channels_last: bool = True,
+    compiled: bool = False,
+    labels: int = LABELS,
+) -> Trainer:
+    torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = SSD300(backbone, labels).to(device, memory_format=layout)
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=5e-4)
-    return Trainer(model, optimizer=optimizer, device=device, half=half, processes=Processes(0, 1, device, None))
+    alone = Processes(0, 1, device, None)
+    return Trainer(model, optimizer=optimizer, device=device, half=half, processes=alone, compiled=compiled)
 
 
 def run(device: torch.device | None = None, *, backbone: str = "resnet50", batch_size: int = BATCH) -> list[dict]:
@@ -45,20 +55,34 @@ def run(device: torch.device | None = None, *, backbone: str = "resnet50", batch
     plain = make_trainer(backbone, device, half=False, channels_last=False)
     yardstick = time_training("plain", plain, repeat(first), steps=STEPS).images_per_second
     rows = []
-    for name, half, goal in (("float32", False, GOAL_FLOAT32), ("--fp16", True, GOAL_HALF)):
-        trainer = make_trainer(backbone, device, half=half)
+    kinds = [("float32", False, False, GOAL_FLOAT32), ("--fp16", True, False, GOAL_HALF)]
+    if device.type == "cuda":
+        kinds.append(("--fp16 --compile", True, True, None))
+    for name, half, compiled, goal in kinds:
+        trainer = make_trainer(backbone, device, half=half, compiled=compiled)
         ours = time_training(name, trainer, repeat(batch), steps=STEPS).images_per_second
-        goal = goal if not half or half_is_fast(device) else None
+        goal = None if half and not half_is_fast(device) else goal
         rows.append(row(f"training step, {backbone}, batch {batch_size}, {name}", ours, yardstick, goal))
     return rows
 
 
 def whole_run(
-    data: Path, device: torch.device | None = None, *, backbone: str = "resnet18", batch_size: int = BATCH
+    data: Path, device: torch.device | None = None, *, backbone: str | None = None, batch_size: int = BATCH
 ) -> list[dict]:
-    """A row for each pipeline: an epoch of a run beside as many bare steps on random input, taken in turns."""
+    """A row for each pipeline: an epoch of a run beside bare steps on random input, taken in turns.
+
+    backbone: by default the program's own, and the smallest where a CPU would take minutes for each epoch of it.
+    """
     device = device or torch.device("cpu")
-    annotations = read_annotations(data / "annotations" / "instances_train2017.json", data / "train2017")
+    backbone = backbone or ("resnet50" if half_is_fast(device) else "resnet18")
+    with tempfile.TemporaryDirectory() as folder:
+        if device.type == "cuda":
+            data = repeated(data, GPU_ITERATIONS * batch_size, Path(folder))
+        annotations = read_annotations(*locations(data))
+        return _whole_runs(annotations, device, backbone, batch_size)
+
+
+def _whole_runs(annotations: Annotations, device: torch.device, backbone: str, batch_size: int) -> list[dict]:
     labels = len(annotations.categories) + 1
     trainer = make_trainer(backbone, device, half=half_is_fast(device), labels=labels)
     noise = random_batch(batch_size, labels, device=device, dtype=torch.float32)
@@ -71,13 +95,38 @@ def whole_run(
         for epoch in range(TRIALS + 1):
             loader.set_epoch(epoch)
             whole.append(_epoch_speed(trainer, loader, epoch, batch_size))
-            steps = [noise] * len(loader)
-            bare.append(_epoch_speed(trainer, steps, epoch, batch_size))
+            bare.append(_epoch_speed(trainer, [noise] * BARE_STEPS, epoch, batch_size))
         loader.close()
         name = f"whole run beside the bare step, {pipeline}, {backbone}"
         # the first trial starts workers and warms caches
         rows.append(row(name, statistics.median(whole[1:]), statistics.median(bare[1:]), GOAL_WHOLE))
     return rows
+
+
+def locations(data: Path) -> tuple[Path, Path]:
+    """Annotation file and image folder of the training set."""
+    return data / "annotations" / "instances_train2017.json", data / "train2017"
+
+
+def repeated(data: Path, images: int, folder: Path) -> Path:
+    """A data set in `folder` of at least so many images: those of `data` over and over, by links to their files."""
+    file, image_folder = locations(data)
+    content = json.loads(file.read_text())
+    given, annotations = content["images"], content["annotations"]
+    step = 1 + max(image["id"] for image in given)
+    content["images"], content["annotations"] = [], []
+    new_file, new_folder = locations(folder)
+    new_file.parent.mkdir(parents=True)
+    for time in range(-(-images // len(given))):
+        (new_folder / str(time)).parent.mkdir(parents=True, exist_ok=True)
+        (new_folder / str(time)).symlink_to(image_folder.resolve(), target_is_directory=True)
+        for image in given:
+            name, number = f"{time}/{image['file_name']}", image["id"] + time * step
+            content["images"].append(image | {"file_name": name, "id": number})
+        for entry in annotations:
+            content["annotations"].append(entry | {"image_id": entry["image_id"] + time * step, "id": None})
+    new_file.write_text(json.dumps(content))
+    return folder
 
 
 def _epoch_speed(trainer: Trainer, batches, epoch: int, batch_size: int) -> float:

@@ -1,7 +1,8 @@
 """Optimizer, learning-rate schedule, the training step and one epoch of it."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import SGD, Optimizer
 
 from .batch import Batch
 from .distributed import Processes, StopNotice
+from .errors import UserError
 from .loss import LossParts, MultiBoxLoss
 from .report import NullReport, Report
 
@@ -75,14 +77,37 @@ def autocast(device: torch.device, half: bool) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.float16 if device.type == "cuda" else torch.bfloat16, enabled=half)
 
 
+@contextmanager
+def _compiler_errors() -> Iterator[None]:
+    """Makes a user's error of torch.compile's: a compiler is missing, or cannot cope with the network."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        raise UserError(
+            f"--compile: {str(error).splitlines()[0]}: a CPU needs a C++ compiler (g++), a GPU Triton; or leave it out"
+        ) from None
+
+
 class Trainer:
     """The network with all that a training step needs, and the step."""
 
     def __init__(
-        self, model: nn.Module, *, optimizer: Optimizer, device: torch.device, half: bool, processes: Processes
+        self,
+        model: nn.Module,
+        *,
+        optimizer: Optimizer,
+        device: torch.device,
+        half: bool,
+        processes: Processes,
+        compiled: bool = False,
     ) -> None:
+        """compiled: train through torch.compile; the model itself, which is evaluated and saved, stays as it is."""
         self.model = model  # without the wrapper of several processes
         self.parallel = processes.wrap(model)
+        if compiled:
+            self.parallel = torch.compile(self.parallel)
         self.optimizer = optimizer
         self.criterion = MultiBoxLoss().to(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=half and device.type == "cuda")
@@ -113,10 +138,11 @@ class Trainer:
         """Forward, backward and SGD on one batch; the loss's parts stay on the device, detached."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        with autocast(self.device, self.half):
-            offsets, logits = self.parallel(batch.images)
-        parts = self.criterion.parts(offsets, logits, batch.boxes, batch.labels)
-        self.scaler.scale(parts.localisation + parts.label).backward()
+        with _compiler_errors():
+            with autocast(self.device, self.half):
+                offsets, logits = self.parallel(batch.images)
+            parts = self.criterion.parts(offsets, logits, batch.boxes, batch.labels)
+            self.scaler.scale(parts.localisation + parts.label).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

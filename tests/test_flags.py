@@ -31,6 +31,7 @@ OURS = {
     "backbone_weights": (["--backbone-weights"], "imagenet"),
     "checkpoint": (["--checkpoint"], None),
     "resume": (["--resume"], None),
+    "compile": (["--compile"], False),
     "output": (["--output"], Path("models")),
     "target": (["--target"], None),
 }
@@ -85,7 +86,7 @@ def test_readme_lists_every_flag_with_its_aliases_and_default():
         elif isinstance(actual, list):
             expected = " ".join(map(str, actual))
         elif actual is None or actual is False:
-            expected = "off" if name in ("fp16", "resume") else "none"
+            expected = "off" if name in ("fp16", "resume", "compile") else "none"
         elif isinstance(actual, float):
             assert float(default) == actual
             continue

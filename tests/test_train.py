@@ -1,3 +1,4 @@
+import functools
 import math
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 
 from src.batch import Batch
 from src.distributed import Processes
+from src.errors import UserError
 from src.model import SSD300
 from src.train import BreakdownWatch, Schedule, Trainer, TrainingBreakdownError, make_optimizer
 from tests.recipes import fill_weights, images, loss_inputs
@@ -13,9 +15,20 @@ CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU, None)
 
 
-def make_trainer(model, half=False, device=CPU, weight_decay=5e-4) -> Trainer:
+def make_trainer(model, half=False, device=CPU, weight_decay=5e-4, compiled=False) -> Trainer:
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=weight_decay)
-    return Trainer(model, optimizer=optimizer, device=device, half=half, processes=Processes(0, 1, device, None))
+    alone = Processes(0, 1, device, None)
+    return Trainer(model, optimizer=optimizer, device=device, half=half, processes=alone, compiled=compiled)
+
+
+def oracle_steps(oracle, backbone: str, device=CPU, **options) -> tuple[list[float], list[float], SSD300]:
+    """The losses of the oracle's six steps, as computed and as expected, and the network after them."""
+    expected = oracle("model")[backbone]["sgd"]
+    model = fill_weights(SSD300(backbone, 81)).to(device, memory_format=torch.channels_last).train()
+    trainer = make_trainer(model, device=device, **options)
+    _, _, boxes, labels = loss_inputs(21, [12, 40], oracle("default_boxes.npz")["xywh"])
+    batch = Batch(images().to(device, memory_format=torch.channels_last), boxes.to(device), labels.to(device))
+    return [sum(trainer.step(batch, rate)).item() for rate in expected["learning_rates"]], expected["losses"], model
 
 
 # From its fourth step on, ResNet-50's trajectory follows the rounding: computed in double precision, or by one thread
@@ -25,28 +38,37 @@ CHAOTIC_FROM, CHAOTIC_TOLERANCE = {"resnet50": 3}, 4e-2
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50"])
 def test_six_steps_follow_the_oracles_trajectory(oracle, backbone):
-    expected = oracle("model")[backbone]["sgd"]
-    model = fill_weights(SSD300(backbone, 81)).to(memory_format=torch.channels_last).train()
-    trainer = make_trainer(model)
-    _, _, boxes, labels = loss_inputs(21, [12, 40], oracle("default_boxes.npz")["xywh"])
-    batch = Batch(images().contiguous(memory_format=torch.channels_last), boxes, labels)
-    losses = [sum(trainer.step(batch, rate)).item() for rate in expected["learning_rates"]]
+    losses, expected, _ = oracle_steps(oracle, backbone)
     settled = CHAOTIC_FROM.get(backbone, len(losses))
-    assert losses[:settled] == pytest.approx(expected["losses"][:settled], rel=2e-3)
-    assert losses == pytest.approx(expected["losses"], rel=CHAOTIC_TOLERANCE)
+    assert losses[:settled] == pytest.approx(expected[:settled], rel=2e-3)
+    assert losses == pytest.approx(expected, rel=CHAOTIC_TOLERANCE)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("half", "tolerance"), [(False, CHAOTIC_TOLERANCE), (True, 1e-1)])
-def test_six_steps_on_a_gpu_follow_the_oracles_trajectory(oracle, half, tolerance):
-    cuda = torch.device("cuda")
-    expected = oracle("model")["resnet50"]["sgd"]
-    model = fill_weights(SSD300("resnet50", 81)).to(cuda, memory_format=torch.channels_last).train()
-    trainer = make_trainer(model, half, cuda)
-    _, _, boxes, labels = loss_inputs(21, [12, 40], oracle("default_boxes.npz")["xywh"])
-    batch = Batch(images().to(cuda, memory_format=torch.channels_last), boxes.to(cuda), labels.to(cuda))
-    losses = [sum(trainer.step(batch, rate)).item() for rate in expected["learning_rates"]]
-    assert losses == pytest.approx(expected["losses"], rel=tolerance)
+def test_six_steps_on_a_gpu_follow_the_oracles_trajectory(oracle, half, tolerance, compiled):
+    losses, expected, _ = oracle_steps(oracle, "resnet50", torch.device("cuda"), half=half, compiled=compiled)
+    assert losses == pytest.approx(expected, rel=tolerance)
+
+
+def test_a_compiled_step_follows_the_oracle_and_leaves_the_weights_names(oracle, monkeypatch):
+    """With the backend that traces both passes and generates no code: not every machine has a compiler."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    losses, expected, model = oracle_steps(oracle, "resnet18", compiled=True)
+    assert losses == pytest.approx(expected, rel=2e-3)
+    assert model.state_dict().keys() == SSD300("resnet18", 81).state_dict().keys()
+
+
+def test_compiling_without_a_compiler_is_a_users_error(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setattr(config, "force_disable_caches", True)  # of what an earlier run has compiled
+    trainer = make_trainer(SSD300("resnet18", 3).train(), compiled=True)
+    batch = Batch(images(), trainer.criterion.defaults.expand(2, -1, -1), torch.zeros(2, 8732, dtype=torch.long))
+    with pytest.raises(UserError, match=r"--compile: .*no-such-compiler.*: a CPU needs a C\+\+ compiler"):
+        trainer.step(batch, 0.1)
 
 
 def test_warm_up_is_the_oracles_and_ends_at_the_full_rate(oracle):
