@@ -4,10 +4,8 @@ A file holds tensors, plain numbers, strings, bytes, lists and dicts only, so th
 """
 
 import io
-import os
 import re
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from .default_boxes import BOXES_PER_CELL
 from .errors import UserError
 from .model import LAYERS_KEPT
+from .output import replacing
 
 REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+) (?:was not an allowed|whose module)")  # in torch's messages
 LABEL_HEADS = "conf."  # names of the label heads' parameters start so
@@ -33,22 +32,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(path, buffer.getbuffer())
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Replaces the file by `content` in one step; raises UserError where that fails and leaves the old one."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); an earlier file there is as it was") from error
+    with replacing(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import UserError
 
@@ -17,14 +18,34 @@ _locks: set[int] = set()  # of this process, open folders
 
 
 @contextmanager
-def writing(path: Path | str) -> Iterator[None]:
-    """Turns the errors of writing to `path` into a UserError, one line for the user."""
+def writing(path: Path | str, *, remark: str = "") -> Iterator[None]:
+    """Turns the errors of writing to `path` into a UserError, one line for the user, that ends in the remark."""
     try:
         yield
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"cannot write {path}: a file is in its place (--output names a folder)") from None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}{remark}") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` in one step at the end of the block.
+
+    Raises UserError where that fails.  Then, and whenever the block or the process ends early, an older file stays.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with writing(path, remark="; an earlier file there is as it was"):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def make_folder(path: Path) -> Path:

@@ -6,7 +6,6 @@ a PNG file, whole or not at all, gives the figure that it wrote, and raises User
 """
 
 import json
-import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +37,7 @@ from .canvas import (
     short,
 )
 from .errors import UserError
+from .output import replacing
 
 STYLE = {
     "axes.spines.top": False,
@@ -86,14 +86,8 @@ def _styled() -> Iterator[None]:
 
 
 def _save(figure: Figure, path: Path | str) -> Figure:
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        FigureCanvasAgg(figure).print_png(temporary, pil_kwargs={"compress_level": COMPRESSION})
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    with replacing(Path(path)) as file:
+        FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": COMPRESSION})
     return figure
 
 

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from . import mlperf
-from .checkpoint import write_atomically
-from .output import make_folder, writing
+from .output import make_folder, replacing, writing
 from .progress import Bar, NullBar, TrainingBar
 
 METRICS, FLAGS, MLPERF_LOG, TENSORBOARD = "metrics.jsonl", "flags.json", "mlperf.log", "tensorboard"
@@ -170,7 +169,8 @@ class Report:
         if self._output is not None:
             content = _plain({"flags": flags, **facts, "versions": versions()})
             text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-            write_atomically(self._folder() / FLAGS, text.encode())
+            with replacing(self._folder() / FLAGS) as file:
+                file.write(text.encode())
 
     def truncate(self, *, epoch: int, iteration: int) -> None:
         """Forgets what the files tell from a checkpoint's position on, where the run is then continued.
@@ -189,7 +189,8 @@ class Report:
             if path.exists():
                 with writing(path):
                     text = path.read_text("utf-8", errors="replace")
-                write_atomically(path, truncated(text).encode())
+                with replacing(path) as file:
+                    file.write(truncated(text).encode())
 
     def close(self) -> None:
         """Ends the bar and closes the files."""

@@ -4,7 +4,6 @@ Shapes: D detections, B boxes, K categories, I images of the annotation file.
 """
 
 import gc
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 
 from .coco import Annotations
 from .coco_file import decode_file
-from .output import writing
+from .output import replacing
 
 METRIC_NAMES = (
     "mAP",
@@ -88,18 +87,13 @@ def write_list(path: Path, parts: Iterable[list[msgspec.Struct]]) -> None:
 
     Raises UserError where it cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
     encoder = msgspec.json.Encoder()
-    with writing(path), _collector_paused():
-        with open(temporary, "wb") as file:
-            before = b"["
-            for part in parts:
-                file.write(before + encoder.encode_lines(part).rstrip().replace(b"\n", b",\n"))
-                before = b",\n"
-            file.write(b"[]" if before == b"[" else b"]")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with replacing(path) as file, _collector_paused():
+        before = b"["
+        for part in parts:
+            file.write(before + encoder.encode_lines(part).rstrip().replace(b"\n", b",\n"))
+            before = b",\n"
+        file.write(b"[]" if before == b"[" else b"]")
 
 
 def score(annotations: Annotations, results: Results) -> Scores:

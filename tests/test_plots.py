@@ -141,7 +141,7 @@ def test_a_picture_that_cannot_be_written_is_a_user_error_and_the_old_one_stays(
     def disk_full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plots.os, "replace", disk_full)
+    monkeypatch.setattr(os, "replace", disk_full)
     with pytest.raises(UserError, match="No space left"):
         plots.draw_detections([example()], tmp_path / "picture.png")
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
