@@ -296,6 +296,6 @@ def test_a_full_disk_is_told_of_in_one_line_and_the_old_checkpoint_stays(runs, d
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"main.py: error: {tmp_path / 'last.pt'}: cannot be written (File too large)")
+    assert line.startswith(f"main.py: error: cannot write {tmp_path / 'last.pt'}: File too large")
     assert same(state_of(tmp_path), before)
     assert not list(tmp_path.glob(".*"))
