@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C would show where they were
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 
 from src import distributed, mlperf
@@ -45,11 +48,16 @@ from src.train import Schedule, Trainer, TrainingBreakdownError, make_optimizer
 from src.weights import known_categories, load_backbone_weights, load_detector, read_labelled
 
 BENCHMARK_STEPS = 20
+UNREADABLE_TOLD = 3  # images that --mode prediction names
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143  # exit statuses
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; the exit status."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stderr is None:  # closed by who started this
+        sys.stderr = io.StringIO()
     with distributed.telling_once():
         args = parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and categories may be beyond a terminal's alphabet
@@ -402,10 +410,12 @@ def predict(args: argparse.Namespace, processes: Processes) -> int:
             model, find_images(args.data), categories, args.output, batch_size=args.eval_batch_size,
             device=processes.device, half=args.fp16, progress=report.progress,
         )  # fmt: skip
-        report.note(
-            f"{done.images} images, {done.detections} detections: pictures and detections.json in {args.output}"
-        )
+        counted = f"{done.images - len(done.unreadable)} images, {done.detections} detections"
+        report.note(f"{counted}: pictures and detections.json in {args.output}")
         warn_of_non_finite(report, done.non_finite)
+    if done.unreadable:
+        counted = f"{len(done.unreadable)} of {done.images} images left out"
+        raise UserError(f"{counted}: {'; '.join(map(str, done.unreadable[:UNREADABLE_TOLD]))}")
     return DONE
 
 

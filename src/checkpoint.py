@@ -6,6 +6,7 @@ A file holds tensors, plain numbers, strings, bytes, lists and dicts only, so th
 import io
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ def _load_safely(path: Path) -> Any:
     try:
         if start[8:] == b"{":  # safetensors: the length of a JSON object in eight bytes, and that object
             return load_file(path)
+        if zipfile.is_zipfile(path):  # its sums, which torch does not look at
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f"{damaged} is not as it was written")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle's protocol, while any other file's bytes are taken for pickle
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -77,12 +77,17 @@ class Annotations:
 
 
 def read_annotations(
-    path: Path | str, image_folder: Path | str, *, categories: tuple[Category, ...] | None = None
+    path: Path | str,
+    image_folder: Path | str,
+    *,
+    categories: tuple[Category, ...] | None = None,
+    categories_of: str = "the training file",
 ) -> Annotations:
     """Reads and cleans an annotation file.
 
     categories: the training file's, whose order gives the labels; None for the training file itself, which must then
-    have a usable box.  Boxes are clipped to their image; those without area there are dropped, with a warning.
+    have a usable box.  categories_of: what they are called in an error.
+    Boxes are clipped to their image; those without area there are dropped, with a warning.
     Raises DataError for what cannot be trained on or scored.
     """
     path, image_folder = Path(path), Path(image_folder)
@@ -90,7 +95,7 @@ def read_annotations(
     training = categories is None
     own = _categories(path, content.categories)
     if not training:
-        _check_same_categories(path, own, categories)
+        _check_same_categories(path, own, categories, categories_of)
     images = _images(path, content.images, image_folder)
     categories = own if categories is None else tuple(categories)
     ids = [category.id for category in categories]
@@ -121,15 +126,15 @@ def _namesakes(categories: tuple[Category, ...]) -> Iterator[str]:
             yield f"the categories {ids} have the same name {name!r}: they are kept apart"
 
 
-def _check_same_categories(path: Path, own: tuple[Category, ...], training: tuple[Category, ...]) -> None:
+def _check_same_categories(path: Path, own: tuple[Category, ...], wanted: tuple[Category, ...], wanted_of: str) -> None:
     def named(categories: Iterable[Category]) -> str:
         return listed([f"{category.id} {category.name!r}" for category in sorted(categories)]) or "none"
 
-    here, there = set(own) - set(training), set(training) - set(own)
+    here, there = set(own) - set(wanted), set(wanted) - set(own)
     if here or there:
         raise DataError(
-            f"{path}: its categories are not the training file's: only here: {named(here)}; only there: "
-            f"{named(there)}: give both files the same ids and names"
+            f"{path}: its categories are not those of {wanted_of}: only here: {named(here)}; only there: "
+            f"{named(there)}: give both the same ids and names"
         )
 
 

@@ -79,7 +79,7 @@ def _add_modes(group) -> None:
         "image and annotation and report what is wrong. benchmark: time training steps and print images/s",
     )  # fmt: skip
     group.add_argument(
-        "--target", type=_rate, default=None, metavar="MAP", help="exit status 1 when the final mAP is below it"
+        "--target", type=_fraction, default=None, metavar="MAP", help="exit status 1 when the final mAP is below it"
     )
 
 
@@ -142,6 +142,10 @@ def _rate(text: str) -> float:
     return _number(text, float, lambda value: math.isfinite(value) and value >= 0, "a number, 0 or more")
 
 
+def _fraction(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
 def _number(text: str, kind: type, accept, wanted: str):
     try:
         value = kind(text)
@@ -176,4 +180,5 @@ def evaluation_epochs(args: argparse.Namespace) -> list[int]:
 
 def unreached_evaluations(args: argparse.Namespace) -> list[int]:
     """Epochs given with --evaluation that the run ends before."""
-    return [] if args.evaluation is EVALUATION_EPOCHS else [epoch for epoch in args.evaluation if epoch >= args.epochs]
+    given = [] if args.evaluation is EVALUATION_EPOCHS else sorted(set(args.evaluation))
+    return [epoch for epoch in given if epoch >= args.epochs]

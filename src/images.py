@@ -13,14 +13,20 @@ from .coco import Annotations
 from .default_boxes import IMAGE_SIZE
 from .errors import DataError
 
+GIF = b"GIF8"  # how such a file begins
 
-def decode(path: Path) -> Tensor:
+
+def decode(path: Path, *, gif: bool = True) -> Tensor:
     """The picture in a file, a film's first one; [3, H, W] uint8 RGB.  Its EXIF orientation is ignored.
 
-    Raises DataError, with the full path, for a file that is missing or that torchvision cannot decode.
+    Raises DataError, with the full path, for a file that is missing or that torchvision cannot decode, and without
+    `gif` for a GIF too.
     """
     try:
-        image = decode_image(read_file(str(path)), mode=ImageReadMode.RGB)
+        content = read_file(str(path))
+        if not gif and bytes(content[: len(GIF)].tolist()) == GIF:
+            raise DataError(f"{path.absolute()}: is a GIF, which DALI cannot read: store it as JPEG, PNG or WebP")
+        image = decode_image(content, mode=ImageReadMode.RGB)
     except RuntimeError as error:
         raise DataError(f"{path.absolute()}: cannot be read as an image ({_reason(path, error)})") from None
     if image.dim() == 4:  # a film
@@ -54,7 +60,7 @@ def is_text(path: Path) -> bool:
 
 def read_image(annotations: Annotations, index: int) -> Tensor:
     """`decode` of an image of the annotation file, whose size must be the one given there."""
-    image = decode(annotations.image_path(index))
+    image = decode(annotations.image_path(index), gif=False)  # both pipelines read the same files
     width, height = annotations.sizes[index]
     if image.shape[1:] != (height, width):
         raise DataError(

@@ -42,6 +42,7 @@ class Prediction(NamedTuple):
     """What `predict` did."""
 
     images: int
+    unreadable: list[UserError]  # one for each image that could not be read
     detections: int
     non_finite: int  # default boxes of all images whose output was NaN or infinite; they detect nothing
 
@@ -75,25 +76,29 @@ def predict(
     """Draws the detections of each image into `output` (a.jpg gives a.jpg.png) and lists them in detections.json.
 
     categories: the k-th belongs to label k.  progress: `Report.progress` or the like.
-    Raises UserError, with the full path, for a file that is no image; nothing is listed then.
+    What is no image is passed over.
     """
     make_folder(output)
     found: list[Found] = []
+    unreadable: list[UserError] = []
     non_finite = 0
     progress = progress or NullReport().progress
     with evaluating(model), torch.inference_mode(), progress(len(images), "Prediction") as bar:
         for start, batch in _batches(images, batch_size):
-            originals, resized = zip(*batch, strict=True)
-            detections, broken = _detect(model, torch.stack(resized), device=device, half=half)
-            non_finite += broken
-            for number, (original, detected) in enumerate(zip(originals, detections, strict=True), start):
-                found += _tell(original, detected, images[number], number, categories, output)
-                bar.update()
+            unreadable += [read for read in batch if isinstance(read, UserError)]
+            whole = [(number, *read) for number, read in enumerate(batch, start) if not isinstance(read, UserError)]
+            if whole:
+                numbers, originals, resized = zip(*whole, strict=True)
+                detections, broken = _detect(model, torch.stack(resized), device=device, half=half)
+                non_finite += broken
+                for number, original, detected in zip(numbers, originals, detections, strict=True):
+                    found += _tell(original, detected, images[number], number, categories, output)
+            bar.update(len(batch))
     write_list(output / RESULTS, [found] if found else [])
-    return Prediction(len(images), len(found), non_finite)
+    return Prediction(len(images), unreadable, len(found), non_finite)
 
 
-def _batches(images: Sequence[Path], batch_size: int) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
+def _batches(images: Sequence[Path], batch_size: int) -> Iterator[tuple[int, list[tuple[Tensor, Tensor] | UserError]]]:
     """Position of the first image of a batch, and `_read` of each; the next batch is read meanwhile."""
     with ThreadPoolExecutor() as pool:
         waiting = pool.map(_read, images[:batch_size])
@@ -103,9 +108,12 @@ def _batches(images: Sequence[Path], batch_size: int) -> Iterator[tuple[int, lis
             yield start, batch
 
 
-def _read(path: Path) -> tuple[Tensor, Tensor]:
-    """The image as it is [3, H, W] and for the network [3, 300, 300], uint8."""
-    image = decode(path)
+def _read(path: Path) -> tuple[Tensor, Tensor] | UserError:
+    """The image as it is [3, H, W] and for the network [3, 300, 300], uint8; or why it cannot be read."""
+    try:
+        image = decode(path)
+    except UserError as error:
+        return error
     return image, resize(image)
 
 

@@ -55,10 +55,14 @@ def _fetch(weights: models.WeightsEnum, file: Path) -> dict:
 def load_detector(model: nn.Module, state: dict, categories: Sequence[Category], *, source: Path) -> list[str]:
     """Loads a checkpoint's weights to start training from; lines to print, where the label heads start afresh.
 
-    They do where the checkpoint's categories are not these.  Raises UserError where the weights do not fit.
+    They do where the checkpoint's categories are not these.  Raises UserError where the weights do not fit or are not
+    finite.
     """
     difference = _difference(state, categories)
     load_weights(model, state["model"], source=source, fresh_label_heads=difference is not None)
+    for name, weights in state["model"].items():
+        if not weights.isfinite().all():
+            raise UserError(f"{source}: {name} holds NaN or infinity: take a checkpoint from before the run broke down")
     if difference is None:
         return []
     return [
@@ -119,7 +123,7 @@ def read_labelled(path: Path, image_folder: Path, state: dict, *, source: Path) 
     where the categories are not the checkpoint's.
     """
     if "categories" in state:
-        return read_annotations(path, image_folder, categories=known_categories(state))
+        return read_annotations(path, image_folder, categories=known_categories(state), categories_of=str(source))
     if not label_count(state["model"]):
         raise UserError(f"{source}: holds no SSD300 network (it has no label heads, conf.0 and so on)")
     annotations = read_annotations(path, image_folder)

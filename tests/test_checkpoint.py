@@ -188,6 +188,15 @@ def pickled(content) -> bytes:
     return pickle.dumps(content, protocol=2)
 
 
+def test_a_byte_that_has_changed_is_noticed(tmp_path):
+    file = tmp_path / "a.pt"
+    torch.save({"model": {"a": torch.arange(999.0)}}, file)
+    content = bytearray(file.read_bytes())
+    content[content.index(torch.arange(500.0, 510.0).numpy().tobytes())] ^= 1
+    file.write_bytes(content)
+    assert "data/0 is not as it was written" in refusal(file)
+
+
 def test_no_file_and_a_folder(tmp_path):
     assert refusal(tmp_path / "missing.pt") == "no such file"
     assert refusal(tmp_path) == "cannot be read (Is a directory)"

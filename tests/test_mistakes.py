@@ -2,7 +2,9 @@
 
 import io
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +21,8 @@ from tests.both_pipelines import error_line, read, run, train_loader
 from tests.datasets import annotation, write_coco
 from tests.test_main import flags
 
+SHELL = ("sh", "-c")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
@@ -29,6 +33,28 @@ def write_weights(path: Path) -> str:
     """A checkpoint with the categories of small data sets and no network worth the name."""
     torch.save({"model": {"weight": torch.zeros(1)}, "categories": [[1, "square"], [2, "disc"]]}, path)
     return str(path)
+
+
+# --- how it is started and stopped -----------------------------------------------------------------------------------
+
+
+def test_an_interrupt_while_libraries_are_imported_shows_no_traceback(data, tmp_path):
+    command = [sys.executable, "-X", "importtime", main.__file__, *flags(data, tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "torch" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        left = process.stderr.read()
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert "Traceback" not in left
+
+
+def test_standard_error_may_be_closed(data, tmp_path):
+    command = [sys.executable, main.__file__, *flags(data, tmp_path, "--mode", "check")]
+    done = subprocess.run([*SHELL, shlex.join(command) + " 2>&-"], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    assert "nothing is wrong" in done.stdout
 
 
 # --- where output goes -----------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_images_of_all_kinds_get_a_picture_each_and_entries_in_pixels(tmp_path):
     model = FindsOneDisc()
     images = find_images(folder)
     result = predict(model, images, CATEGORIES, output, batch_size=4, device=CPU)
-    assert tuple(result) == (6, 6, 0)
+    assert tuple(result) == (6, [], 6, 0)
     assert model.batches == [4, 2]
     names = ["a.jpg", "a.png", "b.JPEG", "c.webp", "d.gif", "grey.png"]
     assert sorted(path.name for path in output.iterdir()) == sorted(
@@ -88,15 +88,16 @@ def test_nothing_found_is_an_empty_list(tmp_path):
     assert (tmp_path / "out" / "a.jpg.png").exists()
 
 
-def test_a_broken_image_is_named_in_one_line(tmp_path):
+def test_a_broken_image_is_told_of_and_the_others_are_done(tmp_path):
     for name in ("a.jpg", "c.jpg"):
         write_image(tmp_path / name, 90, 70)
     (tmp_path / "b.jpg").write_text("no image")
-    with pytest.raises(UserError) as error:
-        predict(FindsOneDisc(), find_images(tmp_path), CATEGORIES, tmp_path / "out", batch_size=1, device=CPU)
-    assert str(tmp_path / "b.jpg") in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out" / "detections.json").exists()
+    for batch_size in (1, 2, 4):
+        output = tmp_path / f"out{batch_size}"
+        result = predict(FindsOneDisc(), find_images(tmp_path), CATEGORIES, output, batch_size=batch_size, device=CPU)
+        (error,) = result.unreadable
+        assert str(error).startswith(f"{tmp_path / 'b.jpg'}: ") and "\n" not in str(error)
+        assert [(entry["file_name"], entry["image_id"]) for entry in entries(output)] == [("a.jpg", 0), ("c.jpg", 2)]
 
 
 def test_no_image_is_an_error_that_names_the_place(tmp_path):

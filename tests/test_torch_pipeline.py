@@ -143,6 +143,7 @@ BROKEN = {
     "empty": lambda path: path.write_bytes(b""),
     "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "text": lambda path: path.write_text("this is no picture"),
+    "a GIF": lambda path: Image.new("RGB", (160, 120)).save(path, format="GIF"),  # DALI may end the process on one
 }
 
 

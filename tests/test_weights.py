@@ -20,7 +20,7 @@ from src.coco import Category
 from src.errors import UserError
 from src.model import SSD300
 from src.scoring import METRIC_NAMES
-from src.weights import known_categories, load_backbone_weights, load_detector
+from src.weights import known_categories, load_backbone_weights, load_detector, read_labelled
 
 from .datasets import annotation, write_coco
 
@@ -189,6 +189,19 @@ def test_the_categories_of_a_published_checkpoint_are_its_labels(small_state):
         Category(2, "disc"),
     )
     assert known_categories({"model": small_state, "categories": SAVED}) == OURS
+
+
+def test_data_with_other_categories_than_the_checkpoint_is_an_error_that_names_it(tmp_path, small_state):
+    write_coco(tmp_path, [annotation(1)], images=1)
+    file, state = tmp_path / "annotations" / "instances_val2017.json", {"model": small_state, "categories": SAVED}
+    with pytest.raises(UserError, match=r"its categories are not those of ssd\.pt: only here: .*; only there: 7 'square'"):
+        read_labelled(file, tmp_path, state, source=FILE)
+
+
+def test_weights_that_are_not_finite_are_not_trained_on(small_state):
+    spoilt = {**small_state, "loc.0.bias": torch.full_like(small_state["loc.0.bias"], torch.nan)}
+    with pytest.raises(UserError, match=r"^ssd\.pt: loc\.0\.bias holds NaN or infinity: take a checkpoint from before"):
+        load_detector(network(3), {"model": spoilt}, OURS, source=FILE)
 
 
 def test_what_is_no_detector_is_an_error():
