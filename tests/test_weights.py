@@ -194,7 +194,7 @@ def test_the_categories_of_a_published_checkpoint_are_its_labels(small_state):
 def test_data_with_other_categories_than_the_checkpoint_is_an_error_that_names_it(tmp_path, small_state):
     write_coco(tmp_path, [annotation(1)], images=1)
     file, state = tmp_path / "annotations" / "instances_val2017.json", {"model": small_state, "categories": SAVED}
-    with pytest.raises(UserError, match=r"its categories are not those of ssd\.pt: only here: .*; only there: 7 'square'"):
+    with pytest.raises(UserError, match=r"are not those of ssd\.pt: only here: .*; only there: 7 'square'"):
         read_labelled(file, tmp_path, state, source=FILE)
 
 
