@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with distributed.start(args.local_rank) as processes:
             try:
-                configure(processes.device)
+                distributed.configure(processes.device)
                 return jobs[args.mode](args, processes)
             except Exception as error:
                 return fail(error, processes)
@@ -108,13 +108,6 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU's or the host's memory was too small; for the host's, torch raises plain RuntimeErrors."""
     marks = ("can't allocate memory", "killed by signal: Killed")  # the second is how the system ends a worker process
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(mark in str(error) for mark in marks)
-
-
-def configure(device: torch.device) -> None:
-    """Lets a GPU choose its fastest convolutions, and TF32 where float32 is asked for."""
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
 
 
 def train(args: argparse.Namespace, processes: Processes) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from src.distributed import configure
 from src.sample import draw_dataset
 
 from . import annotations, evaluation, loaders, step
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = args.data or Path(folder, "data")
         if args.data is None:
             draw_dataset(data, images=DRAWN_IMAGES, val_images=1, seed=0)
+        if args.gpu:
+            configure(torch.device("cuda"))
         chosen = gpu_benchmarks(data) if args.gpu else cpu_benchmarks(data)
         unknown = set(args.names) - set(chosen)
         if unknown:

@@ -4,6 +4,7 @@ The yardstick of the step is the same network in float32 with channels first, in
 """
 
 import json
+import os
 import statistics
 import tempfile
 from itertools import repeat
@@ -22,11 +23,11 @@ from src.report import Report
 from src.train import Schedule, Trainer, make_optimizer, train_epoch
 
 BATCH = 8
-STEPS = 3  # of each kind, ResNet-50 on a CPU takes seconds for one
+STEPS = {"cpu": 3, "cuda": 30}  # of each kind; ResNet-50 on a CPU takes seconds for one
 GOAL_FLOAT32, GOAL_HALF, GOAL_WHOLE = 1.2, 2.4, 0.95
 LABELS = 81
 TRIALS = 2  # of the whole run, in turns with the bare step
-BARE_STEPS = 8  # in a trial
+BARE_STEPS = {"cpu": 8, "cuda": 30}  # in a trial
 GPU_ITERATIONS = 32  # of an epoch at least, beside which its start is short
 
 
@@ -53,14 +54,14 @@ def run(device: torch.device | None = None, *, backbone: str = "resnet50", batch
     batch = random_batch(batch_size, LABELS, device=device, dtype=torch.float32)
     first = Batch(batch.images.contiguous(), batch.boxes, batch.labels)
     plain = make_trainer(backbone, device, half=False, channels_last=False)
-    yardstick = time_training("plain", plain, repeat(first), steps=STEPS).images_per_second
+    yardstick = time_training("plain", plain, repeat(first), steps=STEPS[device.type]).images_per_second
     rows = []
     kinds = [("float32", False, False, GOAL_FLOAT32), ("--fp16", True, False, GOAL_HALF)]
     if device.type == "cuda":
         kinds.append(("--fp16 --compile", True, True, None))
     for name, half, compiled, goal in kinds:
         trainer = make_trainer(backbone, device, half=half, compiled=compiled)
-        ours = time_training(name, trainer, repeat(batch), steps=STEPS).images_per_second
+        ours = time_training(name, trainer, repeat(batch), steps=STEPS[device.type]).images_per_second
         goal = None if half and not half_is_fast(device) else goal
         rows.append(row(f"training step, {backbone}, batch {batch_size}, {name}", ours, yardstick, goal))
     return rows
@@ -85,17 +86,19 @@ def whole_run(
 def _whole_runs(annotations: Annotations, device: torch.device, backbone: str, batch_size: int) -> list[dict]:
     labels = len(annotations.categories) + 1
     trainer = make_trainer(backbone, device, half=half_is_fast(device), labels=labels)
-    noise = random_batch(batch_size, labels, device=device, dtype=torch.float32)
+    dtype = torch.float16 if device.type == "cuda" and trainer.half else torch.float32
+    noise = random_batch(batch_size, labels, device=device, dtype=dtype)
+    workers = (os.cpu_count() or 2) if device.type == "cuda" else 2
     rows = []
     for pipeline in ("no_dali", "dali"):
         loader = make_train_loader(
-            pipeline, annotations, batch_size=batch_size, num_workers=2, device=device, half=trainer.half, seed=0
+            pipeline, annotations, batch_size=batch_size, num_workers=workers, device=device, half=trainer.half, seed=0
         )
         whole, bare = [], []
         for epoch in range(TRIALS + 1):
             loader.set_epoch(epoch)
             whole.append(_epoch_speed(trainer, loader, epoch, batch_size))
-            bare.append(_epoch_speed(trainer, [noise] * BARE_STEPS, epoch, batch_size))
+            bare.append(_epoch_speed(trainer, [noise] * BARE_STEPS[device.type], epoch, batch_size))
         loader.close()
         name = f"whole run beside the bare step, {pipeline}, {backbone}"
         # the first trial starts workers and warms caches
