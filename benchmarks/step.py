@@ -39,8 +39,9 @@ def make_trainer(
     channels_last: bool = True,
     compiled: bool = False,
     labels: int = LABELS,
+    seed: int = 0,
 ) -> Trainer:
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = SSD300(backbone, labels).to(device, memory_format=layout)
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=5e-4)

@@ -1,0 +1,56 @@
+"""The benchmarks run; what they measure is not looked at."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import learning, loaders, step
+from benchmarks.__main__ import table
+from src.coco import read_annotations
+from tests.datasets import annotation, write_coco
+
+CPU = torch.device("cpu")
+FIELDS = {"name", "ours", "yardstick", "ratio", "goal", "met"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    entries = [annotation(image, (20, 20, 60, 50)) for image in range(1, 5)]
+    return write_coco(tmp_path_factory.mktemp("data"), entries, images=4)
+
+
+def test_the_step_has_a_row_a_kind(monkeypatch):
+    monkeypatch.setattr(step, "STEPS", {"cpu": 1})
+    rows = step.run(backbone="resnet18", batch_size=2)
+    assert [row.keys() for row in rows] == [FIELDS] * 2
+    assert json.loads(json.dumps(rows)) == rows
+    assert len(table(rows).splitlines()) == 3
+
+
+def test_a_whole_run_has_a_row_a_pipeline(data, monkeypatch):
+    monkeypatch.setattr(step, "TRIALS", 1)
+    monkeypatch.setattr(step, "BARE_STEPS", {"cpu": 1})
+    rows = step.whole_run(data, CPU, backbone="resnet18", batch_size=2)
+    assert [row["goal"] for row in rows] == [step.GOAL_WHOLE] * 2
+    assert all(row["ours"] > 0 and row["yardstick"] > 0 for row in rows)
+
+
+def test_learning_trains_and_scores(data, monkeypatch):
+    monkeypatch.setattr(learning, "ITERATIONS", 2)
+    assert 0 <= learning.run(data, seed=1) <= 1
+
+
+def test_loaders_have_a_row_a_pipeline_and_number_of_workers(data, monkeypatch):
+    monkeypatch.setattr(loaders, "WORKERS", (1,))
+    monkeypatch.setattr(loaders, "BATCH_SIZE", 2)
+    rows = loaders.run(data, batches=1, repeats=1)
+    assert [row["name"] for row in rows] == ["no_dali, workers: 1", "dali, threads: 1"]
+    assert all(row["ratio"] == row["ours"] / row["yardstick"] for row in rows)
+
+
+def test_a_repeated_data_set_has_each_image_as_often(data, tmp_path):
+    annotations = read_annotations(*step.locations(step.repeated(data, 9, tmp_path)))
+    assert len(annotations) == len(annotations.boxes) == 12
+    assert len({annotations.image_path(index).resolve() for index in range(12)}) == 4
