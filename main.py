@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C would show where they were
+# The imports below take seconds, in which Ctrl-C would show where they were.  Who starts this may have it ignored.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -20,7 +21,7 @@ from src import distributed, mlperf
 from src.benchmark import benchmark as time_steps
 from src.check import check_dataset
 from src.checkpoint import load_checkpoint, load_weights
-from src.coco import Annotations, Category, check_images_exist, read_annotations
+from src.coco import Annotations, Category, check_images_exist, locations, read_annotations
 from src.data import EvaluationLoader, TrainLoader, make_train_loader
 from src.distributed import Processes, StopNotice, Terminated
 from src.errors import UserError
@@ -179,11 +180,6 @@ def read_data(folder: Path, *, evaluating: bool) -> tuple[Annotations, Annotatio
         if annotations is not None:
             check_images_exist(annotations)
     return training, validation
-
-
-def locations(folder: Path, split: str) -> tuple[Path, Path]:
-    """Annotation file and image folder of a split in the COCO 2017 layout."""
-    return folder / "annotations" / f"instances_{split}2017.json", folder / f"{split}2017"
 
 
 def make_loader(args: argparse.Namespace, processes: Processes, training: Annotations) -> TrainLoader:
