@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from src.coco import Annotations, read_annotations
+from src.coco import Annotations, locations, read_annotations
 from src.data import PIPELINES, EvaluationLoader, make_train_loader
 from src.distributed import Processes, StopNotice
 from src.evaluate import evaluate
@@ -33,7 +33,7 @@ GOAL = 0.5
 
 def take_images(source: Path, folder: Path) -> Path:
     """Writes the annotations of the first annotated images of `source`; the file."""
-    content = json.loads((source / "annotations" / "instances_train2017.json").read_text())
+    content = json.loads(locations(source, "train")[0].read_text())
     annotated = {entry["image_id"] for entry in content["annotations"]}
     content["images"] = [image for image in content["images"] if image["id"] in annotated][:IMAGES]
     chosen = {image["id"] for image in content["images"]}
@@ -46,9 +46,8 @@ def take_images(source: Path, folder: Path) -> Path:
 def run(data: Path, *, pipeline: str = "no_dali", seed: int = 0) -> float:
     """Trains and scores; the mAP on the images trained on."""
     with tempfile.TemporaryDirectory() as folder:
-        return train_and_score(
-            read_annotations(take_images(data, Path(folder)), data / "train2017"), pipeline=pipeline, seed=seed
-        )
+        annotations = read_annotations(take_images(data, Path(folder)), locations(data, "train")[1])
+        return train_and_score(annotations, pipeline=pipeline, seed=seed)
 
 
 def train_and_score(annotations: Annotations, *, pipeline: str, seed: int) -> float:

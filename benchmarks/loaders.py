@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from src.coco import Annotations, read_annotations
+from src.coco import Annotations, locations, read_annotations
 from src.dali_pipeline import DaliTrainLoader
 from src.images import read_image, resize
 from src.torch_pipeline import PREFETCH, TorchTrainLoader
@@ -45,7 +45,7 @@ class DecodedImages(Dataset):
 
 def run(data: Path, *, batches: int = BATCHES, repeats: int = REPEATS) -> list[dict]:
     """Rows name, ours and yardstick (images a second, medians), ratio, goal (least ratio, or None), met."""
-    annotations = read_annotations(data / "annotations" / "instances_train2017.json", data / "train2017")
+    annotations = read_annotations(*locations(data, "train"))
     rows = []
     for workers in WORKERS:
         speeds = measure(annotations, workers, batches, repeats)

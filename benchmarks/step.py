@@ -14,10 +14,10 @@ import torch
 
 from src.batch import Batch
 from src.benchmark import random_batch, time_training
-from src.coco import Annotations, read_annotations
+from src.coco import Annotations, locations, read_annotations
 from src.data import make_train_loader
 from src.distributed import Processes, StopNotice
-from src.half import half_is_fast
+from src.half import half_is_fast, image_dtype
 from src.model import SSD300
 from src.report import Report
 from src.train import Schedule, Trainer, make_optimizer, train_epoch
@@ -80,15 +80,14 @@ def whole_run(
     with tempfile.TemporaryDirectory() as folder:
         if device.type == "cuda":
             data = repeated(data, GPU_ITERATIONS * batch_size, Path(folder))
-        annotations = read_annotations(*locations(data))
+        annotations = read_annotations(*locations(data, "train"))
         return _whole_runs(annotations, device, backbone, batch_size)
 
 
 def _whole_runs(annotations: Annotations, device: torch.device, backbone: str, batch_size: int) -> list[dict]:
     labels = len(annotations.categories) + 1
     trainer = make_trainer(backbone, device, half=half_is_fast(device), labels=labels)
-    dtype = torch.float16 if device.type == "cuda" and trainer.half else torch.float32
-    noise = random_batch(batch_size, labels, device=device, dtype=dtype)
+    noise = random_batch(batch_size, labels, device=device, dtype=image_dtype(device, trainer.half))
     workers = (os.cpu_count() or 2) if device.type == "cuda" else 2
     rows = []
     for pipeline in ("no_dali", "dali"):
@@ -107,22 +106,17 @@ def _whole_runs(annotations: Annotations, device: torch.device, backbone: str, b
     return rows
 
 
-def locations(data: Path) -> tuple[Path, Path]:
-    """Annotation file and image folder of the training set."""
-    return data / "annotations" / "instances_train2017.json", data / "train2017"
-
-
 def repeated(data: Path, images: int, folder: Path) -> Path:
     """A data set in `folder` of at least so many images: those of `data` over and over, by links to their files."""
-    file, image_folder = locations(data)
+    file, image_folder = locations(data, "train")
     content = json.loads(file.read_text())
     given, annotations = content["images"], content["annotations"]
     step = 1 + max(image["id"] for image in given)
     content["images"], content["annotations"] = [], []
-    new_file, new_folder = locations(folder)
+    new_file, new_folder = locations(folder, "train")
     new_file.parent.mkdir(parents=True)
+    new_folder.mkdir()
     for time in range(-(-images // len(given))):
-        (new_folder / str(time)).parent.mkdir(parents=True, exist_ok=True)
         (new_folder / str(time)).symlink_to(image_folder.resolve(), target_is_directory=True)
         for image in given:
             name, number = f"{time}/{image['file_name']}", image["id"] + time * step

@@ -74,7 +74,7 @@ def coloured(images: Tensor, colour: Tensor, dtype: torch.dtype = torch.float32)
     offsets = affine[:, None, :, 3] - mean / deviation  # [N, 1, 3]
     offsets, matrices = offsets.repeat(1, 1, PIXELS_TOGETHER), _block_diagonal(affine[..., :3].mT, PIXELS_TOGETHER)
     number, channels, height, width = images.shape
-    least, greatest = (-mean / deviation).repeat(width), ((1 - mean) / deviation).repeat(width)
+    least, greatest = black_and_white(width, colour.device)
 
     pixels = images.permute(0, 2, 3, 1).reshape(number, -1, channels * PIXELS_TOGETHER)
     result = torch.empty_like(pixels, dtype=torch.float32)
@@ -84,6 +84,12 @@ def coloured(images: Tensor, colour: Tensor, dtype: torch.dtype = torch.float32)
         torch.baddbmm(offset, raw.float(), matrix, out=done)
         done.view(-1, height, width * channels).clamp_(least, greatest)
     return result.view(number, height, width, channels).permute(0, 3, 1, 2).to(dtype)
+
+
+def black_and_white(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A black and a white row of a normalised picture, to clip to; [3 x width] each, pixel after pixel."""
+    mean, deviation = _statistics(device)
+    return (-mean / deviation).repeat(width), ((1 - mean) / deviation).repeat(width)
 
 
 @lru_cache
@@ -99,7 +105,6 @@ def _block_diagonal(matrices: Tensor, times: int) -> Tensor:
     return blocks.reshape(number, times * rows, times * columns)
 
 
-def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def normalise(images: Tensor) -> Tensor:
     """Images in 0..255 with ImageNet's mean taken away and divided by its deviation; [N, 3, H, W], channels last."""
-    plain = torch.eye(3, 4, device=images.device).expand(len(images), -1, -1)
-    return coloured(images, plain, dtype)
+    return coloured(images, torch.eye(3, 4, device=images.device).expand(len(images), -1, -1))

@@ -17,6 +17,7 @@ from .batch import Batch
 from .data import TrainLoader
 from .default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES, default_boxes
 from .evaluate import detect, evaluating
+from .half import image_dtype
 from .train import Trainer, autocast
 
 WARM_UP = 3  # steps that are not counted: memory is claimed, convolutions are chosen
@@ -117,7 +118,7 @@ def benchmark(
     trainer: Trainer, loader: TrainLoader, *, batch_size: int, num_labels: int, steps: int, write: Callable[[str], None]
 ) -> list[Timing]:
     """Times training on real and on random input and evaluation, and writes a line for each and the peak memory."""
-    dtype = torch.float16 if trainer.half and trainer.device.type == "cuda" else torch.float32
+    dtype = image_dtype(trainer.device, trainer.half)
     noise = random_batch(batch_size, num_labels, device=trainer.device, dtype=dtype)
     timings = []
     for name, measure, batches in (

@@ -241,6 +241,11 @@ def _check_usable(annotations: Annotations, rows: Rows, *, training: bool) -> No
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+def locations(folder: Path, split: str) -> tuple[Path, Path]:
+    """Annotation file and image folder of a split, `train` or `val`, in the COCO 2017 layout."""
+    return folder / "annotations" / f"instances_{split}2017.json", folder / f"{split}2017"
+
+
 def check_images_exist(annotations: Annotations) -> None:
     """Raises DataError, with its full path, for the first image whose file is not there; one listing a folder."""
     listed: dict[str, set[str]] = {}

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import IMAGENET_MEAN, IMAGENET_STD, Batch
+from .batch import Batch, black_and_white
 from .coco import Annotations, write_clean_file
 from .dali_graph import OUTPUTS, PREFETCH, Settings, dali, make_pipeline
 from .default_boxes import IMAGE_SIZE
 from .errors import UserError
+from .half import image_dtype
 from .images import is_text, read_image
 from .output import writing
 
@@ -57,7 +58,8 @@ class DaliTrainLoader:
         self.num_threads = max(1, num_threads)
         self.augment = augment
         self.warnings: list[str] = []
-        self._darkest, self._brightest = (self._row_of(value) for value in (0, 1))
+        rows = black_and_white(IMAGE_SIZE, device)
+        self._darkest, self._brightest = (row.to(image_dtype(device, self.half)) for row in rows)
         self._pipeline: dali.Pipeline | None = None
         self._first_epoch = 0  # where the pipeline started
         self._position = 0  # batches handed out since
@@ -175,11 +177,6 @@ class DaliTrainLoader:
         order = np.random.default_rng([self.seed, self._first_epoch]).permutation(self.images)
         order = np.resize(order, max(len(order), self.world_size))
         return [self.annotations.file_name(int(index)) for index in order]
-
-    def _row_of(self, value: float) -> Tensor:
-        """A row of a normalised picture, all its channels at `value` of 0..1; [900]."""
-        pixel = (value - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
-        return pixel.repeat(IMAGE_SIZE).to(self.device, torch.float16 if self.half else torch.float32)
 
     def _position_of(self, epoch: int, iteration: int) -> int:
         return (epoch - self._first_epoch) * len(self) + iteration

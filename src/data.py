@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 
 from .coco import Annotations
+from .half import image_dtype
 from .torch_pipeline import EvaluationLoader, TorchTrainLoader
 
 PIPELINES = ("dali", "no_dali")
@@ -42,7 +43,7 @@ def make_train_loader(
     world_size: int = 1,
 ) -> TrainLoader:
     """The training loader of `--data_pipeline`.  Raises UserError where DALI is asked for and cannot be used."""
-    dtype = torch.float16 if half and device.type == "cuda" else torch.float32
+    dtype = image_dtype(device, half)
     options = {"batch_size": batch_size, "device": device, "seed": seed, "rank": rank, "world_size": world_size}
     if pipeline == "no_dali":
         return TorchTrainLoader(annotations, num_workers=num_workers, dtype=dtype, **options)

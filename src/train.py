@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -106,8 +106,9 @@ class Trainer:
         """compiled: train through torch.compile; the model itself, which is evaluated and saved, stays as it is."""
         self.model = model  # without the wrapper of several processes
         self.parallel = processes.wrap(model)
+        self._compiler_errors = nullcontext
         if compiled:
-            self.parallel = torch.compile(self.parallel)
+            self.parallel, self._compiler_errors = torch.compile(self.parallel), _compiler_errors
         self.optimizer = optimizer
         self.criterion = MultiBoxLoss().to(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=half and device.type == "cuda")
@@ -138,7 +139,7 @@ class Trainer:
         """Forward, backward and SGD on one batch; the loss's parts stay on the device, detached."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        with _compiler_errors():
+        with self._compiler_errors():
             with autocast(self.device, self.half):
                 offsets, logits = self.parallel(batch.images)
             parts = self.criterion.parts(offsets, logits, batch.boxes, batch.labels)

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import learning, loaders, step
 from benchmarks.__main__ import table
-from src.coco import read_annotations
+from src.coco import locations, read_annotations
 from tests.datasets import annotation, write_coco
 
 CPU = torch.device("cpu")
@@ -51,6 +51,6 @@ def test_loaders_have_a_row_a_pipeline_and_number_of_workers(data, monkeypatch):
 
 
 def test_a_repeated_data_set_has_each_image_as_often(data, tmp_path):
-    annotations = read_annotations(*step.locations(step.repeated(data, 9, tmp_path)))
+    annotations = read_annotations(*locations(step.repeated(data, 9, tmp_path), "train"))
     assert len(annotations) == len(annotations.boxes) == 12
     assert len({annotations.image_path(index).resolve() for index in range(12)}) == 4
