@@ -7,6 +7,7 @@ Sources: Liu et al. 2016, section 2.2 (the crop); the colour formula is that of 
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 NO_CROP = None
@@ -20,29 +21,36 @@ CONTRAST = (0.5, 1.5)  # factor, about CONTRAST_CENTRE
 CONTRAST_CENTRE = 128.0  # of 0..255
 SATURATION = (0.5, 1.5)  # factor
 HUE = (-18.0, 18.0)  # degrees
+COLOUR = (BRIGHTNESS, CONTRAST, SATURATION, HUE)  # what `colour_matrix` takes, each drawn evenly from its range
 NO_COLOUR = np.eye(3, 4, dtype=np.float32)  # the matrix that changes nothing
 
 RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 YIQ_TO_RGB = np.array([[1.0, 0.956, 0.621], [1.0, -0.272, -0.647], [1.0, -1.107, 1.705]])
 
 
-def colour_matrix(brightness: float, contrast: float, saturation: float, hue: float) -> np.ndarray:
-    """The colour step as one affine map of RGB in 0..255; [3, 4] float64, the last column is added.
+def colour_matrix(
+    brightness: ArrayLike, contrast: ArrayLike, saturation: ArrayLike, hue: ArrayLike
+) -> NDArray[np.float32]:
+    """The colour step as one affine map of RGB in 0..255: [3, 4], the last column is added.
 
-    Hue (degrees) and saturation (factor) act in YIQ, then brightness x (contrast x (v - 128) + 128).
+    Hue (degrees) and saturation (factor) act in YIQ, then brightness x (contrast x (v - 128) + 128).  Of parameters [N]
+    each it gives [N, 3, 4].
     """
-    angle = math.radians(hue)
-    cosine, sine = saturation * math.cos(angle), saturation * math.sin(angle)
-    rotation = np.array([[1, 0, 0], [0, cosine, sine], [0, -sine, cosine]])
-    linear = brightness * contrast * (YIQ_TO_RGB @ rotation @ RGB_TO_YIQ)
-    offset = brightness * CONTRAST_CENTRE * (1 - contrast)
-    return np.column_stack((linear, np.full(3, offset)))
+    angle = np.radians(hue, dtype=np.float64)
+    cosine, sine = saturation * np.cos(angle), saturation * np.sin(angle)
+    rotation = np.zeros((*angle.shape, 3, 3))
+    rotation[..., 0, 0] = 1
+    rotation[..., 1, 1] = rotation[..., 2, 2] = cosine
+    rotation[..., 1, 2], rotation[..., 2, 1] = sine, -sine
+    result = np.empty((*angle.shape, 3, 4), np.float32)
+    result[..., :3] = np.multiply(brightness, contrast)[..., None, None] * (YIQ_TO_RGB @ rotation @ RGB_TO_YIQ)
+    result[..., 3] = np.multiply(brightness * CONTRAST_CENTRE, np.subtract(1, contrast))[..., None]
+    return result
 
 
-def random_colour_matrix(random: np.random.Generator) -> np.ndarray:
-    """`colour_matrix` of random parameters; [3, 4] float32."""
-    parameters = [random.uniform(*limits) for limits in (BRIGHTNESS, CONTRAST, SATURATION, HUE)]
-    return colour_matrix(*parameters).astype(np.float32)
+def random_colour_matrix(random: np.random.Generator) -> NDArray[np.float32]:
+    """`colour_matrix` of random parameters; [3, 4]."""
+    return colour_matrix(*(random.uniform(*limits) for limits in COLOUR))
 
 
 def random_crop(

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import Batch, black_and_white
+from .augment import NO_COLOUR, colour_matrix
+from .batch import Batch, coloured
 from .coco import Annotations, write_clean_file
-from .dali_graph import OUTPUTS, PREFETCH, Settings, dali, make_pipeline
-from .default_boxes import IMAGE_SIZE
+from .dali_graph import OUTPUTS, PREFETCH, VERSION, Settings, dali, make_pipeline
 from .errors import UserError
-from .half import image_dtype
 from .images import is_text, read_image
 from .output import writing
 
@@ -38,28 +37,27 @@ class DaliTrainLoader:
         *,
         batch_size: int,
         device: torch.device,
-        half: bool = False,
+        dtype: torch.dtype = torch.float32,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         num_threads: int = 4,
         augment: bool = True,
     ) -> None:
-        """batch_size: images an iteration of this process.  half: float16 images, on a GPU only."""
+        """batch_size: images an iteration of this process.  dtype: of the images that it gives."""
         self.annotations = annotations
         self.images = annotations.with_boxes()  # the graph's image id -> index in the annotations
         self.num_images = len(self.images)
         self.batch_size = batch_size
         self.device = device
-        self.half = half and device.type == "cuda"
+        self.dtype = dtype
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.num_threads = max(1, num_threads)
         self.augment = augment
         self.warnings: list[str] = []
-        rows = black_and_white(IMAGE_SIZE, device)
-        self._darkest, self._brightest = (row.to(image_dtype(device, self.half)) for row in rows)
+        self._outputs = tuple(name for name in OUTPUTS if augment or name != "colour")
         self._pipeline: dali.Pipeline | None = None
         self._first_epoch = 0  # where the pipeline started
         self._position = 0  # batches handed out since
@@ -127,6 +125,7 @@ class DaliTrainLoader:
             "augmentation": self.augment,
             "device": self.device.type,
             "DALI": dali.__version__,
+            "version of the graph": VERSION,
             "images": self.num_images,
             "annotations": self.annotations.digest,
         }
@@ -164,7 +163,6 @@ class DaliTrainLoader:
             batch_size=self.batch_size,
             device_id=device_id,
             num_threads=self.num_threads,
-            half=self.half,
             augment=self.augment,
             seed=_derived_seed(self.seed, self._first_epoch, self.rank),
             order_seed=_derived_seed(self.seed, self._first_epoch),
@@ -188,7 +186,7 @@ class DaliTrainLoader:
     def _start(self, epoch: int, checkpoint: bytes | None = None) -> None:
         self.close()
         self._first_epoch, self._position = epoch, 0
-        self._pipeline = self.build(OUTPUTS, checkpoint)
+        self._pipeline = self.build(self._outputs, checkpoint)
 
     def _differences(self, state: dict[str, Any]) -> str:
         """How the settings that a state was taken under differ from these, in words."""
@@ -198,28 +196,30 @@ class DaliTrainLoader:
         changed = [key for key in ours if theirs.get(key) != ours[key]]
         return ", ".join(f"{key} {theirs.get(key)} (now {ours[key]})" for key in changed)
 
-    def _run(self) -> list[Tensor]:
-        """The pipeline's next outputs, in memory that it shares with them."""
+    def _run(self) -> dict[str, Tensor]:
+        """The graph's next outputs by name, in memory that it shares with them."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
             outputs = self._pipeline.run(stream)
         except RuntimeError as error:
             raise self._explained(_reason(error)) from None
         self._position += 1
-        return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        return {name: torch.from_dlpack(part.as_tensor()) for name, part in zip(self._outputs, outputs, strict=True)}
 
     def _next_batch(self) -> Batch:
-        images, boxes, labels, ids, sizes = self._run()
-        indices = self.images[ids.flatten().numpy()]
-        wrong = (sizes[:, [1, 0]].numpy() != self.annotations.sizes[indices]).any(axis=1)
+        outputs = self._run()
+        indices = self.images[outputs["ids"].flatten().numpy()]
+        wrong = (outputs["sizes"][:, [1, 0]].numpy() != self.annotations.sizes[indices]).any(axis=1)
         for index in indices[wrong]:
             read_image(self.annotations, index)  # raises: boxes were scaled by the annotation file's sizes
-        # Rows of all channels, because DALI takes ten times torch's time for clipping, and torch wants long rows.
-        images.flatten(2).clamp_(self._darkest, self._brightest)
+        images = outputs["images"].permute(0, 3, 1, 2)
+        colour = np.broadcast_to(NO_COLOUR, (len(images), *NO_COLOUR.shape))
+        if self.augment:
+            colour = colour_matrix(*outputs["colour"].numpy().T)
         return Batch(
-            images=images.permute(0, 3, 1, 2),  # channels last
-            boxes=boxes.flip(1),  # the graph matches to the default boxes in reverse order
-            labels=labels.flip(1),
+            images=coloured(images, torch.tensor(colour).to(self.device, non_blocking=True), self.dtype),
+            boxes=outputs["boxes"].flip(1),  # the graph matches to the default boxes in reverse order
+            labels=outputs["labels"].flip(1),
         )
 
     # --- a broken image ---

@@ -43,13 +43,13 @@ def make_train_loader(
     world_size: int = 1,
 ) -> TrainLoader:
     """The training loader of `--data_pipeline`.  Raises UserError where DALI is asked for and cannot be used."""
-    dtype = image_dtype(device, half)
-    options = {"batch_size": batch_size, "device": device, "seed": seed, "rank": rank, "world_size": world_size}
+    options = {"batch_size": batch_size, "device": device, "dtype": image_dtype(device, half), "seed": seed}
+    options |= {"rank": rank, "world_size": world_size}
     if pipeline == "no_dali":
-        return TorchTrainLoader(annotations, num_workers=num_workers, dtype=dtype, **options)
+        return TorchTrainLoader(annotations, num_workers=num_workers, **options)
     from .dali_pipeline import DaliTrainLoader  # here, because DALI is a heavy import that no_dali must not need
 
-    return DaliTrainLoader(annotations, num_threads=num_workers, half=dtype == torch.float16, **options)
+    return DaliTrainLoader(annotations, num_threads=num_workers, **options)
 
 
 __all__ = ["PIPELINES", "EvaluationLoader", "TrainLoader", "make_train_loader"]
