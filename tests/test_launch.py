@@ -17,6 +17,7 @@ from tests.datasets import annotation, write_coco
 from tests.launch import LIMIT, NO_DALI, SMALL, command, launch, started
 
 IMAGES = 9  # 3 iterations of 2 processes with 2 images each
+BOXES = 24  # an image
 EPOCHS = 3
 WHOLE_RUN = ("--epochs", EPOCHS, "--evaluation", 1, "--eval-batch-size", 1, "--learning-rate", 0.02, *SMALL)
 ENDLESS = ("--epochs", 1000, *SMALL, *NO_DALI)
@@ -25,10 +26,10 @@ MINUTE = 60
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Six large boxes an image, so that a network that has learnt nothing hits some."""
+    """So many large boxes that a network that has learnt nothing hits some."""
     rng = np.random.default_rng(0)
-    corners, sizes = rng.uniform(0, [60, 40], (IMAGES, 6, 2)), rng.uniform([40, 30], [100, 80], (IMAGES, 6, 2))
-    boxes = [annotation(1 + i, [*corners[i, k], *sizes[i, k]], 1 + k % 2) for i in range(IMAGES) for k in range(6)]
+    corners, sizes = rng.uniform(0, [60, 40], (IMAGES, BOXES, 2)), rng.uniform([40, 30], [100, 80], (IMAGES, BOXES, 2))
+    boxes = [annotation(1 + i, [*corners[i, k], *sizes[i, k]], 1 + k % 2) for i in range(IMAGES) for k in range(BOXES)]
     return write_coco(tmp_path_factory.mktemp("data"), boxes, images=IMAGES + 1)
 
 
@@ -56,8 +57,8 @@ def test_only_one_process_prints(whole):
     _, text = whole
     forms = (
         r"Device: CPU, processes: 2",
-        rf"Training images: {IMAGES} with {6 * IMAGES} boxes of 2 categories \(1 without boxes left out\)",
-        rf"Validation images: {IMAGES + 1} with {6 * IMAGES} boxes",
+        rf"Training images: {IMAGES} with {BOXES * IMAGES} boxes of 2 categories \(1 without boxes left out\)",
+        rf"Validation images: {IMAGES + 1} with {BOXES * IMAGES} boxes",
         r"Iterations an epoch: 3 of 4 images, learning rate: 0.0025",
         r"Epoch:  0, Iteration: 0, Loss: \d+\.\d{4}",
         r"Epoch  0 finished\. .*",
