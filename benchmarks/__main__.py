@@ -17,6 +17,7 @@ from src.distributed import configure
 from src.sample import draw_dataset
 
 from . import annotations, evaluation, loaders, step
+from .table import table
 
 DRAWN_IMAGES = 256  # where no --data is given
 GPU_BATCH = 128
@@ -40,21 +41,6 @@ def gpu_benchmarks(data: Path) -> dict[str, Callable[[], list[dict]]]:
         "run": lambda: step.whole_run(data, cuda, batch_size=GPU_BATCH),
         "evaluation": lambda: evaluation.run(device=cuda),
     }
-
-
-def table(rows: list[dict]) -> str:
-    """The rows with columns for ours, yardstick, ratio, goal and whether it is met."""
-    width = max(len(row["name"]) for row in rows)
-    lines = [f"{'':{width}}  {'ours':>9}  {'yardstick':>9}  {'ratio':>6}  {'goal':>6}"]
-    for row in rows:
-        cells = [_cell(row["ours"], 9, 2), _cell(row["yardstick"], 9, 2), _cell(row["ratio"], 6, 3)]
-        verdict = "" if row["goal"] is None else f"{row['goal']:6g}  {'met' if row['met'] else 'NOT MET'}"
-        lines.append("  ".join([f"{row['name']:{width}}", *cells, verdict]).rstrip())
-    return "\n".join(lines)
-
-
-def _cell(value: float | None, width: int, decimals: int) -> str:
-    return " " * width if value is None else f"{value:{width}.{decimals}f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,8 @@ import numpy as np
 
 from src.coco import check_images_exist, read_annotations, write_clean_file
 
+from . import table
+
 IMAGES, BOXES = 118_287, 860_001  # COCO's train2017
 ANNOTATED = 117_266 / IMAGES
 CATEGORIES = 80
@@ -39,13 +41,6 @@ class Cost(NamedTuple):
     kept: float  # MB that the result keeps resident
 
 
-def row(name: str, ours: float, yardstick: float | None = None, goal: float | None = None) -> dict:
-    """goal: the greatest ratio of ours to the yardstick."""
-    ratio = ours / yardstick if yardstick else None
-    met = None if goal is None else ratio <= goal
-    return {"name": name, "ours": ours, "yardstick": yardstick, "ratio": ratio, "goal": goal, "met": met}
-
-
 def run(*, images: int = IMAGES) -> list[dict]:
     """Rows name, ours, yardstick, ratio, goal (greatest ratio), met."""
     with tempfile.TemporaryDirectory(prefix="ssd300-") as folder:
@@ -58,12 +53,12 @@ def run(*, images: int = IMAGES) -> list[dict]:
         reading = Cost(*(statistics.median(figures) for figures in zip(*costs, strict=True)))
         size = f"{file.stat().st_size / MEGABYTE:.0f} MB of annotations"
         return [
-            row(f"reading {size}, beside json.load (processor s)", reading.seconds, whole.seconds, READING_GOAL),
-            row("  the same, beside the limit (processor s)", reading.seconds, READING_LIMIT, 1.0),
-            row("  at its peak, beside the limit (MB)", reading.peak, PEAK_LIMIT, 1.0),
-            row("  kept, beside the limit (MB)", reading.kept, KEPT_LIMIT, 1.0),
-            row("  json.load at its peak (MB)", whole.peak),
-            row(
+            table.cost(f"reading {size}, beside json.load (processor s)", reading.seconds, whole.seconds, READING_GOAL),
+            table.cost("  the same, beside the limit (processor s)", reading.seconds, READING_LIMIT, 1.0),
+            table.cost("  at its peak, beside the limit (MB)", reading.peak, PEAK_LIMIT, 1.0),
+            table.cost("  kept, beside the limit (MB)", reading.kept, KEPT_LIMIT, 1.0),
+            table.cost("  json.load at its peak (MB)", whole.peak),
+            table.cost(
                 "  a worker's own after one epoch's annotations, beside the limit (MB)",
                 in_new_process(worker_growth, file, image_folder),
                 WORKER_LIMIT,
@@ -76,10 +71,10 @@ def run(*, images: int = IMAGES) -> list[dict]:
 def start_rows(file: Path, image_folder: Path) -> list[dict]:
     """What follows reading, up to a pipeline's first batch of 32."""
     steps = in_new_process(step_seconds, file, image_folder)
-    rows = [row(name, seconds) for name, seconds in steps.items()]
+    rows = [table.cost(name, seconds) for name, seconds in steps.items()]
     for pipeline in ("no_dali", "dali"):
         seconds, peak = in_new_process(first_batch, pipeline, file, image_folder)
-        rows += [row(f"first batch of {pipeline} (s)", seconds), row("  at its peak (MB)", peak)]
+        rows += [table.cost(f"first batch of {pipeline} (s)", seconds), table.cost("  at its peak (MB)", peak)]
     return rows
 
 
@@ -237,10 +232,7 @@ def write_images(folder: Path, images: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=IMAGES, help="in the file that is written (default: %(default)s)")
-    for entry in run(images=parser.parse_args().images):
-        beside = f"  yardstick {entry['yardstick']:.2f}  ratio {entry['ratio']:.3f}" if entry["yardstick"] else ""
-        goal = f"  goal {entry['goal']:g}  {'met' if entry['met'] else 'NOT MET'}" if entry["goal"] else ""
-        print(f"{entry['name']}: {entry['ours']:.2f}{beside}{goal}")
+    print(table.table(run(images=parser.parse_args().images)))
 
 
 if __name__ == "__main__":

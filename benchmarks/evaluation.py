@@ -24,6 +24,8 @@ from src.evaluate import detect, to_results
 from src.model import SSD300
 from src.scoring import Results, score, write_results
 
+from . import table
+
 CPU = torch.device("cpu")
 BATCH = 32
 LABELS = 81
@@ -35,19 +37,6 @@ SIZE = (640, 480)  # pixels, of the made-up images
 # The goals are a CPU's: on a GPU the softmax takes microseconds, and starting a kernel too.
 CASES = {"few candidates": (1.0, 9.0, 8), "crowded": (4.0, 8.0, 30)}  # spread, background, goal: times the softmax
 SCORING_GOAL = 1.2  # times faster-coco-eval's own time on arrays
-
-
-def row(name: str, ours: float, yardstick: float | None = None, goal: float | None = None) -> dict:
-    """goal: the greatest ratio of ours to the yardstick."""
-    ratio = ours / yardstick if yardstick else None
-    return {
-        "name": name,
-        "ours": ours,
-        "yardstick": yardstick,
-        "ratio": ratio,
-        "goal": goal,
-        "met": None if goal is None else ratio <= goal,
-    }
 
 
 def run(*, device: torch.device | None = None) -> list[dict]:
@@ -62,7 +51,7 @@ def detection_rows(device: torch.device) -> list[dict]:
         ours, softmax = alternately(partial(detect, offsets, logits), partial(torch.softmax, logits, dim=1), device)
         scale = 1000 / BATCH
         rows.append(
-            row(
+            table.cost(
                 f"detections, {name}, beside softmax (ms/image)",
                 ours * scale,
                 softmax * scale,
@@ -119,11 +108,13 @@ def scoring_rows(device: torch.device) -> list[dict]:
     network, detections = _batch_seconds(scene, device)
     batches = IMAGES / BATCH
     return [
-        row(f"scoring {DETECTIONS:,} detections, beside faster-coco-eval on arrays (s)", scoring, own, SCORING_GOAL),
-        row(f"evaluation of {IMAGES:,} images: network, ResNet-50 (s)", network * batches),
-        row(f"evaluation of {IMAGES:,} images: detections (s)", detections * batches),
-        row(f"evaluation of {IMAGES:,} images: scoring (s)", scoring),
-        row(f"evaluation of {IMAGES:,} images: detections.json (s)", writing),
+        table.cost(
+            f"scoring {DETECTIONS:,} detections, beside faster-coco-eval on arrays (s)", scoring, own, SCORING_GOAL
+        ),
+        table.cost(f"evaluation of {IMAGES:,} images: network, ResNet-50 (s)", network * batches),
+        table.cost(f"evaluation of {IMAGES:,} images: detections (s)", detections * batches),
+        table.cost(f"evaluation of {IMAGES:,} images: scoring (s)", scoring),
+        table.cost(f"evaluation of {IMAGES:,} images: detections.json (s)", writing),
     ]
 
 
@@ -200,12 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", action="store_true", help="measure on the GPU")
     device = torch.device("cuda" if parser.parse_args().gpu else "cpu")
-    for entry in run(device=device):
-        beside = (
-            "" if entry["yardstick"] is None else f"  yardstick {entry['yardstick']:.2f}  ratio {entry['ratio']:.2f}"
-        )
-        goal = "" if entry["goal"] is None else f"  goal {entry['goal']:g}  {'met' if entry['met'] else 'NOT MET'}"
-        print(f"{entry['name']}: {entry['ours']:.2f}{beside}{goal}")
+    print(table.table(run(device=device)))
 
 
 if __name__ == "__main__":

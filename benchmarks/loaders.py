@@ -20,6 +20,8 @@ from src.dali_pipeline import DaliTrainLoader
 from src.images import read_image, resize
 from src.torch_pipeline import PREFETCH, TorchTrainLoader
 
+from . import table
+
 WORKERS = (1, 2, 4)
 GOAL_WORKERS = 2
 GOALS = {"no_dali": 0.5, "dali": 0.7}  # of the yardstick's images a second
@@ -50,11 +52,9 @@ def run(data: Path, *, batches: int = BATCHES, repeats: int = REPEATS) -> list[d
     for workers in WORKERS:
         speeds = measure(annotations, workers, batches, repeats)
         for pipeline, unit in (("no_dali", "workers"), ("dali", "threads")):
-            ours, yardstick = speeds[pipeline], speeds[f"{pipeline} yardstick"]
             goal = GOALS[pipeline] if workers == GOAL_WORKERS else None
-            row = {"name": f"{pipeline}, {unit}: {workers}", "ours": ours, "yardstick": yardstick}
-            met = None if goal is None else ours / yardstick >= goal
-            rows.append(row | {"ratio": ours / yardstick, "goal": goal, "met": met})
+            name = f"{pipeline}, {unit}: {workers} (images/s)"
+            rows.append(table.speed(name, speeds[pipeline], speeds[f"{pipeline} yardstick"], goal))
     return rows
 
 
@@ -124,19 +124,12 @@ def endless(images: np.ndarray) -> np.ndarray:
     return np.resize(images, 100_000)
 
 
-def print_table(rows: list[dict]) -> None:
-    print(f"{'images/s':20} {'ours':>8} {'yardstick':>10} {'ratio':>6} {'goal':>6}")
-    for row in rows:
-        goal = "" if row["goal"] is None else f"{row['goal']:6.2f} {'met' if row['met'] else 'MISSED'}"
-        print(f"{row['name']:20} {row['ours']:8.0f} {row['yardstick']:10.0f} {row['ratio']:6.2f} {goal}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loaders", description=__doc__)
     parser.add_argument("--data", "-d", type=Path, required=True, help="a data set in the COCO 2017 layout")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="measurements of each (default: %(default)s)")
     options = parser.parse_args()
-    print_table(run(options.data, repeats=options.repeats))
+    print(table.table(run(options.data, repeats=options.repeats)))
 
 
 if __name__ == "__main__":

@@ -22,11 +22,13 @@ from src.model import SSD300
 from src.report import Report
 from src.train import Schedule, Trainer, make_optimizer, train_epoch
 
+from . import table
+
 BATCH = 8
 STEPS = {"cpu": 3, "cuda": 30}  # of each kind; ResNet-50 on a CPU takes seconds for one
 GOAL_FLOAT32, GOAL_HALF, GOAL_WHOLE = 1.2, 2.4, 0.95
 LABELS = 81
-TRIALS = 2  # of the whole run, in turns with the bare step
+TRIALS = 3  # of the whole run, in turns with the bare step
 BARE_STEPS = {"cpu": 8, "cuda": 30}  # in a trial
 GPU_ITERATIONS = 32  # of an epoch at least, beside which its start is short
 
@@ -64,7 +66,9 @@ def run(device: torch.device | None = None, *, backbone: str = "resnet50", batch
         trainer = make_trainer(backbone, device, half=half, compiled=compiled)
         ours = time_training(name, trainer, repeat(batch), steps=STEPS[device.type]).images_per_second
         goal = None if half and not half_is_fast(device) else goal
-        rows.append(row(f"training step, {backbone}, batch {batch_size}, {name}", ours, yardstick, goal))
+        rows.append(
+            table.speed(f"training step, {backbone}, batch {batch_size}, {name} (images/s)", ours, yardstick, goal)
+        )
     return rows
 
 
@@ -100,9 +104,9 @@ def _whole_runs(annotations: Annotations, device: torch.device, backbone: str, b
             whole.append(_epoch_speed(trainer, loader, epoch, batch_size))
             bare.append(_epoch_speed(trainer, [noise] * BARE_STEPS[device.type], epoch, batch_size))
         loader.close()
-        name = f"whole run beside the bare step, {pipeline}, {backbone}"
+        name = f"whole run beside the bare step, {pipeline}, {backbone} (images/s)"
         # the first trial starts workers and warms caches
-        rows.append(row(name, statistics.median(whole[1:]), statistics.median(bare[1:]), GOAL_WHOLE))
+        rows.append(table.speed(name, statistics.median(whole[1:]), statistics.median(bare[1:]), GOAL_WHOLE))
     return rows
 
 
@@ -139,15 +143,3 @@ def _epoch_speed(trainer: Trainer, batches, epoch: int, batch_size: int) -> floa
         report.close()
     stop.close()
     return result.images / result.seconds
-
-
-def row(name: str, ours: float, yardstick: float, goal: float | None) -> dict:
-    ratio = ours / yardstick
-    return {
-        "name": f"{name} (images/s)",
-        "ours": ours,
-        "yardstick": yardstick,
-        "ratio": ratio,
-        "goal": goal,
-        "met": None if goal is None else ratio >= goal,
-    }

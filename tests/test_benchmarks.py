@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import learning, loaders, step
-from benchmarks.__main__ import table
+from benchmarks.table import cost, speed, table
 from src.coco import locations, read_annotations
 from tests.datasets import annotation, write_coco
 
@@ -46,7 +46,7 @@ def test_loaders_have_a_row_a_pipeline_and_number_of_workers(data, monkeypatch):
     monkeypatch.setattr(loaders, "WORKERS", (1,))
     monkeypatch.setattr(loaders, "BATCH_SIZE", 2)
     rows = loaders.run(data, batches=1, repeats=1)
-    assert [row["name"] for row in rows] == ["no_dali, workers: 1", "dali, threads: 1"]
+    assert [row["name"] for row in rows] == ["no_dali, workers: 1 (images/s)", "dali, threads: 1 (images/s)"]
     assert all(row["ratio"] == row["ours"] / row["yardstick"] for row in rows)
 
 
@@ -54,3 +54,12 @@ def test_a_repeated_data_set_has_each_image_as_often(data, tmp_path):
     annotations = read_annotations(*locations(step.repeated(data, 9, tmp_path), "train"))
     assert len(annotations) == len(annotations.boxes) == 12
     assert len({annotations.image_path(index).resolve() for index in range(12)}) == 4
+
+
+def test_a_goal_is_the_least_ratio_of_a_speed_and_the_greatest_of_a_cost():
+    assert [speed("", ours, 10.0, 0.5)["met"] for ours in (4.9, 5.0, 5.1)] == [False, True, True]
+    assert [cost("", ours, 10.0, 0.5)["met"] for ours in (4.9, 5.0, 5.1)] == [True, True, False]
+    assert speed("", 4.0, 10.0)["met"] is None
+    assert cost("", 4.0) == {"name": "", "ours": 4.0, "yardstick": None, "ratio": None, "goal": None, "met": None}
+    verdicts = [line.split()[-1] for line in table([cost("a", 1, 2, 1), cost("b", 3, 2, 1)]).splitlines()[1:]]
+    assert verdicts == ["met", "MET"]
