@@ -93,6 +93,19 @@ def test_a_state_of_other_annotations_or_the_other_pipeline(tmp_path):
     assert len(epoch(ours, 1)) == len(ours)
 
 
+@pytest.mark.parametrize("version", [1, None], ids=["another", "none, as before graphs had one"])
+def test_a_state_of_another_version_of_the_graph(tmp_path, version):
+    ours = loader(small(tmp_path))
+    state = ours.state_dict()
+    state["fingerprint"]["version of the graph"] = version
+    if version is None:
+        del state["fingerprint"]["version of the graph"]
+    with pytest.raises(UserError, match=f"^cannot continue inside epoch 1: .*version of the graph {version} .*now 2"):
+        ours.load_state_dict(state, epoch=1, iteration=1)
+    ours.load_state_dict(state, epoch=1, iteration=0)
+    assert len(ours.warnings) == 1
+
+
 def test_the_state_is_plain(tmp_path):
     state = loader(small(tmp_path)).state_dict()
     assert isinstance(state.pop("checkpoint"), bytes)
