@@ -1,19 +1,24 @@
 """What the benchmarks have found: rows of a figure beside its yardstick, and the table of them."""
 
+import operator
+from collections.abc import Callable
+
 
 def speed(name: str, ours: float, yardstick: float, goal: float | None = None) -> dict:
     """A row of figures that should be large.  goal: the least ratio of ours to the yardstick."""
-    return _row(name, ours, yardstick, goal, met=goal is not None and ours >= goal * yardstick)
+    return _row(name, ours, yardstick, goal, operator.ge)
 
 
 def cost(name: str, ours: float, yardstick: float | None = None, goal: float | None = None) -> dict:
     """A row of figures that should be small.  goal: the greatest ratio of ours to the yardstick."""
-    return _row(name, ours, yardstick, goal, met=goal is not None and ours <= goal * yardstick)
+    return _row(name, ours, yardstick, goal, operator.le)
 
 
-def _row(name: str, ours: float, yardstick: float | None, goal: float | None, *, met: bool) -> dict:
+def _row(
+    name: str, ours: float, yardstick: float | None, goal: float | None, reaches: Callable[[float, float], bool]
+) -> dict:
     ratio = None if yardstick is None else ours / yardstick
-    met = None if goal is None else met
+    met = None if goal is None else reaches(ratio, goal)
     return {"name": name, "ours": ours, "yardstick": yardstick, "ratio": ratio, "goal": goal, "met": met}
 
 

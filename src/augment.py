@@ -7,7 +7,6 @@ Sources: Liu et al. 2016, section 2.2 (the crop); the colour formula is that of 
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 NO_CROP = None
@@ -29,9 +28,12 @@ YIQ_TO_RGB = np.array([[1.0, 0.956, 0.621], [1.0, -0.272, -0.647], [1.0, -1.107,
 
 
 def colour_matrix(
-    brightness: ArrayLike, contrast: ArrayLike, saturation: ArrayLike, hue: ArrayLike
-) -> NDArray[np.float32]:
-    """The colour step as one affine map of RGB in 0..255: [3, 4], the last column is added.
+    brightness: float | np.ndarray,
+    contrast: float | np.ndarray,
+    saturation: float | np.ndarray,
+    hue: float | np.ndarray,
+) -> np.ndarray:
+    """The colour step as one affine map of RGB in 0..255: [3, 4] float32, the last column is added.
 
     Hue (degrees) and saturation (factor) act in YIQ, then brightness x (contrast x (v - 128) + 128).  Of parameters [N]
     each it gives [N, 3, 4].
@@ -43,12 +45,12 @@ def colour_matrix(
     rotation[..., 1, 1] = rotation[..., 2, 2] = cosine
     rotation[..., 1, 2], rotation[..., 2, 1] = sine, -sine
     result = np.empty((*angle.shape, 3, 4), np.float32)
-    result[..., :3] = np.multiply(brightness, contrast)[..., None, None] * (YIQ_TO_RGB @ rotation @ RGB_TO_YIQ)
-    result[..., 3] = np.multiply(brightness * CONTRAST_CENTRE, np.subtract(1, contrast))[..., None]
+    result[..., :3] = np.asarray(brightness * contrast)[..., None, None] * (YIQ_TO_RGB @ rotation @ RGB_TO_YIQ)
+    result[..., 3] = np.asarray(brightness * CONTRAST_CENTRE * (1 - contrast))[..., None]
     return result
 
 
-def random_colour_matrix(random: np.random.Generator) -> NDArray[np.float32]:
+def random_colour_matrix(random: np.random.Generator) -> np.ndarray:
     """`colour_matrix` of random parameters; [3, 4]."""
     return colour_matrix(*(random.uniform(*limits) for limits in COLOUR))
 

@@ -105,6 +105,6 @@ def _block_diagonal(matrices: Tensor, times: int) -> Tensor:
     return blocks.reshape(number, times * rows, times * columns)
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Images in 0..255 with ImageNet's mean taken away and divided by its deviation; [N, 3, H, W], channels last."""
-    return coloured(images, torch.eye(3, 4, device=images.device).expand(len(images), -1, -1))
+    return coloured(images, torch.eye(3, 4, device=images.device).expand(len(images), -1, -1), dtype)

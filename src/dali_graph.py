@@ -23,7 +23,7 @@ except Exception as error:  # absent, no wheel for this system, or a library tha
 
 PREFETCH = 2  # batches prepared ahead
 VERSION = 2  # counted up when the operators change, because what a checkpoint holds belongs to them
-OUTPUTS = ("images", "colour", "boxes", "labels", "ids", "sizes")  # what training takes of the graph
+OUTPUTS = ("images", "boxes", "labels", "ids", "sizes")  # what training takes, beside "colour" where it augments
 
 
 class Settings(NamedTuple):

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .augment import NO_COLOUR, colour_matrix
-from .batch import Batch, coloured
+from .augment import colour_matrix
+from .batch import Batch, coloured, normalise
 from .coco import Annotations, write_clean_file
 from .dali_graph import OUTPUTS, PREFETCH, VERSION, Settings, dali, make_pipeline
 from .errors import UserError
@@ -57,7 +57,6 @@ class DaliTrainLoader:
         self.num_threads = max(1, num_threads)
         self.augment = augment
         self.warnings: list[str] = []
-        self._outputs = tuple(name for name in OUTPUTS if augment or name != "colour")
         self._pipeline: dali.Pipeline | None = None
         self._first_epoch = 0  # where the pipeline started
         self._position = 0  # batches handed out since
@@ -186,7 +185,7 @@ class DaliTrainLoader:
     def _start(self, epoch: int, checkpoint: bytes | None = None) -> None:
         self.close()
         self._first_epoch, self._position = epoch, 0
-        self._pipeline = self.build(self._outputs, checkpoint)
+        self._pipeline = self.build((*OUTPUTS, "colour") if self.augment else OUTPUTS, checkpoint)
 
     def _differences(self, state: dict[str, Any]) -> str:
         """How the settings that a state was taken under differ from these, in words."""
@@ -196,31 +195,30 @@ class DaliTrainLoader:
         changed = [key for key in ours if theirs.get(key) != ours[key]]
         return ", ".join(f"{key} {theirs.get(key)} (now {ours[key]})" for key in changed)
 
-    def _run(self) -> dict[str, Tensor]:
-        """The graph's next outputs by name, in memory that it shares with them."""
+    def _run(self) -> list[Tensor]:
+        """The pipeline's next outputs, in memory that it shares with them."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
             outputs = self._pipeline.run(stream)
         except RuntimeError as error:
             raise self._explained(_reason(error)) from None
         self._position += 1
-        return {name: torch.from_dlpack(part.as_tensor()) for name, part in zip(self._outputs, outputs, strict=True)}
+        return [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
     def _next_batch(self) -> Batch:
-        outputs = self._run()
-        indices = self.images[outputs["ids"].flatten().numpy()]
-        wrong = (outputs["sizes"][:, [1, 0]].numpy() != self.annotations.sizes[indices]).any(axis=1)
+        images, boxes, labels, ids, sizes, *colour = self._run()
+        indices = self.images[ids.flatten().numpy()]
+        wrong = (sizes[:, [1, 0]].numpy() != self.annotations.sizes[indices]).any(axis=1)
         for index in indices[wrong]:
             read_image(self.annotations, index)  # raises: boxes were scaled by the annotation file's sizes
-        images = outputs["images"].permute(0, 3, 1, 2)
-        colour = np.broadcast_to(NO_COLOUR, (len(images), *NO_COLOUR.shape))
+        images = images.permute(0, 3, 1, 2)
         if self.augment:
-            colour = colour_matrix(*outputs["colour"].numpy().T)
-        return Batch(
-            images=coloured(images, torch.tensor(colour).to(self.device, non_blocking=True), self.dtype),
-            boxes=outputs["boxes"].flip(1),  # the graph matches to the default boxes in reverse order
-            labels=outputs["labels"].flip(1),
-        )
+            matrices = torch.from_numpy(colour_matrix(*colour[0].numpy().T)).to(self.device, non_blocking=True)
+            images = coloured(images, matrices, self.dtype)
+        else:
+            images = normalise(images, self.dtype)
+        # The graph matches to the default boxes in reverse order.
+        return Batch(images, boxes.flip(1), labels.flip(1))
 
     # --- a broken image ---
 

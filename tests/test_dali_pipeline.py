@@ -116,9 +116,9 @@ def test_photographs_without_augmentation_are_the_other_pipelines(coco128):
 
 def test_colours_are_changed_by_the_formula_and_clipped_once(coco128):
     train_loader = loader(read(coco128), batch_size=32)
-    pipeline = train_loader.build((*OUTPUTS, "resized", "flip"))  # the same operators, and so the same draws
-    outputs = dict(zip((*OUTPUTS, "resized", "flip"), pipeline.run(), strict=True))
-    resized, flips, factors = (outputs[name].as_array() for name in ("resized", "flip", "colour"))
+    steps = ("resized", "flip", "colour")
+    pipeline = train_loader.build((*OUTPUTS, *steps))  # the same operators, and so the same draws
+    resized, flips, factors = (output.as_array() for output in pipeline.run()[len(OUTPUTS) :])
     train_loader.set_epoch(0)
     images = next(iter(train_loader)).images
     assert 0 < flips.sum() < 32
