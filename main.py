@@ -28,7 +28,7 @@ from src.errors import UserError
 from src.evaluate import IOU_THRESHOLD, MAX_DETECTIONS, Evaluation, evaluate
 from src.flags import evaluation_epochs, parse_args, unreached_evaluations
 from src.gallery import draw_training_batch, leave_evaluation, tell_figures, warn_of_non_finite
-from src.half import half_is_fast
+from src.half import SLOW_HALF, half_is_fast
 from src.model import SSD300, feature_channels
 from src.output import make_folder, reserved
 from src.plots import draw_training
@@ -251,7 +251,7 @@ def tell_data(report, args, processes: Processes, training: Annotations | None, 
         for warning in annotations.warnings if annotations else ():
             report.warn(warning)
     if args.fp16 and not half_is_fast(processes.device):
-        report.warn("--fp16: this CPU has no bfloat16 arithmetic, so it is slower than without")
+        report.warn(SLOW_HALF)
 
 
 def device_name(device: torch.device) -> str:

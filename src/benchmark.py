@@ -17,8 +17,8 @@ from .batch import Batch
 from .data import TrainLoader
 from .default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES, default_boxes
 from .evaluate import detect, evaluating
-from .half import image_dtype
-from .train import Trainer, autocast
+from .half import autocast, image_dtype
+from .train import Trainer
 
 WARM_UP = 3  # steps that are not counted: memory is claimed, convolutions are chosen
 LEARNING_RATE = 1e-4  # small, so that random labels do not break the network down

@@ -15,9 +15,9 @@ from torchvision.ops import box_convert, nms
 from .coco import Annotations
 from .default_boxes import decode, default_boxes
 from .distributed import Processes
+from .half import autocast
 from .report import NullReport
 from .scoring import DECIMALS, Results, Scores, join_results, score
-from .train import autocast
 
 SCORE_THRESHOLD = 0.05
 IOU_THRESHOLD = 0.5  # of the non-maximum suppression

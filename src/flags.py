@@ -65,7 +65,7 @@ def _add_documented(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=_count, default=None, help="iterations of linear warm-up from 0")
     add("--num-workers", type=_count, default=4, help="worker processes (no_dali) or threads (dali)")
     add("--fp16", action="store_true",
-        help="half precision: float16 with loss scaling on a GPU, bfloat16 on a CPU")  # fmt: skip
+        help="half precision: float16 with loss scaling on a GPU, bfloat16 on a CPU that has it")  # fmt: skip
     add("--local_rank", "--local-rank", type=_count, default=0,
         help="set by the launcher; the LOCAL_RANK variable wins")  # fmt: skip
     add("--data_pipeline", "--data-pipeline", choices=PIPELINES, default="dali",

@@ -16,12 +16,12 @@ from .coco import Category
 from .default_boxes import default_boxes
 from .errors import UserError
 from .evaluate import Detections, detect, evaluating, finite_boxes
+from .half import autocast
 from .images import decode, resize
 from .output import make_folder
 from .plots import draw_prediction
 from .report import NullReport
 from .scoring import DECIMALS, write_list
-from .train import autocast
 
 SUFFIXES = (".gif", ".jpeg", ".jpg", ".png", ".webp")  # of the images that torchvision decodes
 RESULTS = "detections.json"

@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from .batch import Batch
 from .distributed import Processes, StopNotice
 from .errors import UserError
+from .half import autocast
 from .loss import LossParts, MultiBoxLoss
 from .report import NullReport, Report
 
@@ -70,11 +71,6 @@ def _fill_momentum(optimizer: Optimizer) -> None:
         for parameter in group["params"] if group["momentum"] else ():
             if optimizer.state[parameter].get("momentum_buffer") is None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def autocast(device: torch.device, half: bool) -> torch.autocast:
-    """float16 on a GPU, bfloat16 on a CPU, nothing where `half` is false."""
-    return torch.autocast(device.type, dtype=torch.float16 if device.type == "cuda" else torch.bfloat16, enabled=half)
 
 
 @contextmanager

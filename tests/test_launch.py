@@ -14,7 +14,7 @@ import torch
 from benchmarks import two_nodes
 from main import DONE, main
 from tests.datasets import annotation, write_coco
-from tests.launch import LIMIT, NO_DALI, SMALL, command, launch, started
+from tests.launch import HALF, LIMIT, NO_DALI, SMALL, command, launch, started
 
 IMAGES = 9  # 3 iterations of 2 processes with 2 images each
 BOXES = 24  # an image
@@ -194,7 +194,7 @@ def test_two_nodes_train_together_and_a_stopped_process_is_noticed_in_time(tmp_p
     if reason := two_nodes.hindrance():
         pytest.skip(reason)
     monkeypatch.setenv(two_nodes.GROUP_TIMEOUT_VARIABLE, "8")
-    seen = two_nodes.run(tmp_path, data, flags=["--fp16"])
+    seen = two_nodes.run(tmp_path, data, flags=HALF)
     assert "Device: CPU, processes: 2" in seen.text
     assert re.search(r"^Epoch  0, Accuracy: 0\.\d{4} mAP$", seen.text, re.MULTILINE)
     assert seen.second == ""

@@ -15,6 +15,7 @@ import torch
 
 import main
 
+from .launch import LIMIT
 from .stopped_runs import (
     BOUNDARY,
     FLAGS,
@@ -130,7 +131,7 @@ def test_sigterm_to_a_process_group_and_the_rest_by_another_process(runs, data, 
         if told.startswith("Epoch:  0, Iteration: 0"):
             os.killpg(process.pid, signal.SIGTERM)
             break
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 143, err
     assert "Stopped by SIGTERM in epoch 0 after " in out and str(tmp_path / "last.pt") in out
     assert "Traceback" not in err
@@ -287,12 +288,12 @@ def test_best_is_the_best_so_far_over_continuations_and_old_epochs_go(data, tmp_
 
 def test_a_full_disk_is_told_of_in_one_line_and_the_old_checkpoint_stays(runs, data, tmp_path, capsys):
     resource = pytest.importorskip("resource")
-    shutil.copy(runs("no_dali", True) / INSIDE, tmp_path / "last.pt")
+    shutil.copy(runs("no_dali", False) / INSIDE, tmp_path / "last.pt")
     before = state_of(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
-        assert idle_run(data, tmp_path, *flags("no_dali", True), "--resume") == (main.BAD_INPUT, 1)
+        assert idle_run(data, tmp_path, *flags("no_dali", False), "--resume") == (main.BAD_INPUT, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (line,) = capsys.readouterr().err.splitlines()

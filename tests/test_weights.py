@@ -23,6 +23,7 @@ from src.scoring import METRIC_NAMES
 from src.weights import known_categories, load_backbone_weights, load_detector, read_labelled
 
 from .datasets import annotation, write_coco
+from .launch import HALF
 
 OURS = (Category(7, "square"), Category(9, "disc"))
 SAVED = [list(category) for category in OURS]
@@ -229,7 +230,7 @@ def evaluate(data: Path, state: dict, folder: Path, *flags: str) -> tuple[int, P
     save_checkpoint(folder / "last.pt", state)
     output = folder / "scores"
     line = ["--mode", "evaluation", "--data", data, "--checkpoint", folder / "last.pt", "--output", output]
-    return main.main([*map(str, line), "--num-workers", "0", "--fp16", *flags]), output
+    return main.main([*map(str, line), "--num-workers", "0", *HALF, *flags]), output
 
 
 def test_evaluation_prints_figures_and_leaves_files(data, small_state, tmp_path, capsys):
