@@ -23,8 +23,8 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 	@touch $@
 
 demo: venv
-	$(BIN)/python -m src.sample $(DEMO)/data
-	$(BIN)/python main.py $(DEMO_FLAGS) $$($(BIN)/python -m src.half)
+	$(BIN)/python -m src.data.sample $(DEMO)/data
+	$(BIN)/python main.py $(DEMO_FLAGS) $$($(BIN)/python -m src.precision)
 	@echo "The pictures, figures and checkpoints are in $(DEMO)/run."
 
 test: venv

@@ -17,25 +17,26 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import torch
 
-from src import distributed, mlperf
+from src import distributed
 from src.benchmark import benchmark as time_steps
-from src.check import check_dataset
-from src.checkpoint import load_checkpoint, load_weights
-from src.coco import Annotations, Category, check_images_exist, locations, read_annotations
-from src.data import EvaluationLoader, TrainLoader, make_train_loader
+from src.data.check import check_dataset
+from src.data.coco import Annotations, Category, check_images_exist, locations, read_annotations
+from src.data.loaders import EvaluationLoader, TrainLoader, make_train_loader
 from src.distributed import Processes, StopNotice, Terminated
 from src.errors import UserError
-from src.evaluate import IOU_THRESHOLD, MAX_DETECTIONS, Evaluation, evaluate
+from src.evaluation.evaluate import IOU_THRESHOLD, MAX_DETECTIONS, Evaluation, evaluate
+from src.evaluation.gallery import draw_training_batch, leave_evaluation, tell_figures, warn_of_non_finite
+from src.evaluation.predict import find_images
+from src.evaluation.predict import predict as predict_images
 from src.flags import evaluation_epochs, parse_args, unreached_evaluations
-from src.gallery import draw_training_batch, leave_evaluation, tell_figures, warn_of_non_finite
-from src.half import SLOW_HALF, half_is_fast
-from src.model import SSD300, feature_channels
 from src.output import make_folder, reserved
-from src.plots import draw_training
-from src.predict import find_images
-from src.predict import predict as predict_images
-from src.report import METRICS, NullReport, Report, set_aside_old_run
-from src.run import (
+from src.precision import SLOW_HALF, half_is_fast
+from src.report import mlperf
+from src.report.plots import draw_training
+from src.report.report import METRICS, NullReport, Report, set_aside_old_run
+from src.ssd.model import SSD300, feature_channels
+from src.training.checkpoint import load_checkpoint, load_weights
+from src.training.run import (
     LAST,
     TRAINING_DATA,
     Identity,
@@ -45,8 +46,8 @@ from src.run import (
     read_run,
     restore_position,
 )
-from src.train import Schedule, Trainer, TrainingBreakdownError, make_optimizer
-from src.weights import known_categories, load_backbone_weights, load_detector, read_labelled
+from src.training.step import Schedule, Trainer, TrainingBreakdownError, make_optimizer
+from src.training.weights import known_categories, load_backbone_weights, load_detector, read_labelled
 
 BENCHMARK_STEPS = 20
 UNREADABLE_TOLD = 3  # images that --mode prediction names

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from src.data.sample import draw_dataset
 from src.distributed import configure
-from src.sample import draw_dataset
 
 from . import annotations, evaluation, loaders, step
 from .table import table

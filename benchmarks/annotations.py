@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from src.coco import check_images_exist, read_annotations, write_clean_file
+from src.data.coco import check_images_exist, read_annotations, write_clean_file
 
 from . import table
 
@@ -151,10 +151,10 @@ def first_batch(pipeline: str, file: Path, image_folder: Path) -> tuple[float, f
     """Seconds from the annotations to a batch on the CPU, imports left out, and the peak in MB."""
     import torch
 
-    from src.data import make_train_loader
+    from src.data.loaders import make_train_loader
 
     if pipeline == "dali":
-        import src.dali_pipeline  # noqa: F401
+        import src.data.dali_pipeline  # noqa: F401
 
     annotations = read_annotations(file, image_folder)
     start = time.perf_counter()

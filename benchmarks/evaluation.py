@@ -18,11 +18,11 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
-from src.coco import Annotations, read_annotations
-from src.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES
-from src.evaluate import detect, to_results
-from src.model import SSD300
-from src.scoring import Results, score, write_results
+from src.data.coco import Annotations, read_annotations
+from src.evaluation.evaluate import detect, to_results
+from src.evaluation.scoring import Results, score, write_results
+from src.ssd.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES
+from src.ssd.model import SSD300
 
 from . import table
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from src.coco import Annotations, locations, read_annotations
-from src.data import PIPELINES, EvaluationLoader, make_train_loader
+from src.data.coco import Annotations, locations, read_annotations
+from src.data.loaders import PIPELINES, EvaluationLoader, make_train_loader
 from src.distributed import Processes, StopNotice
-from src.evaluate import evaluate
-from src.half import half_is_fast
-from src.report import Report
-from src.train import REFERENCE_BATCH, Schedule, train_epoch
+from src.evaluation.evaluate import evaluate
+from src.precision import half_is_fast
+from src.report.report import Report
+from src.training.step import REFERENCE_BATCH, Schedule, train_epoch
 
 from .step import make_trainer
 

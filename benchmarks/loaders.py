@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from src.coco import Annotations, locations, read_annotations
-from src.dali_pipeline import DaliTrainLoader
-from src.images import read_image, resize
-from src.torch_pipeline import PREFETCH, TorchTrainLoader
+from src.data.coco import Annotations, locations, read_annotations
+from src.data.dali_pipeline import DaliTrainLoader
+from src.data.images import read_image, resize
+from src.data.torch_pipeline import PREFETCH, TorchTrainLoader
 
 from . import table
 

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from src.batch import Batch
 from src.benchmark import random_batch, time_training
-from src.coco import Annotations, locations, read_annotations
-from src.data import make_train_loader
+from src.data.batch import Batch
+from src.data.coco import Annotations, locations, read_annotations
+from src.data.loaders import make_train_loader
 from src.distributed import Processes, StopNotice
-from src.half import half_is_fast, image_dtype
-from src.model import SSD300
-from src.report import Report
-from src.train import Schedule, Trainer, make_optimizer, train_epoch
+from src.precision import half_is_fast, image_dtype
+from src.report.report import Report
+from src.ssd.model import SSD300
+from src.training.step import Schedule, Trainer, make_optimizer, train_epoch
 
 from . import table
 

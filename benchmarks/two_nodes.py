@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import torch
 
+from src.data.sample import draw_dataset
 from src.distributed import GROUP_TIMEOUT_VARIABLE
-from src.half import half_is_fast
-from src.sample import draw_dataset
+from src.precision import half_is_fast
 
 HERE = Path(__file__).parents[1]
 ADDRESSES = ("10.213.77.1", "10.213.77.2")

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .batch import Batch
-from .data import TrainLoader
-from .default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES, default_boxes
-from .evaluate import detect, evaluating
-from .half import autocast, image_dtype
-from .train import Trainer
+from src.data.batch import Batch
+from src.data.loaders import TrainLoader
+from src.evaluation.evaluate import detect, evaluating
+from src.ssd.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES, default_boxes
+from src.training.step import Trainer
+
+from .precision import autocast, image_dtype
 
 WARM_UP = 3  # steps that are not counted: memory is claimed, convolutions are chosen
 LEARNING_RATE = 1e-4  # small, so that random labels do not break the network down

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .data import PIPELINES
-from .model import BACKBONES
+from src.data.loaders import PIPELINES
+from src.ssd.model import BACKBONES
 
 BAD_FLAGS = 2  # the exit status
 LARGEST = 2**31 - 1  # of whole numbers; DALI counts in 32 bits

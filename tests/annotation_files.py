@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from src.coco import Annotations, read_annotations
+from src.data.coco import Annotations, read_annotations
 from src.errors import DataError
-
-from .datasets import CATEGORIES, annotation, write_annotations
+from tests.datasets import CATEGORIES, annotation, write_annotations
 
 LARGEST_ID = 2**63 - 1
 IMAGES = [{"id": i, "file_name": f"{i}.jpg", "width": 160, "height": 120} for i in (1, 2, 3, 4)]

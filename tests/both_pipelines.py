@@ -5,10 +5,9 @@ from pathlib import Path
 import torch
 
 import main
-from src.coco import Annotations, read_annotations
-from src.torch_pipeline import TorchTrainLoader
-
-from .test_main import flags
+from src.data.coco import Annotations, read_annotations
+from src.data.torch_pipeline import TorchTrainLoader
+from tests.test_main import flags
 
 CPU = torch.device("cpu")
 
@@ -18,7 +17,7 @@ def train_loader(pipeline: str, annotations: Annotations, **options):
     options = {"batch_size": 1, "device": CPU, "augment": False, **options}
     if pipeline == "no_dali":
         return TorchTrainLoader(annotations, **{"num_workers": 0, **options})
-    from src.dali_pipeline import DaliTrainLoader
+    from src.data.dali_pipeline import DaliTrainLoader
 
     return DaliTrainLoader(annotations, num_threads=2, **options)
 

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from src.coco import Annotations, read_annotations
-from src.dali_pipeline import DaliTrainLoader
-
-from .datasets import annotation, write_coco
+from src.data.coco import Annotations, read_annotations
+from src.data.dali_pipeline import DaliTrainLoader
+from tests.datasets import annotation, write_coco
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple
 
-from src import mlperf
-from src.report import Report
+from src.report import mlperf
+from src.report.report import Report
 
 CONSTANTS = mlperf.Constants(
     backbone="resnet50",
@@ -105,7 +105,7 @@ def tags(folder: Path) -> list[tuple[str, object]]:
     """Key and value of each line of mlperf.log; fails on a line that has another form."""
     found = []
     for line in (folder / "mlperf.log").read_text().splitlines():
-        match = re.fullmatch(r":::MLPv0\.5\.0 ssd \d+\.\d{9} \(src/mlperf\.py:\d+\) (\w+)(?:: (.+))?", line)
+        match = re.fullmatch(r":::MLPv0\.5\.0 ssd \d+\.\d{9} \(src/report/mlperf\.py:\d+\) (\w+)(?:: (.+))?", line)
         assert match, line
         found.append((match[1], None if match[2] is None else json.loads(match[2])))
     return found

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from src.half import half_is_fast
+from src.precision import half_is_fast
 
 HERE = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
@@ -56,7 +56,7 @@ def launch(line: Sequence[str], **variables: str) -> subprocess.CompletedProcess
 
 
 def _with_fault(what: str, step: int) -> None:
-    from src.train import Trainer
+    from src.training.step import Trainer
 
     train_step, steps = Trainer.step, iter(range(step + 1))
 

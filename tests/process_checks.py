@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from src import distributed
-from src.batch import Batch
-from src.coco import Annotations, read_annotations
-from src.dali_pipeline import DaliTrainLoader
-from src.data import PIPELINES, make_train_loader
+from src.data.batch import Batch
+from src.data.coco import Annotations, read_annotations
+from src.data.dali_pipeline import DaliTrainLoader
+from src.data.loaders import PIPELINES, make_train_loader
+from src.data.torch_pipeline import EvaluationLoader, TorchTrainLoader
 from src.distributed import Processes
-from src.evaluate import Evaluation, evaluate
+from src.evaluation.evaluate import Evaluation, evaluate
 from src.flags import parse_args
-from src.model import SSD300
-from src.torch_pipeline import EvaluationLoader, TorchTrainLoader
-from src.train import Schedule, Trainer, make_optimizer
+from src.ssd.model import SSD300
+from src.training.step import Schedule, Trainer, make_optimizer
 from tests.datasets import annotation, write_coco
 from tests.recipes import loss_inputs
 

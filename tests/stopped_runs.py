@@ -13,10 +13,9 @@ import torch
 from torch import distributed as dist
 
 import main
-from src.loss import LossParts
-from src.train import Trainer
-
-from .datasets import annotation, write_coco
+from src.ssd.loss import LossParts
+from src.training.step import Trainer
+from tests.datasets import annotation, write_coco
 
 SETTINGS = [(pipeline, half) for pipeline in ("dali", "no_dali") for half in (False, True)]
 # The warm-up ends inside the second epoch, in which the rate is a tenth.
@@ -44,7 +43,7 @@ def run(data: Path, output: Path, *more: str, signalled_at: int | None = None) -
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*arguments)
 
-    with mock.patch.object(Trainer, "step", signalled), mock.patch("src.train.LOG_INTERVAL", 1):
+    with mock.patch.object(Trainer, "step", signalled), mock.patch("src.training.step.LOG_INTERVAL", 1):
         return main.main(["--data", str(data), "--output", str(output), "--epochs", "2", *FLAGS, *more])
 
 

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import learning, loaders, step
 from benchmarks.table import cost, speed, table
-from src.coco import locations, read_annotations
+from src.data.coco import locations, read_annotations
 from tests.datasets import annotation, write_coco
 
 CPU = torch.device("cpu")

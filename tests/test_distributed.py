@@ -17,7 +17,7 @@ from src import distributed
 from src.distributed import Processes, StopNotice, Terminated
 from src.errors import UserError
 from src.flags import parse_args
-from src.loss import MultiBoxLoss
+from src.ssd.loss import MultiBoxLoss
 from tests import process_checks
 from tests.launch import TORCHRUN, command, launch
 

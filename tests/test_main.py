@@ -13,10 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
-from src.checkpoint import load_checkpoint
+from src.training.checkpoint import load_checkpoint
 from tests.datasets import annotation, write_annotations, write_coco
 from tests.launch import HALF, LIMIT
-from tests.test_train import make_trainer
+from tests.training.test_step import make_trainer
 
 PROGRAM = Path(main.__file__)
 LINES = (
@@ -243,7 +243,7 @@ class ScalarReads(TorchDispatchMode):
 
 def test_an_iteration_reads_nothing_from_the_device():
     from src.benchmark import random_batch
-    from src.model import SSD300
+    from src.ssd.model import SSD300
 
     trainer = make_trainer(SSD300("resnet18", 3).train())
     batch = random_batch(2, 3, device=trainer.device, dtype=torch.float32)

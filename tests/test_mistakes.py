@@ -16,7 +16,7 @@ import main
 from src.errors import UserError, printable
 from src.flags import parse_args, unreached_evaluations
 from src.output import reserved, writing
-from src.report import Report
+from src.report.report import Report
 from tests.both_pipelines import error_line, read, run, train_loader
 from tests.datasets import annotation, write_coco
 from tests.test_main import flags
@@ -121,7 +121,7 @@ def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
 
 def test_a_full_temporary_folder_is_told_of(data, monkeypatch):
     pytest.importorskip("nvidia.dali")
-    from src import dali_pipeline
+    from src.data import dali_pipeline
 
     def full(*_):
         raise OSError(28, "No space left on device")

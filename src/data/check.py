@@ -1,0 +1,124 @@
+"""`--mode check`: reads both annotation files and every picture, and tells what is in them and what is wrong."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from src.errors import DataError
+
+from .coco import Annotations, Category, read_annotations
+from .images import read_image
+
+CHUNK = 16  # pictures a thread takes at a time
+ORIENTATION_TAG = 0x0112  # EXIF 2.32, table 4
+TURNED_BY_90_DEGREES = (5, 6, 7, 8)  # with or without mirroring
+
+
+class Bar(Protocol):
+    """What is used of a progress bar."""
+
+    def update(self, steps: int) -> None: ...
+
+
+Progress = Callable[[int, str], AbstractContextManager[Bar]]  # of (total, name)
+
+
+def check_dataset(
+    files: Sequence[tuple[Path, Path]], *, workers: int, progress: Progress, write: Callable[[str], None]
+) -> int:
+    """Checks annotation files and the pictures they name; the exit status, 2 where something is wrong, else 0.
+
+    files: (annotation file, image folder), the training ones first: their categories are the ones that count.
+    workers: threads that decode.  Each fault is written as one line, then a summary of each file.
+    """
+    categories: tuple[Category, ...] | None = None
+    faults = 0
+    for annotation_file, image_folder in files:
+        try:
+            annotations = read_annotations(annotation_file, image_folder, categories=categories)
+        except DataError as error:
+            faults += 1
+            write(str(error))
+            continue
+        categories = categories or annotations.categories
+        unreadable = _check_images(annotations, workers=workers, progress=progress, write=write)
+        faults += unreadable
+        for line in summary(annotations):
+            write(line)
+        sound = "  nothing is wrong" + (" but for the warnings" if annotations.warnings else "")
+        write(f"  wrong: {unreadable} of {len(annotations)} image files" if unreadable else sound)
+    return 2 if faults else 0
+
+
+def _check_images(annotations: Annotations, *, workers: int, progress: Progress, write: Callable[[str], None]) -> int:
+    """Reads every picture and writes a line for each that is missing, broken or of another size; their number."""
+    total = len(annotations)
+    if not annotations.image_folder.is_dir():
+        write(f"{annotations.image_folder.absolute()}: no such folder: {annotations.path} names {total} images in it")
+        return total
+    faults = 0
+    # Threads suffice: torchvision releases Python's lock while it reads and decodes.
+    with progress(total, "images") as bar, ThreadPoolExecutor(workers) as pool:
+        chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
+        try:
+            for chunk, lines in zip(chunks, pool.map(lambda chunk: _faults(annotations, chunk), chunks), strict=True):
+                for line in lines:
+                    write(line)
+                faults += len(lines)
+                bar.update(len(chunk))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return faults
+
+
+def _faults(annotations: Annotations, chunk: range) -> list[str]:
+    lines = []
+    for index in chunk:
+        try:
+            read_image(annotations, index)
+        except DataError as error:
+            lines.append(str(error) + _orientation_note(annotations, index))
+    return lines
+
+
+def _orientation_note(annotations: Annotations, index: int) -> str:
+    """Says so where the annotation file has the size of the picture turned by its EXIF tag."""
+    try:
+        with Image.open(annotations.image_path(index)) as image:
+            turned = image.getexif().get(ORIENTATION_TAG) in TURNED_BY_90_DEGREES
+            fits = image.size[::-1] == tuple(annotations.sizes[index])
+    except Exception:  # a broken file may fail in any way, and that has been told already
+        return ""
+    if not (turned and fits):
+        return ""
+    return "; only the turned size fits the annotation file: orientation tags are ignored, so store the picture turned"
+
+
+def summary(annotations: Annotations) -> list[str]:
+    """What is in an annotation file and what was left out of it, a line each."""
+    counts = np.diff(annotations.first_box)
+    categories = len(annotations.categories)
+    lines = [
+        f"{annotations.path}:",
+        f"  images: {len(annotations)}, {np.count_nonzero(counts == 0)} of them without boxes",
+        f"  boxes: {len(annotations.boxes)}, {np.count_nonzero(annotations.crowd)} of them crowds",
+        f"  categories: {categories}, {categories - len(np.unique(annotations.labels))} of them without boxes",
+        f"  image width: {_spread(annotations.sizes[:, 0])}; height: {_spread(annotations.sizes[:, 1])}",
+    ]
+    if len(annotations.boxes):
+        width, height = (annotations.boxes[:, 2:] - annotations.boxes[:, :2]).T
+        lines += [
+            f"  box width: {_spread(width)}; height: {_spread(height)}",
+            f"  boxes an image: {_spread(counts)}",
+        ]
+    return lines + [f"  warning: {line.removeprefix(f'{annotations.path}: ')}" for line in annotations.warnings]
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.min():.5g} to {values.max():.5g}, median {np.median(values):.5g}"

@@ -1,0 +1,154 @@
+"""The DALI graph of a training batch, written once: its operators run on the GPU where there is one.
+
+    read -> draw a window -> decode the window -> resize -> flip
+       boxes -> draw a window -> flip -> match to the default boxes
+
+Colour is drawn here and changed in batch.py, as for the other pipeline: one formula, and on a CPU the faster one.
+
+Shapes: A = 8,732 default boxes, G ground-truth boxes of an image (it varies); a node stands for a batch of samples.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from src.data import augment as ssd
+from src.errors import UserError
+from src.ssd.default_boxes import IMAGE_SIZE, MATCH_THRESHOLD, default_boxes_ltrb
+
+try:
+    import nvidia.dali as dali
+    from nvidia.dali import fn, math, types
+except Exception as error:  # absent, no wheel for this system, or a library that does not load
+    raise UserError(f"DALI cannot be used here ({str(error).splitlines()[0]}): use --data_pipeline no_dali") from None
+
+PREFETCH = 2  # batches prepared ahead
+VERSION = 2  # counted up when the operators change, because what a checkpoint holds belongs to them
+OUTPUTS = ("images", "boxes", "labels", "ids", "sizes")  # what training takes, beside "colour" where it augments
+
+
+class Settings(NamedTuple):
+    """What a graph is made of, beside the images."""
+
+    batch_size: int
+    device_id: int | None  # of the GPU; None: everything on the CPU
+    num_threads: int
+    augment: bool
+    seed: int
+    order_seed: int  # the same on every process
+    rank: int
+    world_size: int
+
+
+def make_pipeline(
+    settings: Settings,
+    annotation_file: Path,
+    image_folder: Path,
+    file_names: list[str],
+    *,
+    outputs: tuple[str, ...] = OUTPUTS,
+    checkpoint: bytes | None = None,
+) -> dali.Pipeline:
+    """A built pipeline that gives these nodes of the graph, from the start or from where `checkpoint` was taken.
+
+    What no output needs is not run.  Raises RuntimeError where DALI cannot build it.
+    """
+    pipeline = dali.Pipeline(
+        batch_size=settings.batch_size,
+        num_threads=settings.num_threads,
+        device_id=settings.device_id,
+        seed=settings.seed,
+        prefetch_queue_depth=PREFETCH,
+        exec_dynamic=True,  # its outputs live as long as the tensors that share their memory
+        enable_checkpointing=True,  # always, because without it the order is another
+        checkpoint=checkpoint,
+    )
+    with pipeline:
+        nodes = training_graph(settings, annotation_file, image_folder, file_names)
+        pipeline.set_outputs(*(nodes[name] for name in outputs))
+    pipeline.build()
+    return pipeline
+
+
+def training_graph(settings: Settings, annotation_file: Path, image_folder: Path, file_names: list[str]) -> dict:
+    """The graph's nodes by name.
+
+    annotation_file: `coco.write_clean_file`'s.  file_names: in the order of the first pass over them.
+    """
+    on_gpu = settings.device_id is not None
+    files, boxes, labels, ids = read(settings, annotation_file, image_folder, file_names)
+    nodes = {"ids": ids, "sizes": fn.peek_image_shape(files, adjust_orientation=False)}  # [1]; [3] height, width, 3
+    anchor = shape = None
+    if settings.augment:
+        anchor, shape, boxes, labels = random_window(boxes, labels)
+        flip = fn.random.coin_flip(probability=ssd.FLIP_PROBABILITY)
+        boxes = fn.bb_flip(boxes, horizontal=flip, ltrb=True)
+        nodes |= {"anchor": anchor, "shape": shape, "flip": flip}
+    nodes["resized"] = images = decode_and_resize(files, anchor, shape, on_gpu=on_gpu)
+    if settings.augment:
+        images = fn.flip(images, horizontal=flip)
+        nodes["colour"] = fn.stack(*(fn.random.uniform(range=limits) for limits in ssd.COLOUR))  # [4]
+    nodes |= {"images": images, "true_boxes": boxes, "true_labels": labels}
+    nodes["boxes"], nodes["labels"] = match_default_boxes(boxes, labels, on_gpu=on_gpu)
+    return nodes
+
+
+def read(settings: Settings, annotation_file: Path, image_folder: Path, file_names: list[str]) -> tuple:
+    """The next samples of this process: the file's bytes, boxes [G, 4] ltrb in 0..1, labels [G], image id [1].
+
+    Every pass after the first is shuffled anew over all processes.  Each has as many batches, all full: the last is
+    filled up with repeats.
+    """
+    files, boxes, labels, ids = fn.readers.coco(
+        name="reader",
+        annotations_file=str(annotation_file),
+        file_root=str(image_folder),
+        images=file_names,
+        ltrb=True,
+        ratio=True,
+        image_ids=True,
+        size_threshold=0.0,  # every box: they are clean
+        shard_id=settings.rank,
+        num_shards=settings.world_size,
+        shuffle_after_epoch=True,
+        shuffle_after_epoch_seed=settings.order_seed,
+        pad_last_batch=True,
+    )
+    # Rounding takes some boxes 1e-7 beyond the image, which the window operator refuses.
+    return files, math.clamp(boxes, 0.0, 1.0), labels, ids
+
+
+def random_window(boxes, labels) -> tuple:
+    """A window drawn as by `augment.draw_window`: its corner and its sides, [2] each, x and y in 0..1; the boxes and
+    labels that it keeps, in its own coordinates."""
+    return fn.random_bbox_crop(
+        boxes,
+        labels,
+        bbox_layout="xyXY",
+        thresholds=[max(0.0, least) for least in ssd.CROP_MIN_IOU if least is not ssd.NO_CROP],  # 0: no condition
+        allow_no_crop=ssd.NO_CROP in ssd.CROP_MIN_IOU,
+        scaling=list(ssd.CROP_SIDE),
+        aspect_ratio=list(ssd.CROP_ASPECT),
+        num_attempts=1,  # one window for a condition, then another condition
+    )
+
+
+def decode_and_resize(files, anchor, shape, *, on_gpu: bool):
+    """The window of the picture, or all of it without one, at 300 x 300; HWC uint8 RGB."""
+    options = {"device": "mixed" if on_gpu else "cpu", "adjust_orientation": False}
+    if anchor is None:
+        images = fn.decoders.image(files, **options)
+    else:
+        images = fn.decoders.image_slice(files, anchor, shape, **options)
+    return fn.resize(images, size=[IMAGE_SIZE, IMAGE_SIZE])
+
+
+def match_default_boxes(boxes, labels, *, on_gpu: bool) -> tuple:
+    """Boxes [A, 4] cxcywh and labels [A] of the default boxes in reverse order, for boxes [G, 4] ltrb and labels [G].
+
+    In reverse, because on equal overlaps the operator takes the last default box, the published model the first.
+    """
+    if on_gpu:
+        boxes, labels = boxes.gpu(), labels.gpu()
+    anchors = default_boxes_ltrb().flip(0).flatten().tolist()
+    boxes, labels = fn.box_encoder(boxes, labels, anchors=anchors, criteria=MATCH_THRESHOLD)
+    return boxes, fn.cast(labels, dtype=types.INT64)

@@ -1,0 +1,56 @@
+"""The one place that picks a pipeline."""
+
+from typing import Protocol
+
+import torch
+
+from src.precision import image_dtype
+
+from .coco import Annotations
+from .torch_pipeline import EvaluationLoader, TorchTrainLoader
+
+PIPELINES = ("dali", "no_dali")
+
+
+class TrainLoader(Protocol):
+    """What training needs of a pipeline; both have it."""
+
+    num_images: int  # trained on, by all processes
+    warnings: list[str]  # what `load_state_dict` found odd
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self): ...
+
+    def set_epoch(self, epoch: int, start_iteration: int = 0) -> None: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict, *, epoch: int, iteration: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def make_train_loader(
+    pipeline: str,
+    annotations: Annotations,
+    *,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    half: bool,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> TrainLoader:
+    """The training loader of `--data_pipeline`.  Raises UserError where DALI is asked for and cannot be used."""
+    options = {"batch_size": batch_size, "device": device, "dtype": image_dtype(device, half), "seed": seed}
+    options |= {"rank": rank, "world_size": world_size}
+    if pipeline == "no_dali":
+        return TorchTrainLoader(annotations, num_workers=num_workers, **options)
+    from .dali_pipeline import DaliTrainLoader  # here, because DALI is a heavy import that no_dali must not need
+
+    return DaliTrainLoader(annotations, num_threads=num_workers, **options)
+
+
+__all__ = ["PIPELINES", "EvaluationLoader", "TrainLoader", "make_train_loader"]

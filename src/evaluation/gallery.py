@@ -1,0 +1,95 @@
+"""What evaluations and checks leave for the eye: figures in lines, detections.json, pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.ops import box_convert
+
+from src.data.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
+from src.data.coco import Annotations, Category
+from src.data.images import decode
+from src.errors import printable
+from src.output import make_folder
+from src.report.plots import Example, draw_batch, draw_detections, draw_precision_recall
+from src.report.report import NullReport, Report
+from src.ssd.default_boxes import IMAGE_SIZE
+
+from .evaluate import Evaluation
+from .scoring import Results, Scores, write_results
+
+EXAMPLES = 8  # validation images in detections.png
+RECALLS = np.linspace(0, 1, 101)  # COCO's
+
+
+def leave_evaluation(found: Evaluation, validation: Annotations, output: Path, report: Report | NullReport) -> None:
+    """Writes detections.json, precision_recall.png and detections.png, and notes what is odd about the evaluation."""
+    make_folder(output)
+    write_results(output / "detections.json", found.results)
+    warn_of_non_finite(report, found.non_finite)
+    if not len(found.results.scores):
+        report.note("Nothing was detected with a score above the threshold")
+    names = [category.name for category in validation.categories]
+    draw_precision_recall(found.scores.precision, RECALLS, names, output / "precision_recall.png")
+    draw_detections([_example(validation, found.results, i) for i in _shown(validation)], output / "detections.png")
+
+
+def warn_of_non_finite(report: Report | NullReport, count: int) -> None:
+    """Tells of network outputs that were NaN or infinite."""
+    if count:
+        report.warn(f"{count} default boxes' outputs were not finite: they detect nothing")
+
+
+def tell_figures(report: Report | NullReport, scores: Scores) -> None:
+    """COCO's 12 figures and the average precision of each category, a line each."""
+    for name, value in scores.figures.items():
+        report.note(f"{name:<9} {_figure(value)}")
+    figures = {printable(name): value for name, value in scores.category_ap.items()}
+    width = max(map(len, figures))
+    report.note("mAP by category:")
+    for name, value in figures.items():
+        report.note(f"  {name:<{width}}  {_figure(value)}")
+
+
+def _figure(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.4f}"
+
+
+def _shown(validation: Annotations) -> np.ndarray:
+    """The images in the picture: spread evenly over those with boxes, the same ones every time."""
+    candidates = validation.with_boxes() if len(validation.boxes) else np.arange(len(validation))
+    return candidates[np.linspace(0, len(candidates) - 1, min(EXAMPLES, len(candidates))).round().astype(int)]
+
+
+def _example(validation: Annotations, results: Results, index: int) -> Example:
+    """An image beside its boxes and its detections, all by name."""
+    names = {category.id: category.name for category in validation.categories}
+    boxes, labels = validation.of_image(index)
+    own = results.image_ids == validation.image_ids[index]
+    found = results.boxes[own].copy()
+    found[:, 2:] += found[:, :2]
+    return Example(
+        image=decode(validation.image_path(index)).permute(1, 2, 0).numpy(),
+        truth_boxes=boxes,
+        truth_names=[validation.categories[label - 1].name for label in labels],
+        boxes=found,
+        names=[names[category] for category in results.category_ids[own].tolist()],
+        scores=results.scores[own],
+    )
+
+
+def draw_training_batch(batch: Batch, categories: tuple[Category, ...], output: Path) -> Path:
+    """Draws the images of a batch as the network sees them, with the boxes matched to default boxes, into batch.png."""
+    make_folder(output)
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    images = (batch.images.float().cpu() * deviation + mean) * 255
+    boxes, names = [], []
+    for matched, labels in zip(batch.boxes.cpu(), batch.labels.cpu(), strict=True):
+        positive = labels > 0
+        rows = torch.cat((box_convert(matched[positive], "cxcywh", "xyxy"), labels[positive, None]), dim=1)
+        rows = rows.unique(dim=0)  # a box is matched to many default boxes
+        boxes.append((rows[:, :4] * IMAGE_SIZE).numpy())
+        names.append([categories[int(label) - 1].name for label in rows[:, 4]])
+    path = output / "batch.png"
+    draw_batch(images.numpy(), boxes, names, path)
+    return path

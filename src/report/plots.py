@@ -1,0 +1,320 @@
+"""The pictures of a run: training and precision-recall curves, detections, a training batch, a prediction.
+
+Drawn with matplotlib's Figure objects alone: no display, no pyplot, whatever the user's matplotlib settings.  Same
+input, same bytes.  Boxes are ltrb in pixels of the image that they lie in; names may be any text.  Each function writes
+a PNG file, whole or not at all, gives the figure that it wrote, and raises UserError when it cannot write.
+"""
+
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
+
+from src.errors import UserError
+from src.output import replacing
+
+from .canvas import (
+    BLACK,
+    BLUE,
+    DPI,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    Panel,
+    colours_of,
+    grid,
+    photograph,
+    short,
+)
+
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "lines.linewidth": 1.8,
+    "legend.fontsize": 9,
+    "axes.titlesize": 10,
+}
+COMPRESSION = 2  # of PNG, in 0..9: a tenth larger than at the usual 6, in a third of the time
+
+LOSSES = {  # by name in metrics.jsonl: label, colour, line style
+    "loss": ("loss", BLACK, "-"),
+    "localisation_loss": ("localisation part", BLUE, "--"),
+    "label_loss": ("label part", VERMILION, "-."),
+}
+ACCURACIES = {"mAP": (BLUE, "o"), "AP50": (ORANGE, "s"), "AP75": (GREEN, "^")}
+SMOOTHED_FROM = 200  # logged iterations; so many are drawn faintly, below their running mean
+
+IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # COCO's
+MOST_CATEGORIES = 24  # so many are all listed; of more, half as many best and worst ones
+
+MIN_SCORE = 0.3  # of the detections drawn: below it most are wrong, and they hide the picture
+MOST_BATCH_IMAGES = 16
+
+
+class Example(NamedTuple):
+    """An image with what is in it and what was found in it, best first."""
+
+    image: np.ndarray  # [H, W, 3] uint8
+    truth_boxes: np.ndarray  # [G, 4]
+    truth_names: Sequence[str]
+    boxes: np.ndarray  # [D, 4]
+    names: Sequence[str]
+    scores: np.ndarray  # [D] in 0..1
+
+
+@contextmanager
+def _styled() -> Iterator[None]:
+    """Our settings instead of the user's; names in scripts that matplotlib's font lacks are no reason to warn."""
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
+
+
+def _save(figure: Figure, path: Path | str) -> Figure:
+    with replacing(Path(path)) as file:
+        FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": COMPRESSION})
+    return figure
+
+
+def _remark(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#555555")
+
+
+# Training
+
+
+@_styled()
+def draw_training(metrics_file: Path | str, path: Path | str) -> Figure:
+    """Loss and its parts, learning rate and mAP over the iterations of a metrics.jsonl, which may be unfinished."""
+    entries = _read_metrics(Path(metrics_file))
+    logged = entries["iteration"]
+    iterations = _column(logged, "iteration")
+    epoch_length = _epoch_length(logged)
+    figure = Figure(figsize=(9, 9), layout="constrained", dpi=DPI)
+    losses, rate, accuracy = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1.5))
+    _draw_losses(losses, iterations, logged)
+    rate.plot(iterations, _column(logged, "learning_rate"), color=PURPLE)
+    rate.set(ylabel="learning rate", ylim=(0, None))
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    _draw_accuracy(accuracy, entries["evaluation"], epoch_length)
+    accuracy.set(xlabel="iteration", xlim=(0, max(1, accuracy.get_xlim()[1])))
+    epochs = losses.secondary_xaxis("top", functions=(lambda x: x / epoch_length, lambda x: x * epoch_length))
+    epochs.set_xlabel("epochs done")
+    epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.align_ylabels()
+    return _save(figure, path)
+
+
+def _read_metrics(path: Path) -> dict[str, list[dict]]:
+    """The entries by kind; a line that is cut off is left out."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    entries = defaultdict(list)
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            entries[entry["kind"]].append(entry)
+        except (ValueError, TypeError, KeyError):
+            continue
+    return entries
+
+
+def _column(entries: list[dict], key: str) -> np.ndarray:
+    """The numbers of that name, NaN where an entry has none."""
+    return np.array([entry.get(key) for entry in entries], dtype=np.float64)
+
+
+def _epoch_length(logged: list[dict]) -> int:
+    """Iterations an epoch, as closely as the logged ones tell: those of epoch e are e to e + 1 times as many."""
+    bounds = [entry["iteration"] // entry["epoch"] for entry in logged if entry["epoch"] > 0]
+    return max(1, min(bounds)) if bounds else max((entry["iteration"] for entry in logged), default=0) + 1
+
+
+def _draw_losses(axes: Axes, iterations: np.ndarray, logged: list[dict]) -> None:
+    """Logarithmic where the losses allow: the first ones are many times the later ones."""
+    for key, (label, colour, style) in LOSSES.items():
+        values = _column(logged, key)
+        if len(values) >= SMOOTHED_FROM:
+            axes.plot(iterations, values, color=colour, linewidth=0.7, alpha=0.25)
+            values = _running_mean(values, len(values) // 50)
+        marker = "." if len(values) < 2 else None  # a line needs two points to be seen
+        axes.plot(iterations, values, label=label, color=colour, linestyle=style, marker=marker)
+    if any((line.get_ydata() > 0).any() for line in axes.lines):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(LogLocator(subs=()))
+    axes.set_ylabel("loss")
+    if logged:
+        axes.legend(loc="upper right")
+    else:
+        axes.set_ylim(0, 1)
+        _remark(axes, "nothing logged yet")
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the finite values in a window around each; NaN where there is none."""
+    known = np.isfinite(values)
+    total, count = (np.convolve(each, np.ones(window), mode="same") for each in (np.where(known, values, 0), known))
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def _draw_accuracy(axes: Axes, evaluations: list[dict], epoch_length: int) -> None:
+    """Each evaluation stands where its epoch ended."""
+    ends = (_column(evaluations, "epoch") + 1) * epoch_length
+    for key, (colour, marker) in ACCURACIES.items():
+        axes.plot(ends, _column(evaluations, key), label=key, color=colour, marker=marker, markersize=5)
+    axes.set_ylabel("average precision")
+    scored = [entry for entry in evaluations if entry.get("mAP") is not None]
+    if not scored:
+        axes.set_ylim(0, 1)
+        _remark(axes, "mAP not defined: no ground truth" if evaluations else "no evaluation yet")
+        return
+    best = max(scored, key=lambda entry: entry["mAP"])
+    axes.set_title(f"best: {best['mAP']:.4f} mAP after epoch {best['epoch']} (the first is epoch 0)")
+    axes.set_ylim(0, None)
+    axes.legend(loc="upper left")
+
+
+# Precision and recall
+
+
+@_styled()
+def draw_precision_recall(
+    precision: np.ndarray,
+    recalls: np.ndarray,
+    names: Sequence[str],
+    path: Path | str,
+    *,
+    iou_thresholds: Sequence[float] = IOU_THRESHOLDS,
+) -> Figure:
+    """Precision over recall for each IoU threshold, and the categories by average precision, best first.
+
+    precision [T, R, K] in 0..1, -1 where not defined; recalls [R]; names of the K categories.
+    """
+    precision = np.where(np.asarray(precision) < 0, np.nan, precision)
+    scored = np.flatnonzero(~np.isnan(precision).all(axis=(0, 1)))  # [S]: there is ground truth of them
+    half = MOST_CATEGORIES // 2
+    height = 5.5 if len(scored) < 14 else 1.6 + 0.27 * min(len(scored), MOST_CATEGORIES)
+    figure = Figure(figsize=(14, height), layout="constrained", dpi=DPI)
+    curves, bars = figure.subplots(1, 2, width_ratios=(1.3, 1))
+    curves.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="mean over the categories")
+    if not len(scored):
+        _remark(curves, "no ground truth")
+        bars.set_axis_off()
+        return _save(figure, path)
+    precision = precision[:, :, scored]  # [T, R, S]
+    _draw_curves(curves, precision, recalls, iou_thresholds)
+    average = np.nanmean(precision, axis=(0, 1))  # [S]
+    order = (-average).argsort(kind="stable")
+    listed = order if len(order) <= MOST_CATEGORIES else np.concatenate((order[:half], order[-half:]))
+    at_first = np.nanmean(precision[0][:, listed], axis=0)
+    _draw_bars(bars, [names[i] for i in scored[listed]], average[listed], at_first, iou_thresholds)
+    title = f"{half} best and {half} worst of " if len(listed) < len(order) else ""
+    title += f"{len(order)} {'categories' if len(order) > 1 else 'category'}, mAP {average.mean():.3f}"
+    missing = len(names) - len(scored)
+    bars.set_title(title + (f"\nwithout ground truth, so not defined: {missing} more" if missing else ""))
+    if len(listed) < len(order):
+        bars.axhline(half - 0.5, color=BLACK, linewidth=1, linestyle=":")
+    return _save(figure, path)
+
+
+def _draw_curves(axes: Axes, precision: np.ndarray, recalls: np.ndarray, iou_thresholds: Sequence[float]) -> None:
+    """precision [T, R, S], NaN where not defined."""
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(iou_thresholds)))
+    for threshold, values, colour in zip(iou_thresholds, precision, colours, strict=True):
+        label = f"{threshold:.2f}: {np.nanmean(values):.3f}"
+        axes.plot(recalls, np.nanmean(values, axis=1), color=colour, label=label)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, title="IoU: AP")
+
+
+def _draw_bars(
+    axes: Axes, names: list[str], average: np.ndarray, at_first: np.ndarray, iou_thresholds: Sequence[float]
+) -> None:
+    """A bar for each category, the first on top, with a mark at its average precision at the first threshold."""
+    rows = np.arange(len(names))
+    low, high = iou_thresholds[0], iou_thresholds[-1]
+    axes.barh(rows, average, color=SKY, height=0.7, label=f"IoU {low:.2f} to {high:.2f}")
+    axes.plot(at_first, rows, linestyle="none", marker="D", markersize=5, color=VERMILION, label=f"IoU {low:.2f}")
+    for row, value in zip(rows, average, strict=True):
+        axes.text(0.008, row, f"{value:.3f}", va="center", fontsize=8)
+    axes.set_yticks(rows, [short(name) for name in names], parse_math=False)
+    axes.set(xlabel="average precision", xlim=(0, 1.02), ylim=(len(names) - 0.4, -0.6))
+    axes.grid(visible=False, axis="y")
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=2)
+
+
+# Images
+
+
+@_styled()
+def draw_detections(examples: Iterable[Example], path: Path | str, *, min_score: float = MIN_SCORE) -> Figure:
+    """A grid of images, each twice: with its ground truth, and with the detections of `min_score` or more.
+
+    examples: `Example`s or tuples of the same six.
+    """
+    panels = []
+    for image, truth_boxes, truth_names, boxes, names, scores in examples:
+        panels.append(Panel(f"ground truth: {len(truth_names)}", image, truth_boxes, truth_names))
+        likely = _likely(boxes, names, scores, min_score)
+        title = f"detections (score ≥ {min_score:g}): {len(likely[0])} of {len(names)}"
+        panels.append(Panel(title, image, *likely))
+    # The ground truth gives its colours, so that they do not depend on what was found.
+    colours = colours_of(name for panel in panels[::2] + panels[1::2] for name in panel.names)
+    return _save(grid(panels, colours, columns=4), path)
+
+
+@_styled()
+def draw_batch(
+    images: np.ndarray, boxes: Sequence[np.ndarray], names: Sequence[Sequence[str]], path: Path | str
+) -> Figure:
+    """The images of a batch with their boxes, the first 16; images [N, 3, H, W] in 0..255, boxes and names of each."""
+    shown = slice(MOST_BATCH_IMAGES)
+    pixels = np.asarray(images[shown]).clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)  # [N, H, W, 3]
+    panels = [
+        Panel(f"image {number}, boxes: {len(each[2])}", *each)
+        for number, each in enumerate(zip(pixels, boxes[shown], names[shown], strict=True))
+    ]
+    return _save(grid(panels, colours_of(name for each in names[shown] for name in each), columns=4), path)
+
+
+@_styled()
+def draw_prediction(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    names: Sequence[str],
+    scores: np.ndarray,
+    path: Path | str,
+    *,
+    min_score: float = MIN_SCORE,
+) -> Figure:
+    """The image [H, W, 3] uint8, pixel for pixel, with the detections of `min_score` or more drawn on it."""
+    panel = Panel("", image, *_likely(boxes, names, scores, min_score))
+    return _save(photograph(panel, colours_of(panel.names)), path)
+
+
+def _likely(
+    boxes: np.ndarray, names: Sequence[str], scores: np.ndarray, min_score: float
+) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """The boxes [L, 4], names and scores of the detections that score at least `min_score`, best first."""
+    scores = np.asarray(scores)
+    kept = [i for i in (-scores).argsort(kind="stable") if scores[i] >= min_score]
+    return np.asarray(boxes).reshape(-1, 4)[kept], [names[i] for i in kept], scores[kept]

@@ -1,0 +1,114 @@
+"""Detections on images without annotations."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from src.data.coco import Category
+from src.errors import UserError
+from src.evaluation.predict import find_images, predict
+from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, encode
+from tests.datasets import write_image
+
+CPU = torch.device("cpu")
+CATEGORIES = (Category(3, "square"), Category(90, "disc"))
+BOX = torch.tensor([0.5, 0.4, 0.2, 0.3])  # cxcywh
+
+
+class FindsOneDisc(nn.Module):
+    """The same detection in each image, where `loud`; notes the batches it was given."""
+
+    def __init__(self, loud: bool = True) -> None:
+        super().__init__()
+        self.loud = loud
+        self.batches = []
+
+    def forward(self, images):
+        assert images.shape[1:] == (3, 300, 300) and images.dtype == torch.float32
+        self.batches.append(len(images))
+        offsets = torch.zeros(len(images), 4, NUM_DEFAULT_BOXES)
+        logits = torch.zeros(len(images), 3, NUM_DEFAULT_BOXES)
+        logits[:, 0] = 30
+        if self.loud:
+            offsets[:, :, 8000] = encode(BOX, default_boxes()[8000])
+            logits[:, 2, 8000] = 31
+        return offsets, logits
+
+
+def entries(output) -> list[dict]:
+    return json.loads((output / "detections.json").read_text())
+
+
+def test_images_of_all_kinds_get_a_picture_each_and_entries_in_pixels(tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    sizes = {"a.jpg": (160, 120), "a.png": (100, 200), "b.JPEG": (50, 60), "c.webp": (80, 40)}
+    for name, size in sizes.items():
+        write_image(folder / name, *size)
+    frames = [Image.fromarray(np.full((30, 40, 3), value, np.uint8)) for value in (0, 200)]
+    frames[0].save(folder / "d.gif", save_all=True, append_images=frames[1:])
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(folder / "grey.png")
+    (folder / "notes.txt").write_text("no image")
+    model = FindsOneDisc()
+    images = find_images(folder)
+    result = predict(model, images, CATEGORIES, output, batch_size=4, device=CPU)
+    assert tuple(result) == (6, [], 6, 0)
+    assert model.batches == [4, 2]
+    names = ["a.jpg", "a.png", "b.JPEG", "c.webp", "d.gif", "grey.png"]
+    assert sorted(path.name for path in output.iterdir()) == sorted(
+        [f"{name}.png" for name in names] + ["detections.json"]
+    )
+    found = entries(output)
+    assert [entry["file_name"] for entry in found] == names
+    assert [entry["image_id"] for entry in found] == list(range(6))
+    assert {(entry["category_id"], entry["category"]) for entry in found} == {(90, "disc")}
+    for entry, (width, height) in zip(found, [*sizes.values(), (40, 30), (30, 20)], strict=True):
+        expected = [0.4 * width, 0.25 * height, 0.2 * width, 0.3 * height]
+        assert entry["bbox"] == pytest.approx(expected, abs=1e-3)
+        assert entry["score"] == pytest.approx(1 / (1 + np.exp(-1)), abs=1e-5)
+        with Image.open(output / f"{entry['file_name']}.png") as picture:
+            assert picture.size == (width, height)
+
+
+def test_a_single_image_of_any_name(tmp_path):
+    write_image(tmp_path / "photograph", 90, 70, format="png")
+    predict(FindsOneDisc(), find_images(tmp_path / "photograph"), CATEGORIES, tmp_path, batch_size=32, device=CPU)
+    assert [entry["file_name"] for entry in entries(tmp_path)] == ["photograph"]
+    assert (tmp_path / "photograph.png").exists()
+
+
+def test_nothing_found_is_an_empty_list(tmp_path):
+    write_image(tmp_path / "a.jpg", 90, 70)
+    model = FindsOneDisc(loud=False)
+    assert predict(model, [tmp_path / "a.jpg"], CATEGORIES, tmp_path / "out", batch_size=2, device=CPU).detections == 0
+    assert entries(tmp_path / "out") == []
+    assert (tmp_path / "out" / "a.jpg.png").exists()
+
+
+def test_a_broken_image_is_told_of_and_the_others_are_done(tmp_path):
+    for name in ("a.jpg", "c.jpg"):
+        write_image(tmp_path / name, 90, 70)
+    (tmp_path / "b.jpg").write_text("no image")
+    for batch_size in (1, 2, 4):
+        output = tmp_path / f"out{batch_size}"
+        result = predict(FindsOneDisc(), find_images(tmp_path), CATEGORIES, output, batch_size=batch_size, device=CPU)
+        (error,) = result.unreadable
+        assert str(error).startswith(f"{tmp_path / 'b.jpg'}: ") and "\n" not in str(error)
+        assert [(entry["file_name"], entry["image_id"]) for entry in entries(output)] == [("a.jpg", 0), ("c.jpg", 2)]
+
+
+def test_no_image_is_an_error_that_names_the_place(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=str(path)):
+            find_images(path)
+
+
+def test_photographs(coco128, tmp_path):
+    images = find_images(coco128 / "val2017")[:3]
+    assert predict(FindsOneDisc(), images, CATEGORIES, tmp_path, batch_size=2, device=CPU).images == 3
+    for path in images:
+        with Image.open(path) as original, Image.open(tmp_path / f"{path.name}.png") as picture:
+            assert original.size == picture.size

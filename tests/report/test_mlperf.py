@@ -1,0 +1,155 @@
+import io
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from src.report.report import Report
+from tests.example_run import CONSTANTS, run, tags
+
+PROJECT = Path(__file__).parents[2]
+# The order in which the tags of a run are to come.
+CONSTANT_TAGS = [
+    "run_start",
+    "backbone",
+    "feature_sizes",
+    "steps",
+    "scales",
+    "aspect_ratios",
+    "num_defaults_per_cell",
+    "loc_conf_out_channels",
+    "num_default_boxes",
+    "nms_threshold",
+    "nms_max_detections",
+    "input_size",
+    "input_shard",
+    "input_order",
+    "num_cropping_iterations",
+    "random_flip_probability",
+    "data_normalization_mean",
+    "data_normalization_std",
+    "input_batch_size",
+    "input_bn_span",
+    "opt_name",
+    "opt_learning_rate",
+    "opt_momentum",
+    "opt_weight_decay",
+    "opt_learning_rate_warmup_steps",
+    "train_loop",
+]
+EVALUATION_TAGS = ["eval_start", "eval_size", "eval_accuracy", "eval_target", "eval_stop"]
+
+
+def test_mlperf_log_holds_the_ssd_tags_in_order(tmp_path):
+    from mlperf_compliance.tags import SSD_TAGS
+
+    to = Report(tmp_path, append=False, stream=io.StringIO())
+    run(to)
+    to.close()
+    keys = [key for key, _ in tags(tmp_path)]
+    assert set(keys) <= set(SSD_TAGS)
+    epoch = ["train_epoch", *EVALUATION_TAGS]
+    falling = ["train_epoch", "opt_learning_rate", *EVALUATION_TAGS]
+    assert keys == [*CONSTANT_TAGS, *epoch, *falling, *falling, "run_stop", "run_final"]
+
+
+def test_mlperf_log_holds_the_constants_of_ssd300(tmp_path):
+    to = Report(tmp_path, append=False, stream=io.StringIO())
+    run(to)
+    to.close()
+    found = tags(tmp_path)
+    constants = dict(found[: len(CONSTANT_TAGS)])
+    assert constants["feature_sizes"] == [38, 19, 10, 5, 3, 1]
+    assert constants["steps"] == [8, 16, 32, 64, 100, 300]
+    assert constants["scales"] == [21, 45, 99, 153, 207, 261, 315]
+    assert constants["aspect_ratios"] == [[2], [2, 3], [2, 3], [2, 3], [2], [2]]
+    assert constants["num_defaults_per_cell"] == [4, 6, 6, 6, 4, 4]
+    assert constants["num_default_boxes"] == 8732
+    assert constants["loc_conf_out_channels"] == [1024, 512, 512, 256, 256, 256]
+    assert constants["data_normalization_mean"] == [0.485, 0.456, 0.406]
+    assert constants["input_size"] == 117266 and constants["input_batch_size"] == 256
+    assert constants["opt_name"] == "stochastic_gradient_descent_with_momentum"
+    assert constants["opt_learning_rate_warmup_steps"] == 0
+    rates = [value for key, value in found if key == "opt_learning_rate"]
+    assert rates == pytest.approx([0.0208, 0.00208, 0.000208])
+    assert [value for key, value in found if key == "eval_accuracy"][1] == {"epoch": 1, "value": 1 / 7}
+    assert ("eval_target", 0.25) in found and ("eval_size", 5000) in found
+
+
+@pytest.mark.parametrize(
+    ("target", "accuracy", "success"),
+    [
+        (0.25, 0.25, True),
+        (0.25, 0.2499, False),
+        (0.25, None, False),
+        (0.25, "not evaluated", False),
+        (None, 0.1, True),
+        (None, "not evaluated", True),
+    ],
+)
+def test_a_run_is_a_success_when_it_reaches_its_target(tmp_path, target, accuracy, success):
+    to = Report(tmp_path, append=False, stream=io.StringIO())
+    to.begin_run(replace(CONSTANTS, target=target))
+    to.end(average_images_per_second=1, seconds=1, accuracy=accuracy)
+    to.close()
+    assert tags(tmp_path)[-2:] == [("run_stop", {"success": success}), ("run_final", None)]
+
+
+def test_a_run_that_broke_down_is_no_success(tmp_path):
+    to = Report(tmp_path, append=False, stream=io.StringIO())
+    to.begin_run(CONSTANTS)
+    to.break_down()
+    to.close()
+    assert tags(tmp_path)[-2:] == [("run_stop", {"success": False}), ("run_final", None)]
+
+
+def test_constants_that_a_kill_cut_short_are_told_again(tmp_path):
+    to = Report(tmp_path, append=False, stream=io.StringIO())
+    to.begin_run(CONSTANTS)
+    to.close()
+    whole = tags(tmp_path)
+    lines = (tmp_path / "mlperf.log").read_text().splitlines(keepends=True)
+    (tmp_path / "mlperf.log").write_text("".join(lines[:10]))
+    to = Report(tmp_path, append=True, stream=io.StringIO())
+    to.truncate(epoch=0, iteration=0)
+    to.begin_run(CONSTANTS)
+    to.close()
+    assert tags(tmp_path) == whole
+
+
+def test_the_mlperf_package_writes_nowhere_else(tmp_path):
+    """In a process of its own, since the package does its damage when it is first imported."""
+    code = f"""
+import logging, sys
+logging.basicConfig(level=logging.DEBUG)
+from pathlib import Path
+from src.report import mlperf
+from src.report import report
+assert "mlperf_compliance" not in sys.modules
+from tests.example_run import CONSTANTS, run
+sink = open({str(tmp_path / "lines")!r}, "w")
+to = report.Report(Path({str(tmp_path / "out")!r}), append=False, stream=sink)
+run(to)
+to.close()
+"""
+    stray = tmp_path / "stray.log"
+    environment = {**os.environ, "COMPLIANCE_FILE": str(stray)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not stray.exists()
+    assert set(os.listdir(tmp_path / "out")) - {"tensorboard"} == {"metrics.jsonl", "mlperf.log"}
+    assert len(tags(tmp_path / "out")) == len(CONSTANT_TAGS) + 3 * 6 + 2 + 2
+
+
+def test_a_console_handler_of_the_package_is_taken_away(tmp_path, capfd):
+    handler = logging.StreamHandler(sys.stdout)
+    logging.getLogger("mlperf_compliance").addHandler(handler)
+    to = Report(tmp_path, append=False, stream=io.StringIO())
+    run(to)
+    to.close()
+    assert capfd.readouterr() == ("", "")
+    assert logging.getLogger("mlperf_compliance").handlers == []

@@ -1,0 +1,77 @@
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+from src.report.report import Report
+from tests.example_run import run
+
+PROJECT = Path(__file__).parents[2]
+BAR_SCRIPT = """
+import sys
+from src.report.report import Report
+from tests.example_run import run
+to = Report(None, append=False)
+run(to)
+with to.progress(12, "Evaluation") as bar:
+    for _ in range(12):
+        bar.update()
+    to.warn("a notice while the bar shows")
+to.close()
+"""
+
+
+def output_at_a_terminal(script: str, columns: int) -> str:
+    """What a process writes to a terminal of so many columns that is its standard output and standard error."""
+    terminal, child_side = pty.openpty()
+    fcntl.ioctl(child_side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    child = subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, stdout=child_side, stderr=child_side)
+    os.close(child_side)
+    written = b""
+    try:
+        while part := os.read(terminal, 65536):
+            written += part
+    except OSError:  # how the terminal tells that nobody writes any more
+        pass
+    os.close(terminal)
+    assert child.wait() == 0, written
+    return written.decode()
+
+
+def as_seen(written: str) -> list[str]:
+    """The lines that stay on the terminal's screen, after each return has begun to overwrite its line."""
+    seen = []
+    for line in written.replace("\r\n", "\n").split("\n"):
+        screen = ""
+        for part in line.split("\r"):
+            screen = part + screen[len(part) :]
+        seen.append(screen.rstrip())
+    return [line for line in seen if line]
+
+
+def expected_lines() -> list[str]:
+    stream = io.StringIO()
+    run(Report(None, append=False, stream=stream))
+    return [*stream.getvalue().splitlines(), "main.py: warning: a notice while the bar shows"]
+
+
+def test_a_terminal_shows_bars_and_whole_lines():
+    columns = 100
+    written = output_at_a_terminal(BAR_SCRIPT, columns)
+    assert as_seen(written) == expected_lines()
+    bars = [bar for bar in re.split(r"[\r\n]+", written) if "left" in bar]
+    assert re.search(r"Epoch  1 \|.*\| 11/30, [\d:?]+ left, loss 14\.2857, rate 2\.60e-03, [\d.]+ images/s", written)
+    assert re.search(r"Evaluation \|.*\| \d+/12, [\d:?]+ left", written)
+    assert max(len(bar) for bar in bars) <= columns
+
+
+def test_a_pipe_gets_the_lines_alone():
+    done = subprocess.run([sys.executable, "-c", BAR_SCRIPT], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert (done.stdout + done.stderr).splitlines() == expected_lines()
+    assert "\r" not in done.stdout + done.stderr
