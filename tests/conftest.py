@@ -1,11 +1,14 @@
 """Fixtures: the oracle's figures, and the real photographs where they are to be had."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from tests.narrow import narrow_network
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
@@ -47,6 +50,13 @@ def encode_oracle() -> dict:
         pytest.skip(f"{file.name} is not on this machine")
     with np.load(file) as arrays:
         return dict(arrays)
+
+
+@pytest.fixture
+def narrow() -> Iterator[None]:
+    """Runs of the program in this process get a network of a few channels."""
+    with narrow_network():
+        yield
 
 
 @pytest.fixture(params=["no_dali", "dali"])

@@ -1,8 +1,8 @@
-"""Real processes on gloo, started through the launchers; and `-m tests.launch`, main.py with a fault in one rank.
+"""Real processes on gloo, started through the launchers; and `-m tests.launch`, main.py with a narrow network.
 
 The variable FAULT is "WHAT RANK STEP": what that rank does to itself before its training step of that number, counted
 from 0 since the process started; a signal's name or `raise`. "WHAT RANK STEP; WHAT RANK STEP": the second is for the
-first restart, and so on; then there is none.
+first restart, and so on; then there is none. Without the variable there is none at all.
 """
 
 import os
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from src.precision import half_is_fast
+from tests.narrow import narrow_network
 
 HERE = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
@@ -23,6 +24,7 @@ LIMIT = 600  # seconds; a launch that takes longer hangs, whatever the machine
 # Where it is computed in, it halves the time of the small runs; elsewhere it would only add a warning.
 HALF = ("--fp16",) if half_is_fast(torch.device("cpu")) else ()
 SMALL = ("--backbone", "resnet18", "--backbone-weights", "none", *HALF, "--batch-size", "2", "--num-workers", "0")
+NARROW = ("-m", "tests.launch")  # in main.py's place
 NO_DALI = ("--data_pipeline", "no_dali")
 
 
@@ -73,8 +75,9 @@ def _with_fault(what: str, step: int) -> None:
 if __name__ == "__main__":
     from main import main
 
-    faults = dict(enumerate(os.environ["FAULT"].split(";")))
-    what, rank, step = faults.get(int(os.environ["TORCHELASTIC_RESTART_COUNT"]), "nothing -1 0").split()
-    if os.environ["RANK"] == rank:
+    faults = dict(enumerate(os.environ.get("FAULT", "nothing -1 0").split(";")))
+    what, rank, step = faults.get(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), "nothing -1 0").split()
+    if os.environ.get("RANK") == rank:
         _with_fault(what, int(step))
-    sys.exit(main())
+    with narrow_network():
+        sys.exit(main())

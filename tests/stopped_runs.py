@@ -16,6 +16,7 @@ import main
 from src.ssd.loss import LossParts
 from src.training.step import Trainer
 from tests.datasets import annotation, write_coco
+from tests.narrow import narrow_network
 
 SETTINGS = [(pipeline, half) for pipeline in ("dali", "no_dali") for half in (False, True)]
 # The warm-up ends inside the second epoch, in which the rate is a tenth.
@@ -101,9 +102,10 @@ def be_one_of_two(rank: int, data: Path, folder: Path, ports: list[int]) -> None
 
     def start(data: Path, output: Path, *more: str, signalled_at: int | None = None) -> int:
         os.environ["MASTER_PORT"] = str(next(numbers))
-        with mock.patch("main.load_backbone_weights", wraps=main.load_backbone_weights) as fetching:
+        fetching = mock.patch("main.load_backbone_weights", wraps=main.load_backbone_weights)
+        with narrow_network(), fetching as fetched:
             status = run(data, output, *setting, *more, signalled_at=signalled_at if rank == 1 else None)
-        assert fetching.call_count == int(rank == 0 and "--resume" not in more)
+        assert fetched.call_count == int(rank == 0 and "--resume" not in more)
         if dist.is_initialized():
             dist.destroy_process_group()
         return status

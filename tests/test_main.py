@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import main
 from src.training.checkpoint import load_checkpoint
 from tests.datasets import annotation, write_annotations, write_coco
-from tests.launch import HALF, LIMIT
+from tests.launch import HALF, LIMIT, NARROW
 from tests.training.test_step import make_trainer
 
 PROGRAM = Path(main.__file__)
@@ -110,6 +110,7 @@ def test_another_seed_gives_another_loss(trained, small, tmp_path):
     assert losses(tmp_path) != losses(trained[0])
 
 
+@pytest.mark.usefixtures("narrow")
 def test_evaluation_can_be_left_out(small, tmp_path, capsys):
     (small / "annotations" / "instances_val2017.json").rename(small / "annotations" / "hidden.json")
     try:
@@ -127,6 +128,7 @@ def test_target_sets_the_exit_status(small, trained, tmp_path, capsys):
     assert "mAP by category" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("narrow")
 def test_an_older_run_is_moved_and_its_checkpoint_still_read(small, tmp_path, capsys):
     assert main.main(flags(small, tmp_path, "--evaluation")) == 0
     assert main.main(flags(small, tmp_path, "--evaluation", "--checkpoint", str(tmp_path / "last.pt"))) == 0
@@ -154,6 +156,7 @@ def test_check_draws_a_batch_of_either_pipeline(small, tmp_path, pipeline):
     [(1, [1], None), (3, [2], [{"id": 0, "name": "only"}]), (2, [1, 2], None)],
     ids=["one image", "one class, images without boxes", "fewer images than a batch"],
 )
+@pytest.mark.usefixtures("narrow")
 def test_small_data_sets_train(tmp_path, images, boxes, categories):
     category = 1 if categories is None else 0
     data = write_coco(
@@ -198,6 +201,7 @@ def test_what_is_missing_is_named_in_one_line_before_anything_is_trained(tmp_pat
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_broken_image_ends_the_run_with_its_path(tmp_path, capsys):
     data = write_coco(tmp_path / "data", [annotation(1)], images=1)
     path = data / "train2017" / "000001.jpg"
@@ -207,6 +211,7 @@ def test_a_broken_image_ends_the_run_with_its_path(tmp_path, capsys):
     assert line.startswith(f"main.py: error: {path.absolute()}: ")
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_loss_that_is_not_finite_ends_the_run(small, tmp_path, capsys):
     assert main.main(flags(small, tmp_path, "--lr", "1e6", "-e", "30", "--evaluation")) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -217,8 +222,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(small, tmp_path, capsys):
 @pytest.mark.parametrize(("signal_sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals(small, tmp_path, signal_sent, status):
     program = subprocess.Popen(
-        [sys.executable, str(PROGRAM), *flags(small, tmp_path, "-e", "1000", "--evaluation", "--num-workers", "1")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, *NARROW, *flags(small, tmp_path, "-e", "1000", "--evaluation", "--num-workers", "1")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROGRAM.parent,
     )  # fmt: skip
     for line in program.stdout:
         if line.startswith("Epoch  1 finished"):

@@ -21,6 +21,8 @@ from tests.both_pipelines import error_line, read, run, train_loader
 from tests.datasets import annotation, write_coco
 from tests.test_main import flags
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:

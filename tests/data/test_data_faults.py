@@ -25,6 +25,8 @@ from tests.evaluation.test_scoring import plain_scorer
 from tests.example_run import metrics
 from tests.test_main import flags
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 # --- annotations -----------------------------------------------------------------------------------------------------
 
 LARGEST = 2**63 - 1

@@ -26,6 +26,8 @@ from tests.datasets import annotation, write_coco
 from tests.example_run import metrics
 from tests.test_main import ScalarReads
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 ALONE = Processes(0, 1, CPU, None)
 
 

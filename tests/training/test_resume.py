@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import main
-from tests.launch import LIMIT
+from tests.launch import LIMIT, NARROW
 from tests.stopped_runs import (
     BOUNDARY,
     FLAGS,
@@ -33,6 +33,8 @@ from tests.stopped_runs import (
     small,
     state_of,
 )
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
 
@@ -121,7 +123,7 @@ def test_two_processes_continue_bit_for_bit(pair, pipeline, half):
 
 def test_sigterm_to_a_process_group_and_the_rest_by_another_process(runs, data, tmp_path):
     """With a worker process, which the signal must not end; the run that continues has none."""
-    line = [sys.executable, "main.py", "--data", data, "--output", tmp_path, "--epochs", "2", *FLAGS]
+    line = [sys.executable, *NARROW, "--data", data, "--output", tmp_path, "--epochs", "2", *FLAGS]
     process = subprocess.Popen(
         [*map(str, line), *flags("no_dali", True), "--num-workers", "1"], cwd=HERE, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -291,7 +293,7 @@ def test_a_full_disk_is_told_of_in_one_line_and_the_old_checkpoint_stays(runs, d
     before = state_of(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "last.pt").stat().st_size // 2, limits[1]))
         assert idle_run(data, tmp_path, *flags("no_dali", False), "--resume") == (main.BAD_INPUT, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
