@@ -14,8 +14,11 @@ import numpy as np
 import torch
 
 from src.data.batch import Batch
+from src.data.coco import Annotations
 from src.data.loaders import TrainLoader
 from src.evaluation.evaluate import detect, evaluating
+from src.report.report import Report
+from src.report.start import device_name, tell_data
 from src.ssd.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES, default_boxes
 from src.training.step import Trainer
 
@@ -24,6 +27,7 @@ from .precision import autocast, image_dtype
 WARM_UP = 3  # steps that are not counted: memory is claimed, convolutions are chosen
 LEARNING_RATE = 1e-4  # small, so that random labels do not break the network down
 BOXES_MATCHED = 20  # default boxes of a random image
+STEPS = 20  # of each kind in `--mode benchmark`
 
 
 class Timing(NamedTuple):
@@ -116,18 +120,21 @@ def peak_memory(device: torch.device) -> int:
 
 
 def benchmark(
-    trainer: Trainer, loader: TrainLoader, *, batch_size: int, num_labels: int, steps: int, write: Callable[[str], None]
-) -> list[Timing]:
-    """Times training on real and on random input and evaluation, and writes a line for each and the peak memory."""
-    dtype = image_dtype(trainer.device, trainer.half)
-    noise = random_batch(batch_size, num_labels, device=trainer.device, dtype=dtype)
-    timings = []
+    trainer: Trainer, loader: TrainLoader, training: Annotations, *, backbone: str, batch_size: int, report: Report
+) -> None:
+    """`--mode benchmark`: times training on real and on random input and evaluation; a line each and the peak memory.
+
+    loader: gives the images of `training`, `batch_size` of them a step.
+    """
+    device = trainer.device
+    tell_data(report, training, half=trainer.half, device=device)
+    report.note(f"Device: {device_name(device)}, {backbone}, {batch_size} images a step")
+    dtype = image_dtype(device, trainer.half)
+    noise = random_batch(batch_size, len(training.categories) + 1, device=device, dtype=dtype)
     for name, measure, batches in (
         ("training, random input", time_training, repeat(noise)),
         ("training, real input", time_training, endless(loader)),
         ("evaluation", time_evaluation, repeat(noise)),
     ):
-        timings.append(measure(name, trainer, batches, steps=steps))
-        write(timings[-1].line())
-    write(f"peak memory: {peak_memory(trainer.device) / 2**20:.0f} MiB")
-    return timings
+        report.note(measure(name, trainer, batches, steps=STEPS).line())
+    report.note(f"peak memory: {peak_memory(device) / 2**20:.0f} MiB")

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one line that names the file, the field and what to do about it."""
+"""Errors that end a run in one line: most are the user's to mend, and name the file, the field and what to do."""
 
 
 class UserError(Exception):
@@ -10,6 +10,10 @@ class UserError(Exception):
 
 class DataError(UserError):
     """A data set that cannot be trained on or scored as it is."""
+
+
+class TrainingBreakdownError(Exception):
+    """The loss is not finite; the message names epoch, iteration and rate."""
 
 
 def printable(text: str) -> str:

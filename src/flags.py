@@ -3,24 +3,75 @@
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from src.data.loaders import PIPELINES
+from src.report.ending import BAD_INPUT
 from src.ssd.model import BACKBONES
 
-BAD_FLAGS = 2  # the exit status
 LARGEST = 2**31 - 1  # of whole numbers; DALI counts in 32 bits
 EVALUATION_EPOCHS = [3, 21, 31, 37, 42, 48, 53, 59, 64]
 MULTISTEP_EPOCHS = [43, 54]
 MODES = ("training", "evaluation", "prediction", "check", "benchmark")
+
+ALTERING = ("batch-size", "seed", "learning-rate", "momentum", "weight-decay", "warmup", "multistep", "fp16", "compile",
+            "data_pipeline")  # flags under whose other values a run is another one  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What the command line says, or the defaults, in the order of the usage text."""
+
+    data: Path
+    epochs: int
+    batch_size: int  # a process
+    eval_batch_size: int  # a process
+    seed: int
+    evaluation: Sequence[int]  # as given, or EVALUATION_EPOCHS itself
+    multistep: Sequence[int]
+    learning_rate: float  # for 32 images
+    momentum: float
+    weight_decay: float
+    warmup: int | None
+    num_workers: int
+    fp16: bool
+    local_rank: int
+    data_pipeline: str
+    mode: str
+    target: float | None
+    backbone: str
+    backbone_weights: str
+    checkpoint: Path | None
+    resume: Path | bool | None  # True: from last.pt in `output`
+    compile: bool
+    output: Path
+
+    @property
+    def evaluation_epochs(self) -> list[int]:
+        """The epochs after which to evaluate: those given; where none are given, the published ones and the last."""
+        if self.evaluation is EVALUATION_EPOCHS:
+            return [*EVALUATION_EPOCHS, self.epochs - 1]
+        return list(self.evaluation)
+
+    @property
+    def unreached_evaluations(self) -> list[int]:
+        """Epochs given with --evaluation that the run ends before."""
+        given = [] if self.evaluation is EVALUATION_EPOCHS else sorted(set(self.evaluation))
+        return [epoch for epoch in given if epoch >= self.epochs]
+
+    @property
+    def altering(self) -> dict[str, object]:
+        """The flags that alter a run, named as a user writes them."""
+        return {f"--{name}": getattr(self, name.replace("-", "_")) for name in ALTERING}
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_FLAGS, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -156,29 +207,16 @@ def _number(text: str, kind: type, accept, wanted: str):
     return value
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Flags:
     """The flags, checked against each other; exits with status 2 and one line where they are bad."""
     parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.mode in ("evaluation", "prediction") and args.checkpoint is None:
-        parser.error(f"--mode {args.mode} needs --checkpoint FILE")
-    if args.checkpoint is not None and args.resume not in (None, True):
+    flags = Flags(**vars(parser.parse_args(argv)))
+    if flags.mode in ("evaluation", "prediction") and flags.checkpoint is None:
+        parser.error(f"--mode {flags.mode} needs --checkpoint FILE")
+    if flags.checkpoint is not None and flags.resume not in (None, True):
         parser.error("--checkpoint starts a run with its weights, --resume FILE continues one: give one of them")
-    if args.mode in ("training", "benchmark") and args.batch_size == 1:
+    if flags.mode in ("training", "benchmark") and flags.batch_size == 1:
         parser.error("--batch-size 1: batch-norm cannot train on one image (the last map is 1 x 1); give 2 or more")
-    if args.mode == "training" and args.epochs == 0:
+    if flags.mode == "training" and flags.epochs == 0:
         parser.error("--epochs 0: nothing to train")
-    return args
-
-
-def evaluation_epochs(args: argparse.Namespace) -> list[int]:
-    """The epochs after which to evaluate: those given; where none are given, the published ones and the last."""
-    if args.evaluation is EVALUATION_EPOCHS:
-        return [*EVALUATION_EPOCHS, args.epochs - 1]
-    return args.evaluation
-
-
-def unreached_evaluations(args: argparse.Namespace) -> list[int]:
-    """Epochs given with --evaluation that the run ends before."""
-    given = [] if args.evaluation is EVALUATION_EPOCHS else sorted(set(args.evaluation))
-    return [epoch for epoch in given if epoch >= args.epochs]
+    return flags

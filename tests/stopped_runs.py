@@ -15,6 +15,7 @@ from torch import distributed as dist
 import main
 from src.ssd.loss import LossParts
 from src.training.step import Trainer
+from src.weights.backbone import load_backbone_weights
 from tests.datasets import annotation, write_coco
 from tests.narrow import narrow_network
 
@@ -102,7 +103,7 @@ def be_one_of_two(rank: int, data: Path, folder: Path, ports: list[int]) -> None
 
     def start(data: Path, output: Path, *more: str, signalled_at: int | None = None) -> int:
         os.environ["MASTER_PORT"] = str(next(numbers))
-        fetching = mock.patch("main.load_backbone_weights", wraps=main.load_backbone_weights)
+        fetching = mock.patch("src.training.start.load_backbone_weights", wraps=load_backbone_weights)
         with narrow_network(), fetching as fetched:
             status = run(data, output, *setting, *more, signalled_at=signalled_at if rank == 1 else None)
         assert fetched.call_count == int(rank == 0 and "--resume" not in more)

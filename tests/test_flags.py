@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from src.flags import EVALUATION_EPOCHS, evaluation_epochs, make_parser, parse_args
+from src.flags import EVALUATION_EPOCHS, make_parser, parse_args
 
 README = Path(__file__).parents[1] / "README.rst"
 # The frozen part: option strings, default, and what a sample value is read as.
@@ -105,7 +105,7 @@ def test_readme_lists_every_flag_with_its_aliases_and_default():
     ],
 )
 def test_evaluation_epochs(flags, expected):
-    assert evaluation_epochs(parse_args(["-d", "x", *flags.split()])) == expected
+    assert parse_args(["-d", "x", *flags.split()]).evaluation_epochs == expected
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
-from src.training.checkpoint import load_checkpoint
+from src.weights.files import load_checkpoint
 from tests.datasets import annotation, write_annotations, write_coco
 from tests.launch import HALF, LIMIT, NARROW
 from tests.training.test_step import make_trainer

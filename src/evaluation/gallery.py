@@ -1,19 +1,15 @@
-"""What evaluations and checks leave for the eye: figures in lines, detections.json, pictures."""
+"""What evaluations leave for the eye: figures in lines, detections.json, pictures."""
 
 from pathlib import Path
 
 import numpy as np
-import torch
-from torchvision.ops import box_convert
 
-from src.data.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
-from src.data.coco import Annotations, Category
+from src.data.coco import Annotations
 from src.data.images import decode
 from src.errors import printable
 from src.output import make_folder
-from src.report.plots import Example, draw_batch, draw_detections, draw_precision_recall
+from src.report.plots import Example, draw_detections, draw_precision_recall
 from src.report.report import NullReport, Report
-from src.ssd.default_boxes import IMAGE_SIZE
 
 from .evaluate import Evaluation
 from .scoring import Results, Scores, write_results
@@ -76,20 +72,3 @@ def _example(validation: Annotations, results: Results, index: int) -> Example:
         names=[names[category] for category in results.category_ids[own].tolist()],
         scores=results.scores[own],
     )
-
-
-def draw_training_batch(batch: Batch, categories: tuple[Category, ...], output: Path) -> Path:
-    """Draws the images of a batch as the network sees them, with the boxes matched to default boxes, into batch.png."""
-    make_folder(output)
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    images = (batch.images.float().cpu() * deviation + mean) * 255
-    boxes, names = [], []
-    for matched, labels in zip(batch.boxes.cpu(), batch.labels.cpu(), strict=True):
-        positive = labels > 0
-        rows = torch.cat((box_convert(matched[positive], "cxcywh", "xyxy"), labels[positive, None]), dim=1)
-        rows = rows.unique(dim=0)  # a box is matched to many default boxes
-        boxes.append((rows[:, :4] * IMAGE_SIZE).numpy())
-        names.append([categories[int(label) - 1].name for label in rows[:, 4]])
-    path = output / "batch.png"
-    draw_batch(images.numpy(), boxes, names, path)
-    return path

@@ -18,14 +18,18 @@ from src.errors import UserError
 from src.output import make_folder
 from src.precision import autocast
 from src.report.plots import draw_prediction
-from src.report.report import NullReport
+from src.report.report import NullReport, Report
 from src.ssd.default_boxes import default_boxes
+from src.weights.detector import known_categories, trained_model
+from src.weights.files import load_checkpoint
 
 from .evaluate import Detections, detect, evaluating, finite_boxes
+from .gallery import warn_of_non_finite
 from .scoring import DECIMALS, write_list
 
 SUFFIXES = (".gif", ".jpeg", ".jpg", ".png", ".webp")  # of the images that torchvision decodes
 RESULTS = "detections.json"
+UNREADABLE_TOLD = 3  # images that are named
 
 
 class Found(msgspec.Struct):
@@ -46,6 +50,38 @@ class Prediction(NamedTuple):
     unreadable: list[UserError]  # one for each image that could not be read
     detections: int
     non_finite: int  # default boxes of all images whose output was NaN or infinite; they detect nothing
+
+
+def predict_folder(
+    data: Path,
+    output: Path,
+    *,
+    checkpoint: Path,
+    backbone: str,
+    batch_size: int,
+    half: bool,
+    device: torch.device,
+    report: Report,
+) -> None:
+    """`--mode prediction`: draws and lists what a checkpoint's network detects in an image or a folder of them.
+
+    backbone: that of a checkpoint which does not say.  Raises UserError at the end where images could not be read.
+    """
+    state = load_checkpoint(checkpoint)
+    categories = known_categories(state)
+    if data.is_dir() and data.samefile(make_folder(output)):
+        raise UserError(f"--output {output} is the images' own folder: what is drawn there would count as images")
+    model = trained_model(state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=device)
+    done = predict(
+        model, find_images(data), categories, output, batch_size=batch_size, device=device, half=half,
+        progress=report.progress,
+    )  # fmt: skip
+    counted = f"{done.images - len(done.unreadable)} images, {done.detections} detections"
+    report.note(f"{counted}: pictures and detections.json in {output}")
+    warn_of_non_finite(report, done.non_finite)
+    if done.unreadable:
+        counted = f"{len(done.unreadable)} of {done.images} images left out"
+        raise UserError(f"{counted}: {'; '.join(map(str, done.unreadable[:UNREADABLE_TOLD]))}")
 
 
 def find_images(path: Path) -> list[Path]:

@@ -8,10 +8,11 @@ from src.data.loaders import TrainLoader
 from src.distributed import Processes, StopNotice, Terminated
 from src.errors import UserError
 from src.report.report import NullReport, Report
+from src.weights.detector import first_difference
+from src.weights.files import load_checkpoint
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import save_checkpoint
 from .step import Schedule, Trainer, train_epoch
-from .weights import first_difference
 
 LAST, BEST = "last.pt", "best.pt"
 TRAINING_DATA = "the training data"  # one of the settings

@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer
 
 from src.data.batch import Batch
 from src.distributed import Processes, StopNotice
-from src.errors import UserError
+from src.errors import TrainingBreakdownError, UserError
 from src.precision import autocast
 from src.report.report import NullReport, Report
 from src.ssd.loss import LossParts, MultiBoxLoss
@@ -21,10 +21,6 @@ REFERENCE_BATCH = 32  # images; --learning-rate is stated for it
 DECAY = 0.1  # of the learning rate at each --multistep epoch
 LOG_INTERVAL = 20  # iterations between readings of the loss
 ADVICE = "lower --learning-rate or lengthen --warmup; nothing was saved since"
-
-
-class TrainingBreakdownError(Exception):
-    """The loss is not finite; the message names epoch, iteration and rate."""
 
 
 class Schedule(NamedTuple):

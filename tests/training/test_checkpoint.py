@@ -15,15 +15,10 @@ from torchvision import models
 
 from src.errors import UserError
 from src.ssd.model import SSD300
-from src.training.checkpoint import (
-    check_fit,
-    label_count,
-    load_backbone,
-    load_backbone_file,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
+from src.training.checkpoint import save_checkpoint
+from src.weights.backbone import load_backbone, load_backbone_file
+from src.weights.detector import label_count, load_weights
+from src.weights.files import check_fit, load_checkpoint
 
 WEIGHTS = {"conf.0.bias": torch.arange(12.0), "loc.0.bias": torch.arange(16.0)}
 

@@ -1,18 +1,30 @@
-"""`--mode check`: reads both annotation files and every picture, and tells what is in them and what is wrong."""
+"""`--mode check`: reads both annotation files and every picture, and tells what is in them and what is wrong.
 
+Where nothing is wrong, it draws a training batch too.
+"""
+
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.ops import box_convert
 
+from src.data.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
+from src.data.coco import Annotations, Category, locations, read_annotations
+from src.data.images import read_image
+from src.data.loaders import TrainLoader
 from src.errors import DataError
-
-from .coco import Annotations, Category, read_annotations
-from .images import read_image
+from src.output import make_folder
+from src.report.ending import BAD_INPUT, DONE
+from src.report.plots import draw_batch
+from src.report.report import Report
+from src.ssd.default_boxes import IMAGE_SIZE
 
 CHUNK = 16  # pictures a thread takes at a time
 ORIENTATION_TAG = 0x0112  # EXIF 2.32, table 4
@@ -26,6 +38,22 @@ class Bar(Protocol):
 
 
 Progress = Callable[[int, str], AbstractContextManager[Bar]]  # of (total, name)
+
+
+def check(folder: Path, output: Path, *, make_loader: Callable[[Annotations], TrainLoader], report: Report) -> int:
+    """Checks the data set in `folder` and draws a training batch of it into `output`; the exit status.
+
+    make_loader: the training loader of the annotations.
+    """
+    make_folder(output)
+    files = [locations(folder, split) for split in ("train", "val")]
+    status = check_dataset(files, workers=os.cpu_count() or 1, progress=report.progress, write=report.note)
+    if status == DONE:
+        training = read_annotations(*files[0])
+        with closing(make_loader(training)) as loader:
+            path = draw_training_batch(next(iter(loader)), training.categories, output)
+        report.note(f"A training batch as the network sees it: {path}")
+    return status
 
 
 def check_dataset(
@@ -52,7 +80,7 @@ def check_dataset(
             write(line)
         sound = "  nothing is wrong" + (" but for the warnings" if annotations.warnings else "")
         write(f"  wrong: {unreadable} of {len(annotations)} image files" if unreadable else sound)
-    return 2 if faults else 0
+    return BAD_INPUT if faults else DONE
 
 
 def _check_images(annotations: Annotations, *, workers: int, progress: Progress, write: Callable[[str], None]) -> int:
@@ -122,3 +150,20 @@ def summary(annotations: Annotations) -> list[str]:
 
 def _spread(values: np.ndarray) -> str:
     return f"{values.min():.5g} to {values.max():.5g}, median {np.median(values):.5g}"
+
+
+def draw_training_batch(batch: Batch, categories: tuple[Category, ...], output: Path) -> Path:
+    """Draws the images of a batch as the network sees them, with the boxes matched to default boxes, into batch.png."""
+    make_folder(output)
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    images = (batch.images.float().cpu() * deviation + mean) * 255
+    boxes, names = [], []
+    for matched, labels in zip(batch.boxes.cpu(), batch.labels.cpu(), strict=True):
+        positive = labels > 0
+        rows = torch.cat((box_convert(matched[positive], "cxcywh", "xyxy"), labels[positive, None]), dim=1)
+        rows = rows.unique(dim=0)  # a box is matched to many default boxes
+        boxes.append((rows[:, :4] * IMAGE_SIZE).numpy())
+        names.append([categories[int(label) - 1].name for label in rows[:, 4]])
+    path = output / "batch.png"
+    draw_batch(images.numpy(), boxes, names, path)
+    return path

@@ -1,56 +1,43 @@
-"""The weights a run starts from: ImageNet's, a file's, or those of a detector trained before."""
+"""A detector's weights and labels, out of a checkpoint of ours or a published one."""
 
-import socket
 from collections.abc import Sequence
-from http.client import HTTPException
 from itertools import zip_longest
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
-from torch import nn
-from torchvision import models
+from torch import Tensor, nn
 
 from src.data.coco import Annotations, Category, read_annotations
 from src.errors import UserError
+from src.ssd.default_boxes import BOXES_PER_CELL
+from src.ssd.model import SSD300
 
-from .checkpoint import label_count, load_backbone, load_backbone_file, load_weights
+from .files import check_fit
 
-IMAGENET, RANDOM = "imagenet", "none"
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+LABEL_HEADS = "conf."  # names of the label heads' parameters start so
 
 
-def load_backbone_weights(model: nn.Module, backbone: str, choice: str) -> None:
-    """Fills the backbone as --backbone-weights has it: "imagenet", "none" (left random) or a file's path.
+def trained_model(state: dict, *, backbone: str, num_categories: int, source: Path, device: torch.device) -> SSD300:
+    """The network of a checkpoint, which says itself what backbone it has unless it is a published one.
 
-    "imagenet" is torchvision's best: IMAGENET1K_V2 for resnet50, 101 and 152, IMAGENET1K_V1 for resnet18 and 34, which
-    have no second.  Raises UserError where the weights cannot be had or do not fit.
+    backbone: that of a checkpoint which does not say.  Raises UserError where the weights do not fit.
     """
-    if choice == IMAGENET:
-        weights = models.get_model_weights(backbone).DEFAULT
-        file = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(weights.url).path).name)
-        if file.exists():
-            load_backbone_file(model, file)
-        else:
-            load_backbone(model, _fetch(weights, file), source=file)
-    elif choice != RANDOM:
-        load_backbone_file(model, Path(choice).expanduser())
+    model = SSD300(state.get("backbone", backbone), num_categories + 1)
+    load_weights(model, state["model"], source=source, fresh_label_heads=False)
+    return model.to(device, memory_format=torch.channels_last)
 
 
-def _fetch(weights: models.WeightsEnum, file: Path) -> dict:
-    """The state_dict from its address, which torchvision keeps in its cache, as `file`."""
-    waiting = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
-    except (OSError, HTTPException, RuntimeError) as error:
-        raise UserError(
-            f"--backbone-weights imagenet: cannot fetch {weights.url} into {file.parent} "
-            f"({getattr(error, 'reason', error)}): put the file there, name it (--backbone-weights FILE), or start "
-            "from random weights (--backbone-weights none)"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(waiting)
+def load_weights(model: nn.Module, weights: dict[str, Tensor], *, source: Path, fresh_label_heads: bool) -> None:
+    """Loads `weights` into the network; with `fresh_label_heads` the label heads stay as they were initialised.
+
+    Raises UserError that names the first parameter that does not fit, and both shapes.
+    """
+    expected = model.state_dict()
+    if fresh_label_heads:
+        heads = {name: tensor for name, tensor in expected.items() if name.startswith(LABEL_HEADS)}
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(LABEL_HEADS)} | heads
+    check_fit(expected, weights, source=source)
+    model.load_state_dict(weights)
 
 
 def load_detector(model: nn.Module, state: dict, categories: Sequence[Category], *, source: Path) -> list[str]:
@@ -90,6 +77,12 @@ def first_difference(there: Sequence[str], here: Sequence[str]) -> str | None:
         if one != other:
             return f"label {label} is {one} there and {other} here"
     return None
+
+
+def label_count(weights: dict[str, Tensor]) -> int:
+    """Labels, the background included, that a network's label heads tell apart; 0 where it has none."""
+    bias = weights.get(f"{LABEL_HEADS}0.bias")
+    return 0 if bias is None else bias.numel() // BOXES_PER_CELL[0]
 
 
 def label_names(state: dict) -> list[str] | None:

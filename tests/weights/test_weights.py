@@ -19,8 +19,10 @@ from src.data.coco import Category
 from src.errors import UserError
 from src.evaluation.scoring import METRIC_NAMES
 from src.ssd.model import SSD300
-from src.training.checkpoint import load_checkpoint, save_checkpoint
-from src.training.weights import known_categories, load_backbone_weights, load_detector, read_labelled
+from src.training.checkpoint import save_checkpoint
+from src.weights.backbone import load_backbone_weights
+from src.weights.detector import known_categories, load_detector, read_labelled
+from src.weights.files import load_checkpoint
 from tests.datasets import annotation, write_coco
 from tests.launch import HALF
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.data.check import check_dataset
+from src.check import check_dataset
 from tests.datasets import annotation, write_annotations, write_coco
 
 

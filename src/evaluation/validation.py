@@ -1,0 +1,102 @@
+"""Scoring on the validation images: after an epoch of training, and of a checkpoint (`--mode evaluation`)."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from src.data.coco import Annotations, check_images_exist, locations
+from src.data.loaders import EvaluationLoader
+from src.distributed import Processes
+from src.output import make_folder
+from src.report.plots import draw_training
+from src.report.report import METRICS, NullReport, Report
+from src.report.start import tell_data
+from src.weights.detector import read_labelled, trained_model
+from src.weights.files import load_checkpoint
+
+from .evaluate import Evaluation, evaluate
+from .gallery import leave_evaluation, tell_figures
+
+Figures = dict[str, float | None]  # COCO's 12 by name, None: not defined
+
+
+def make_evaluation(
+    model: nn.Module,
+    validation: Annotations,
+    *,
+    batch_size: int,
+    num_workers: int,
+    half: bool,
+    output: Path,
+    processes: Processes,
+    report: Report | NullReport,
+) -> Callable[[int], Figures]:
+    """A function of the epoch that scores the network on all processes, tells the report and leaves files."""
+
+    def evaluate_epoch(epoch: int) -> Figures:
+        report.begin_evaluation(epoch)
+        found = _score(
+            model, validation, batch_size=batch_size, num_workers=num_workers, half=half, processes=processes,
+            report=report,
+        )  # fmt: skip
+        report.evaluation(epoch=epoch, figures=found.scores.figures)
+        if processes.is_main:
+            leave_evaluation(found, validation, output, report)
+            draw_training(output / METRICS, output / "training.png")
+        processes.broadcast_object()  # pictures may take long
+        return found.scores.figures
+
+    return evaluate_epoch
+
+
+def score_checkpoint(
+    checkpoint: Path,
+    data: Path,
+    output: Path,
+    *,
+    backbone: str,
+    batch_size: int,
+    num_workers: int,
+    half: bool,
+    processes: Processes,
+    report: Report | NullReport,
+) -> float | None:
+    """Tells the 12 figures of a checkpoint and mAP by category, and leaves files in `output`; mAP, None: not defined.
+
+    backbone: that of a checkpoint which does not say.
+    """
+    state = processes.broadcast_object(load_checkpoint(checkpoint) if processes.is_main else None)
+    validation = read_labelled(*locations(data, "val"), state, source=checkpoint)
+    check_images_exist(validation)
+    make_folder(output)  # before the work, not after it
+    tell_data(report, validation, half=half, device=processes.device)
+    model = trained_model(
+        state, backbone=backbone, num_categories=len(validation.categories), source=checkpoint, device=processes.device
+    )
+    found = _score(
+        model, validation, batch_size=batch_size, num_workers=num_workers, half=half, processes=processes, report=report
+    )
+    tell_figures(report, found.scores)
+    if processes.is_main:
+        leave_evaluation(found, validation, output, report)
+    return found.scores.figures["mAP"]
+
+
+def _score(
+    model: nn.Module,
+    validation: Annotations,
+    *,
+    batch_size: int,
+    num_workers: int,
+    half: bool,
+    processes: Processes,
+    report: Report | NullReport,
+) -> Evaluation:
+    loader = EvaluationLoader(
+        validation, batch_size=batch_size, num_workers=num_workers, device=processes.device,
+        rank=processes.rank, world_size=processes.world_size,
+    )  # fmt: skip
+    return evaluate(
+        model, loader, validation, device=processes.device, half=half, dist=processes, progress=report.progress
+    )

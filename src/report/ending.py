@@ -1,0 +1,59 @@
+"""How the program ends: exit statuses, and the line that says why."""
+
+import signal
+import sys
+import traceback
+
+import torch
+
+from src.distributed import Processes, reason
+from src.errors import TrainingBreakdownError, UserError
+
+from .report import NullReport, Report
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143  # exit statuses
+
+
+def fail(error: Exception, processes: Processes) -> int:
+    """Tells why this process ends, unless another has told before; the exit status."""
+    if processes.world_size > 1:  # a launcher that has seen another process end does not wait for the message
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    lost = processes.is_lost(error)
+    if lost and processes.stopped_elsewhere() is not None:
+        return TERMINATED
+    if processes.report_failure():
+        _tell(error, processes, lost=lost)
+        processes.told()
+    return BAD_INPUT if isinstance(error, UserError) else FAILED
+
+
+def _tell(error: Exception, processes: Processes, *, lost: bool) -> None:
+    """Says what happened on standard error.  lost: another process is gone, which is why this one fails."""
+    who = f"rank {processes.rank}: " if processes.world_size > 1 else ""
+    if lost:
+        other = f"rank {1 - processes.rank}" if processes.world_size == 2 else "another process"
+        print(f"main.py: error: {who}lost touch with {other} ({reason(error)})", file=sys.stderr)
+    elif isinstance(error, (UserError, TrainingBreakdownError)):
+        print(f"main.py: error: {who}{error}", file=sys.stderr)
+    elif _is_out_of_memory(error):
+        advice = "lower --batch-size, --eval-batch-size or --num-workers, or use --fp16"
+        detail = (str(error).splitlines() or ["MemoryError"])[0]
+        print(f"main.py: error: {who}out of memory ({detail}): {advice}", file=sys.stderr)
+    else:
+        print(f"main.py: error: {who}a fault of the program:", file=sys.stderr)
+        traceback.print_exception(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's or the host's memory was too small; for the host's, torch raises plain RuntimeErrors."""
+    marks = ("can't allocate memory", "killed by signal: Killed")  # the second is how the system ends a worker process
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(mark in str(error) for mark in marks)
+
+
+def meets_target(accuracy: float | None, target: float | None, report: Report | NullReport) -> int:
+    """The exit status after an evaluation that ended with `accuracy`; a warning where that is below the target."""
+    if target is None or (accuracy is not None and accuracy >= target):
+        return DONE
+    which = "there is no final mAP to reach" if accuracy is None else "the final mAP is below"
+    report.warn(f"{which} --target {target}")
+    return FAILED

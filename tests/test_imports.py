@@ -1,0 +1,91 @@
+"""Imports run one way: from what uses to what is used."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parents[1]
+
+# The order of the rooms, which is the order of the program.  A room (a folder or a file of src, main.py, benchmarks)
+# knows those of the lines below its own, and none beside it.
+ORDER = (
+    ("main", "benchmarks"),
+    ("benchmark", "check", "flags"),
+    ("training", "evaluation"),
+    ("report", "weights"),
+    ("data",),
+    ("ssd", "distributed", "output", "precision"),
+    ("errors",),
+)
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+
+
+def files(root: Path) -> list[Path]:
+    return sorted((root / "main.py", *(root / "src").rglob("*.py"), *(root / "benchmarks").rglob("*.py")))
+
+
+def room(module: tuple[str, ...]) -> str | None:
+    """The room of a module, None where it is none of the project's."""
+    if module[0] == "src":
+        return module[1] if len(module) > 1 else None
+    return module[0] if module[0] in ("main", "benchmarks") else None
+
+
+def imported(file: Path, root: Path) -> Iterator[tuple[str, ...]]:
+    """Every module that the file imports, inside functions too, by its full name."""
+    package = file.relative_to(root).parent.parts
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = package[: len(package) + 1 - node.level] if node.level else ()
+            named = (*parent, *(node.module.split(".") if node.module else ()))
+            yield from ((*named, alias.name) for alias in node.names)
+
+
+def wrong_imports(root: Path) -> list[str]:
+    """The imports that do not run down, as "file: module"."""
+    wrong = []
+    for file in files(root):
+        own = room(file.relative_to(root).with_suffix("").parts)
+        for module in imported(file, root):
+            other = room(module)
+            if own is None or other is None or other == own:
+                continue
+            if own not in LEVEL or other not in LEVEL or LEVEL[other] <= LEVEL[own]:
+                wrong.append(f"{file.relative_to(root)}: {'.'.join(module)}")
+    return wrong
+
+
+def test_imports_run_one_way():
+    assert wrong_imports(HERE) == []
+
+
+def test_every_room_stands_in_the_order_and_is_there():
+    rooms = {room(file.relative_to(HERE).with_suffix("").parts) for file in files(HERE)}
+    assert rooms - {"__init__"} == LEVEL.keys()
+
+
+@pytest.mark.parametrize(
+    ("place", "statement", "is_wrong"),
+    [
+        ("src/data/coco.py", "from src.report.report import Report", True),
+        ("src/data/coco.py", "def f():\n    from ..report import report", True),
+        ("src/data/coco.py", "from .images import decode", False),
+        ("src/data/coco.py", "import src.ssd.model", False),
+        ("src/training/run.py", "from src.evaluation import evaluate", True),
+        ("src/evaluation/scoring.py", "import src.training.run", True),
+        ("src/report/plots.py", "import main", True),
+        ("src/errors.py", "from . import distributed", True),
+        ("src/check.py", "from src.utils import anything", True),
+        ("benchmarks/step.py", "from src.benchmark import benchmark", False),
+        ("main.py", "from benchmarks.step import run", True),
+    ],
+)
+def test_what_counts_as_wrong(tmp_path, place, statement, is_wrong):
+    (tmp_path / "main.py").touch()
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_text(statement)
+    assert len(wrong_imports(tmp_path)) == is_wrong
