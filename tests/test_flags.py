@@ -1,10 +1,11 @@
 import argparse
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
-from src.flags import EVALUATION_EPOCHS, make_parser, parse_args
+from src.flags import EVALUATION_EPOCHS, Flags, make_parser, parse_args
 
 README = Path(__file__).parents[1] / "README.rst"
 # The frozen part: option strings, default, and what a sample value is read as.
@@ -54,6 +55,15 @@ def test_types():
     assert vars(args) | {"data": Path("x"), "epochs": 2, "batch_size": 3, "eval_batch_size": 4, "seed": 5} == vars(args)
     assert (args.learning_rate, args.momentum, args.weight_decay) == (0.1, 0.2, 0.3)
     assert (args.warmup, args.num_workers) == (6, 7)
+
+
+def test_every_flag_has_a_field_in_the_order_of_the_usage_text():
+    assert [field.name for field in dataclasses.fields(Flags)] == list(actions())
+
+
+def test_flags_are_read_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse_args(["-d", "x"]).epochs = 3
 
 
 def test_documented_flags_come_first_in_the_usage_text():
