@@ -1,6 +1,6 @@
 # make demo   draws sample data, trains and evaluates on it, and leaves checkpoints and pictures in demo/
 # make test   runs every test
-# make lint   checks style
+# make lint   checks style and types
 # All make .venv first; PYTHON names the interpreter that it is made with.
 
 PYTHON ?= python3
@@ -33,6 +33,7 @@ test: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 # The imports below take seconds, in which Ctrl-C would show where they were.  Who starts this may have it ignored.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -19,7 +18,8 @@ import torch
 from src import distributed
 from src.benchmark import benchmark
 from src.check import check
-from src.data.coco import Annotations, check_images_exist, locations, read_annotations
+from src.data.coco import Annotations
+from src.data.dataset import read_dataset
 from src.data.loaders import TrainLoader, make_train_loader
 from src.distributed import Processes, StopNotice, Terminated
 from src.errors import TrainingBreakdownError, UserError
@@ -33,7 +33,8 @@ from src.report.ending import BAD_INPUT, DONE, INTERRUPTED, TERMINATED, fail, me
 from src.report.report import NullReport, Report
 from src.report.start import Continued, start_report, tell_data, tell_start
 from src.ssd.model import SSD300, feature_channels
-from src.training.run import LAST, TRAINING_DATA, Identity, Run, read_run
+from src.training.checkpoint import TRAINING_DATA, Identity, read_run
+from src.training.run import LAST, Run
 from src.training.start import resumed_file, start_position, starting_model
 from src.training.step import Schedule, Trainer, make_optimizer
 
@@ -72,7 +73,7 @@ def train(flags: Flags, processes: Processes) -> int:
     with ExitStack() as stack:
         stop = stack.enter_context(closing(StopNotice(processes)))
         epochs = [epoch for epoch in flags.evaluation_epochs if epoch < flags.epochs]
-        training, validation = read_data(flags.data, evaluating=bool(epochs))
+        training, validation = read_dataset(flags.data, evaluating=bool(epochs))
         schedule = Schedule(
             base=flags.learning_rate,
             images=flags.batch_size * processes.world_size,
@@ -84,19 +85,19 @@ def train(flags: Flags, processes: Processes) -> int:
             flags.backbone, [list(category) for category in training.categories], flags.seed, flags.altering | settings
         )
         resumed = resumed_file(flags.resume, flags.output) if processes.is_main else None
-        state = processes.broadcast_object(read_run(resumed, identity) if resumed else None)
+        before = processes.broadcast_object(read_run(resumed, identity) if resumed else None)
         model, news = starting_model(
-            flags.backbone, training.categories, seed=flags.seed, resumed=(resumed, state) if resumed else None,
+            flags.backbone, training.categories, seed=flags.seed, resumed=(resumed, before) if resumed else None,
             checkpoint=flags.checkpoint, backbone_weights=flags.backbone_weights, processes=processes,
         )  # fmt: skip
         loader = stack.enter_context(closing(loader_maker(flags, processes)(training)))
         trainer = make_trainer(flags, processes, model)
-        position, warnings = start_position(trainer, loader, schedule, identity, state, rank=processes.rank)
+        position, warnings = start_position(trainer, loader, schedule, identity, before, rank=processes.rank)
         report: Report | NullReport = NullReport()
         if processes.is_main:
             stack.enter_context(reserved(flags.output))
             # An older run's files are moved, or cut back, only now: all that could be among them has been read.
-            continued = Continued(resumed, state["epoch"], state["iteration"]) if resumed else None
+            continued = Continued(resumed, before.position.epoch, before.position.iteration) if resumed else None
             report = start_report(flags.output, continued=continued, flags=asdict(flags), processes=processes)
             stack.enter_context(closing(report))
         tell_data(report, training, validation, half=flags.fp16, device=processes.device)
@@ -111,7 +112,7 @@ def train(flags: Flags, processes: Processes) -> int:
             training=training, validation=validation,
         )  # fmt: skip
         report.begin_run(mlperf_constants(flags, schedule, loader.num_images, len(validation) if validation else 0))
-        evaluate = make_evaluation(
+        evaluate = None if validation is None else make_evaluation(
             model, validation, batch_size=flags.eval_batch_size, num_workers=flags.num_workers, half=flags.fp16,
             output=flags.output, processes=processes, report=report,
         )  # fmt: skip
@@ -139,16 +140,6 @@ def train_to_the_end(run: Run, *, epochs: int, began: float) -> None:
         raise
     accuracy = position.last_map if position.evaluated else "not evaluated"
     report.end(average_images_per_second=run.images_per_second, seconds=time.perf_counter() - began, accuracy=accuracy)
-
-
-def read_data(folder: Path, *, evaluating: bool) -> tuple[Annotations, Annotations | None]:
-    """The training annotations, and those of the validation images where they will be needed; all images are there."""
-    training = read_annotations(*locations(folder, "train"))
-    validation = read_annotations(*locations(folder, "val"), categories=training.categories) if evaluating else None
-    for annotations in (training, validation):
-        if annotations is not None:
-            check_images_exist(annotations)
-    return training, validation
 
 
 def loader_maker(flags: Flags, processes: Processes) -> Callable[[Annotations], TrainLoader]:
@@ -191,28 +182,29 @@ def work(flags: Flags, processes: Processes) -> int:
     if flags.mode in ONE_PROCESS and processes.world_size > 1:
         raise UserError(f"--mode {flags.mode} works on one process{ONE_PROCESS[flags.mode]}")
     with closing(Report(None, append=True) if processes.is_main else NullReport()) as report:
+        if flags.mode == "check":
+            return check(flags.data, flags.output, make_loader=loader_maker(flags, processes), report=report)
+        if flags.mode == "benchmark":
+            training, _ = read_dataset(flags.data, evaluating=False)
+            torch.manual_seed(flags.seed)
+            model = SSD300(flags.backbone, len(training.categories) + 1)
+            trainer = make_trainer(flags, processes, model.to(processes.device).to(memory_format=torch.channels_last))
+            with closing(loader_maker(flags, processes)(training)) as loader:
+                benchmark(
+                    trainer, loader, training, backbone=flags.backbone, batch_size=flags.batch_size, report=report
+                )
+            return DONE
+        assert flags.checkpoint is not None  # parse_args sees to that
         if flags.mode == "evaluation":
             accuracy = score_checkpoint(
                 flags.checkpoint, flags.data, flags.output, backbone=flags.backbone, batch_size=flags.eval_batch_size,
                 num_workers=flags.num_workers, half=flags.fp16, processes=processes, report=report,
             )  # fmt: skip
             return meets_target(accuracy, flags.target, report)
-        if flags.mode == "check":
-            return check(flags.data, flags.output, make_loader=loader_maker(flags, processes), report=report)
-        if flags.mode == "prediction":
-            predict_folder(
-                flags.data, flags.output, checkpoint=flags.checkpoint, backbone=flags.backbone,
-                batch_size=flags.eval_batch_size, half=flags.fp16, device=processes.device, report=report,
-            )  # fmt: skip
-        else:
-            training, _ = read_data(flags.data, evaluating=False)
-            torch.manual_seed(flags.seed)
-            model = SSD300(flags.backbone, len(training.categories) + 1)
-            trainer = make_trainer(flags, processes, model.to(processes.device, memory_format=torch.channels_last))
-            with closing(loader_maker(flags, processes)(training)) as loader:
-                benchmark(
-                    trainer, loader, training, backbone=flags.backbone, batch_size=flags.batch_size, report=report
-                )
+        predict_folder(
+            flags.data, flags.output, checkpoint=flags.checkpoint, backbone=flags.backbone,
+            batch_size=flags.eval_batch_size, half=flags.fp16, device=processes.device, report=report,
+        )  # fmt: skip
     return DONE
 
 

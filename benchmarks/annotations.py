@@ -10,14 +10,14 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from src.data.coco import check_images_exist, read_annotations, write_clean_file
+from src.data.coco import Annotations, check_images_exist, read_annotations, write_clean_file
 
 from . import table
 
@@ -28,6 +28,8 @@ SIZE = (640, 480)  # pixels, of every image
 POINTS = (4, 60)  # of a polygon, the least and one more than the most
 POLYGONS = 2000  # different ones
 REPEATS = 3
+
+T = TypeVar("T")
 MEGABYTE = 1e6
 
 READING_GOAL = 0.1  # of json.load's time
@@ -78,7 +80,7 @@ def start_rows(file: Path, image_folder: Path) -> list[dict]:
     return rows
 
 
-def in_new_process(function: Callable, *arguments):
+def in_new_process(function: Callable[..., T], *arguments: object) -> T:
     """What the function returns in a process that has done nothing else."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
@@ -87,7 +89,7 @@ def in_new_process(function: Callable, *arguments):
 # --- measured in processes of their own ------------------------------------------------------------------------------
 
 
-def cost(function: Callable, *arguments) -> Cost:
+def cost(function: Callable, *arguments: object) -> Cost:
     before = resident("VmRSS")
     start = time.process_time()
     result = function(*arguments)
@@ -120,7 +122,7 @@ def worker_growth(file: Path, image_folder: Path) -> float:
     return growth
 
 
-def look_up_all(annotations) -> float:
+def look_up_all(annotations: Annotations) -> float:
     before = private()
     for index in np.random.default_rng(0).permutation(len(annotations)):
         annotations.image_path(index)
@@ -184,7 +186,7 @@ def write_annotation_file(file: Path, images: int) -> None:
         stream.write(f'],"categories": {json.dumps(categories)}}}')
 
 
-def separated(texts):
+def separated(texts: Iterable[str]) -> Iterator[str]:
     for number, text in enumerate(texts):
         yield "," + text if number else text
 
@@ -202,7 +204,7 @@ def image_text(image_id: int) -> str:
     )
 
 
-def annotation_texts(rng: np.random.Generator, ids: np.ndarray):
+def annotation_texts(rng: np.random.Generator, ids: np.ndarray) -> Iterator[str]:
     count = round(BOXES * len(ids) / IMAGES)
     owners = rng.choice(ids[: round(ANNOTATED * len(ids))], count).tolist()
     polygons = [

@@ -121,7 +121,7 @@ def scoring_rows(device: torch.device) -> list[dict]:
 @torch.inference_mode()
 def _batch_seconds(scene: Scene, device: torch.device) -> tuple[float, float]:
     """Seconds of a batch in the network, and of making results of output that has candidates in the usual number."""
-    model = SSD300("resnet50", LABELS).to(device, memory_format=torch.channels_last).eval()
+    model = SSD300("resnet50", LABELS).to(device).to(memory_format=torch.channels_last).eval()
     images = torch.randn(BATCH, 3, IMAGE_SIZE, IMAGE_SIZE).to(device, memory_format=torch.channels_last)
     offsets, logits = network_output(1.0, 6.0, device)
     indices = np.arange(BATCH)

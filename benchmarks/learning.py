@@ -75,7 +75,9 @@ def train_and_score(annotations: Annotations, *, pipeline: str, seed: int) -> fl
     images = EvaluationLoader(annotations, batch_size=IMAGES, num_workers=0, device=cpu)
     found = evaluate(trainer.model, images, annotations, device=cpu, half=trainer.half)
     print(", ".join(f"{name} {value:.4f}" for name, value in found.scores.figures.items() if value is not None))
-    return found.scores.figures["mAP"]
+    mean_precision = found.scores.figures["mAP"]
+    assert mean_precision is not None  # the images have boxes
+    return mean_precision
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import tempfile
+from collections.abc import Iterable
 from itertools import repeat
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def make_trainer(
 ) -> Trainer:
     torch.manual_seed(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = SSD300(backbone, labels).to(device, memory_format=layout)
+    model = SSD300(backbone, labels).to(device).to(memory_format=layout)
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=5e-4)
     alone = Processes(0, 1, device, None)
     return Trainer(model, optimizer=optimizer, device=device, half=half, processes=alone, compiled=compiled)
@@ -59,7 +60,10 @@ def run(device: torch.device | None = None, *, backbone: str = "resnet50", batch
     plain = make_trainer(backbone, device, half=False, channels_last=False)
     yardstick = time_training("plain", plain, repeat(first), steps=STEPS[device.type]).images_per_second
     rows = []
-    kinds = [("float32", False, False, GOAL_FLOAT32), ("--fp16", True, False, GOAL_HALF)]
+    kinds: list[tuple[str, bool, bool, float | None]] = [
+        ("float32", False, False, GOAL_FLOAT32),
+        ("--fp16", True, False, GOAL_HALF),
+    ]
     if device.type == "cuda":
         kinds.append(("--fp16 --compile", True, True, None))
     for name, half, compiled, goal in kinds:
@@ -131,7 +135,7 @@ def repeated(data: Path, images: int, folder: Path) -> Path:
     return folder
 
 
-def _epoch_speed(trainer: Trainer, batches, epoch: int, batch_size: int) -> float:
+def _epoch_speed(trainer: Trainer, batches: Iterable[Batch], epoch: int, batch_size: int) -> float:
     """Images a second of one epoch as a run does it, with logging."""
     schedule = Schedule(base=1e-4, images=batch_size, warmup=0, multistep=())
     stop = StopNotice(trainer.breakdown.processes)

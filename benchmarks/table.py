@@ -18,7 +18,7 @@ def _row(
     name: str, ours: float, yardstick: float | None, goal: float | None, reaches: Callable[[float, float], bool]
 ) -> dict:
     ratio = None if yardstick is None else ours / yardstick
-    met = None if goal is None else reaches(ratio, goal)
+    met = None if goal is None or ratio is None else reaches(ratio, goal)
     return {"name": name, "ours": ours, "yardstick": yardstick, "ratio": ratio, "goal": goal, "met": met}
 
 

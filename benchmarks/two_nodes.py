@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def hindrance() -> str | None:
 @contextmanager
 def two_namespaces() -> Iterator[tuple[str, str]]:
     """The names of two network namespaces that reach each other at ADDRESSES; gone afterwards."""
-    names = tuple(f"ssd300-{os.getpid()}-{node}" for node in range(2))
+    names = f"ssd300-{os.getpid()}-0", f"ssd300-{os.getpid()}-1"
     cables = tuple(f"v{os.getpid()}-{node}" for node in range(2))
     with ExitStack() as stack:
         for name in names:
@@ -105,11 +106,11 @@ def run(folder: Path, data: Path, *, processes: int = 1, rendezvous: str = "stat
     logs = folder / "first.log", folder / "second.log"
     os.environ.setdefault(GROUP_TIMEOUT_VARIABLE, str(TIME_LIMIT))
     flags = ["--data", data, "--output", folder / "run", *FLAGS, *flags]
-    options = {"main_flags": list(map(str, flags)), "processes": processes, "rendezvous": rendezvous}
+    start = partial(node, main_flags=list(map(str, flags)), processes=processes, rendezvous=rendezvous)
     with (
         two_namespaces() as names,
-        node(names[0], 0, logs[0], **options) as first,
-        node(names[1], 1, logs[1], **options) as second,
+        start(names[0], 0, logs[0]) as first,
+        start(names[1], 1, logs[1]) as second,
     ):
         wait_for("Epoch  1 finished", logs[0], first)
         # torch warns there of addresses without a name.

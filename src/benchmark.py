@@ -17,7 +17,7 @@ from src.data.batch import Batch
 from src.data.coco import Annotations
 from src.data.loaders import TrainLoader
 from src.evaluation.evaluate import detect, evaluating
-from src.report.report import Report
+from src.report.report import NullReport, Report
 from src.report.start import device_name, tell_data
 from src.ssd.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES, default_boxes
 from src.training.step import Trainer
@@ -120,7 +120,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 def benchmark(
-    trainer: Trainer, loader: TrainLoader, training: Annotations, *, backbone: str, batch_size: int, report: Report
+    trainer: Trainer,
+    loader: TrainLoader,
+    training: Annotations,
+    *,
+    backbone: str,
+    batch_size: int,
+    report: Report | NullReport,
 ) -> None:
     """`--mode benchmark`: times training on real and on random input and evaluation; a line each and the peak memory.
 

@@ -23,7 +23,7 @@ from src.errors import DataError
 from src.output import make_folder
 from src.report.ending import BAD_INPUT, DONE
 from src.report.plots import draw_batch
-from src.report.report import Report
+from src.report.report import NullReport, Report
 from src.ssd.default_boxes import IMAGE_SIZE
 
 CHUNK = 16  # pictures a thread takes at a time
@@ -40,7 +40,9 @@ class Bar(Protocol):
 Progress = Callable[[int, str], AbstractContextManager[Bar]]  # of (total, name)
 
 
-def check(folder: Path, output: Path, *, make_loader: Callable[[Annotations], TrainLoader], report: Report) -> int:
+def check(
+    folder: Path, output: Path, *, make_loader: Callable[[Annotations], TrainLoader], report: Report | NullReport
+) -> int:
     """Checks the data set in `folder` and draws a training batch of it into `output`; the exit status.
 
     make_loader: the training loader of the annotations.

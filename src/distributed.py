@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
@@ -42,10 +43,11 @@ class Processes:
         self.device = device
         self.store = store
         # The integers and arrays below stay in the host's memory, whatever the gradients travel on.
-        self.host_group = self.patient_group = None
+        self.host_group: dist.ProcessGroup | None = None
+        self.patient_group: dist.ProcessGroup | None = None
         if world_size > 1:
-            self.host_group = dist.new_group(backend="gloo", timeout=_group_timeout())
-            self.patient_group = dist.new_group(backend="gloo", timeout=PATIENCE * _group_timeout())
+            self.host_group = _gloo_group(_group_timeout())
+            self.patient_group = _gloo_group(PATIENCE * _group_timeout())
         self.failed = False  # whether the group is not to be trusted any more
         self._messages = 0
 
@@ -53,6 +55,12 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this is the process that prints, writes, draws and scores."""
         return self.rank == 0
+
+    @property
+    def _shared(self) -> dist.Store:
+        """The store of several processes."""
+        assert self.store is not None
+        return self.store
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over all processes, the model itself where there is one process."""
@@ -90,7 +98,7 @@ class Processes:
         self._messages += 1
         key = f"message {self._messages}"
         if self.is_main:
-            self.store.set(key, "ready")
+            self._shared.set(key, "ready")
         else:
             self._wait(key)
         values = [value]
@@ -120,10 +128,10 @@ class Processes:
         if self.world_size == 1:
             return True
         try:
-            if self.store.add(FAILURES, 1) == 1:
+            if self._shared.add(FAILURES, 1) == 1:
                 return True
             deadline = time.monotonic() + TELLING_LIMIT
-            while not self.store.check([TOLD]) and time.monotonic() < deadline:
+            while not self._shared.check([TOLD]) and time.monotonic() < deadline:
                 time.sleep(POLL)
             return False
         except (dist.DistError, RuntimeError):  # the process that keeps the store is gone: nobody else will tell
@@ -143,7 +151,7 @@ class Processes:
         if self.world_size == 1:
             return None
         try:
-            return int(self.store.get(STOPPED)) if self.store.check([STOPPED]) else None
+            return int(self._shared.get(STOPPED)) if self._shared.check([STOPPED]) else None
         except (dist.DistError, RuntimeError):
             return None
 
@@ -152,7 +160,7 @@ class Processes:
         if self.world_size > 1:
             # Without the store nobody can be told.
             with suppress(dist.DistError, RuntimeError):
-                self.store.set(key, str(self.rank))
+                self._shared.set(key, str(self.rank))
 
     def is_lost(self, error: Exception) -> bool:
         """Whether the error says that another rank is gone; gloo raises plain RuntimeErrors."""
@@ -164,8 +172,8 @@ class Processes:
     def _wait(self, key: str) -> None:
         # Polling, because a wait inside the store would hold back signals.
         deadline = time.monotonic() + WAIT_LIMIT
-        while not self.store.check([key]):
-            if self.store.check([FAILURES]) or self.store.check([STOPPED]):
+        while not self._shared.check([key]):
+            if self._shared.check([FAILURES]) or self._shared.check([STOPPED]):
                 raise LostRankError("it has failed or was told to stop")
             if time.monotonic() > deadline:
                 raise LostRankError(f"rank 0 has not answered for {WAIT_LIMIT} s")
@@ -193,6 +201,12 @@ def start(local_rank: int, device: torch.device | None = None) -> Iterator[Proce
         raise
     if not processes.failed:  # a broken group might wait for the ranks that are gone
         dist.destroy_process_group()
+
+
+def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)  # it is a number only for a rank that is not in it
+    return group
 
 
 def _device(local_rank: int) -> torch.device:
@@ -307,10 +321,10 @@ class StopNotice:
         self._over = False  # all ranks have agreed to stop
         self._deferred = False
         self._flag = torch.zeros((), dtype=torch.int32)
-        self._work = None
+        self._work: dist.Work | None = None
         self._previous = signal.signal(signal.SIGTERM, self._handle)
 
-    def _handle(self, number: int, frame) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         if not self._deferred:
             raise Terminated

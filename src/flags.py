@@ -2,10 +2,11 @@
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from src.data.loaders import PIPELINES
 from src.report.ending import BAD_INPUT
@@ -18,6 +19,9 @@ MODES = ("training", "evaluation", "prediction", "check", "benchmark")
 
 ALTERING = ("batch-size", "seed", "learning-rate", "momentum", "weight-decay", "warmup", "multistep", "fp16", "compile",
             "data_pipeline")  # flags under whose other values a run is another one  # fmt: skip
+
+Group = argparse._ArgumentGroup
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +127,7 @@ def _add_documented(parser: argparse.ArgumentParser) -> None:
         help="who prepares the training images: NVIDIA DALI or torchvision")  # fmt: skip
 
 
-def _add_modes(group) -> None:
+def _add_modes(group: Group) -> None:
     group.add_argument(
         "--mode", choices=MODES, default="training",
         help="evaluation: score a checkpoint. prediction: --data is an image or a folder of images. check: read every "
@@ -134,7 +138,7 @@ def _add_modes(group) -> None:
     )
 
 
-def _add_weights(group) -> None:
+def _add_weights(group: Group) -> None:
     group.add_argument("--backbone", choices=BACKBONES, default="resnet50", help="the ResNet under the detector")
     group.add_argument(
         "--backbone-weights", type=_weights, default="imagenet", metavar="{imagenet,none,FILE}",
@@ -151,14 +155,14 @@ def _add_weights(group) -> None:
     )  # fmt: skip
 
 
-def _add_speed(group) -> None:
+def _add_speed(group: Group) -> None:
     group.add_argument(
         "--compile", action="store_true",
         help="train through torch.compile, which fuses what lies between the convolutions; a minute longer to start",
     )  # fmt: skip
 
 
-def _add_output(group) -> None:
+def _add_output(group: Group) -> None:
     group.add_argument(
         "--output", type=_path, default=Path("models"), metavar="DIR", help="checkpoints, metrics and pictures"
     )
@@ -197,14 +201,12 @@ def _fraction(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
-def _number(text: str, kind: type, accept, wanted: str):
-    try:
+def _number(text: str, kind: Callable[[str], Number], accept: Callable[[Number], bool], wanted: str) -> Number:
+    with suppress(ValueError):
         value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not accept(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return value
+        if accept(value):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Flags:

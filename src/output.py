@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO
 
 from .errors import UserError
 
+fcntl: ModuleType | None
 try:
     import fcntl
 except ImportError:  # not on Windows, where nothing is locked
@@ -76,6 +78,7 @@ def reserved(folder: Path) -> Iterator[None]:
 
 
 def _lock(lock: int, folder: Path) -> None:
+    assert fcntl is not None
     _close_locks_in_children()
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

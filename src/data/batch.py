@@ -38,6 +38,9 @@ class HostBatch(NamedTuple):
 class BatchMaker(nn.Module):
     """Turns a HostBatch into a Batch: colour, normalisation and matching for the whole batch."""
 
+    defaults: Tensor  # [A, 4] cxcywh
+    defaults_ltrb: Tensor  # [A, 4]
+
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         """dtype: of the images that it gives."""
         super().__init__()

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -22,6 +22,8 @@ from src.errors import DataError
 
 from .coco_file import CategoryEntry, ImageEntry, decode_file
 from .coco_rows import Rows, listed, read_rows, warnings_of
+
+T = TypeVar("T")
 
 
 class Category(NamedTuple):
@@ -69,7 +71,7 @@ class Annotations:
         images = self.with_boxes()
         content = hashlib.blake2b("\0".join(map(self.file_name, images.tolist())).encode(), digest_size=8)
         for array in (self.sizes[images], np.diff(self.first_box)[images], self.boxes, self.labels):
-            content.update(np.ascontiguousarray(array))
+            content.update(np.ascontiguousarray(array).data)
         return content.hexdigest()
 
     def with_boxes(self) -> np.ndarray:
@@ -95,7 +97,7 @@ def read_annotations(
     content = decode_file(path)
     training = categories is None
     own = _categories(path, content.categories)
-    if not training:
+    if categories is not None:
         _check_same_categories(path, own, categories, categories_of)
     images = _images(path, content.images, image_folder)
     categories = own if categories is None else tuple(categories)
@@ -182,7 +184,7 @@ def _check_names(path: Path, names: list[str], image_folder: Path) -> None:
         )
 
 
-def _first_repeated(values: Iterable):
+def _first_repeated(values: Iterable[T]) -> T | None:
     """The first of the values that occurs twice, or None."""
     values = list(values)
     if len(set(values)) == len(values):

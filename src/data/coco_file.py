@@ -8,7 +8,7 @@ import json
 import mmap
 import re
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, BinaryIO, NoReturn
 
 import msgspec
 from msgspec import DecodeError, Meta, Raw, Struct, ValidationError
@@ -62,11 +62,11 @@ class Content(Struct):
 
 
 class _TupleEntry(AnnotationEntry, gc=False):
-    bbox: tuple[float, float, float, float]
+    bbox: tuple[float, float, float, float]  # type: ignore[assignment]  # the same numbers in another form
 
 
 class _TupleContent(Content):
-    annotations: list[_TupleEntry]
+    annotations: list[_TupleEntry]  # type: ignore[assignment]
 
 
 class _Parts(Struct):
@@ -120,7 +120,7 @@ def decode_file(path: Path) -> Content:
     return _decode(path, memoryview(data)[start:], start)
 
 
-def _mapped(stream) -> mmap.mmap | bytes:
+def _mapped(stream: BinaryIO) -> mmap.mmap | bytes:
     """The file's bytes, shared by all processes that read it where the file system can do so."""
     try:
         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

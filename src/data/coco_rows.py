@@ -136,7 +136,7 @@ def warnings_of(rows: Rows, usable: np.ndarray) -> Iterator[str]:
     known = rows.image >= 0
     if len(rows.strange):
         strange = f"{len(rows.strange)} of {len(known)} annotations left out"
-        yield f"{strange}: no image has their image_id ({listed(rows.strange)})"
+        yield f"{strange}: no image has their image_id ({listed(rows.strange.tolist())})"
     kinds = (
         (known & rows.flat, "left out: the width or height of their `bbox` is not positive"),
         (known & ~rows.flat & ~usable, "left out: their `bbox` is outside the image"),

@@ -18,6 +18,7 @@ from src.ssd.default_boxes import IMAGE_SIZE, MATCH_THRESHOLD, default_boxes_ltr
 try:
     import nvidia.dali as dali
     from nvidia.dali import fn, math, types
+    from nvidia.dali.data_node import DataNode
 except Exception as error:  # absent, no wheel for this system, or a library that does not load
     raise UserError(f"DALI cannot be used here ({str(error).splitlines()[0]}): use --data_pipeline no_dali") from None
 
@@ -117,7 +118,7 @@ def read(settings: Settings, annotation_file: Path, image_folder: Path, file_nam
     return files, math.clamp(boxes, 0.0, 1.0), labels, ids
 
 
-def random_window(boxes, labels) -> tuple:
+def random_window(boxes: DataNode, labels: DataNode) -> tuple:
     """A window drawn as by `augment.draw_window`: its corner and its sides, [2] each, x and y in 0..1; the boxes and
     labels that it keeps, in its own coordinates."""
     return fn.random_bbox_crop(
@@ -132,7 +133,7 @@ def random_window(boxes, labels) -> tuple:
     )
 
 
-def decode_and_resize(files, anchor, shape, *, on_gpu: bool):
+def decode_and_resize(files: DataNode, anchor: DataNode | None, shape: DataNode | None, *, on_gpu: bool) -> DataNode:
     """The window of the picture, or all of it without one, at 300 x 300; HWC uint8 RGB."""
     options = {"device": "mixed" if on_gpu else "cpu", "adjust_orientation": False}
     if anchor is None:
@@ -142,7 +143,7 @@ def decode_and_resize(files, anchor, shape, *, on_gpu: bool):
     return fn.resize(images, size=[IMAGE_SIZE, IMAGE_SIZE])
 
 
-def match_default_boxes(boxes, labels, *, on_gpu: bool) -> tuple:
+def match_default_boxes(boxes: DataNode, labels: DataNode, *, on_gpu: bool) -> tuple:
     """Boxes [A, 4] cxcywh and labels [A] of the default boxes in reverse order, for boxes [G, 4] ltrb and labels [G].
 
     In reverse, because on equal overlaps the operator takes the last default box, the published model the first.

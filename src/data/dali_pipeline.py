@@ -81,15 +81,14 @@ class DaliTrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches from the present position to the end of its epoch."""
-        self._start_if_needed()
+        self._started()
         for _ in range(len(self) - self._position % len(self)):
             yield self._next_batch()
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch handed out: DALI's checkpoint and what it is valid for."""
-        self._start_if_needed()
         return {
-            "checkpoint": self._pipeline.checkpoint(),
+            "checkpoint": self._started().checkpoint(),
             "first_epoch": self._first_epoch,
             "position": self._position,
             "fingerprint": self.fingerprint(),
@@ -179,14 +178,14 @@ class DaliTrainLoader:
     def _position_of(self, epoch: int, iteration: int) -> int:
         return (epoch - self._first_epoch) * len(self) + iteration
 
-    def _start_if_needed(self) -> None:
-        if self._pipeline is None:
-            self._start(self._first_epoch)
+    def _started(self) -> dali.Pipeline:
+        return self._start(self._first_epoch) if self._pipeline is None else self._pipeline
 
-    def _start(self, epoch: int, checkpoint: bytes | None = None) -> None:
+    def _start(self, epoch: int, checkpoint: bytes | None = None) -> dali.Pipeline:
         self.close()
         self._first_epoch, self._position = epoch, 0
         self._pipeline = self.build((*OUTPUTS, "colour") if self.augment else OUTPUTS, checkpoint)
+        return self._pipeline
 
     def _differences(self, state: dict[str, Any]) -> str:
         """How the settings that a state was taken under differ from these, in words."""
@@ -200,7 +199,7 @@ class DaliTrainLoader:
         """The pipeline's next outputs, in memory that it shares with them."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
-            outputs = self._pipeline.run(stream)
+            outputs = self._started().run(stream)
         except RuntimeError as error:
             raise self._explained(_reason(error)) from None
         self._position += 1

@@ -1,11 +1,13 @@
 """The one place that picks a pipeline."""
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 
 from src.precision import image_dtype
 
+from .batch import Batch
 from .coco import Annotations
 from .torch_pipeline import EvaluationLoader, TorchTrainLoader
 
@@ -20,7 +22,7 @@ class TrainLoader(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __iter__(self): ...
+    def __iter__(self) -> Iterator[Batch]: ...
 
     def set_epoch(self, epoch: int, start_iteration: int = 0) -> None: ...
 
@@ -44,7 +46,8 @@ def make_train_loader(
     world_size: int = 1,
 ) -> TrainLoader:
     """The training loader of `--data_pipeline`.  Raises UserError where DALI is asked for and cannot be used."""
-    options = {"batch_size": batch_size, "device": device, "dtype": image_dtype(device, half), "seed": seed}
+    dtype = image_dtype(device, half)
+    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": dtype, "seed": seed}
     options |= {"rank": rank, "world_size": world_size}
     if pipeline == "no_dali":
         return TorchTrainLoader(annotations, num_workers=num_workers, **options)

@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -33,7 +33,7 @@ OBJECT_SIZE = (0.26, 0.66)  # diameter of the circle around an object, of the pi
 MOST_COVERED = 0.15  # of the smaller of two boxes by the other
 ATTEMPTS = 40  # at placing an object where it covers little
 SUPERSAMPLING = 4  # pixels drawn a side for each pixel kept
-JPEG = {"quality": 92, "subsampling": 0, "optimize": False}
+JPEG: dict[str, Any] = {"quality": 92, "subsampling": 0, "optimize": False}
 
 
 class Kind(NamedTuple):

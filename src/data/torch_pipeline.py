@@ -12,10 +12,11 @@ import os
 import shutil
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,13 +33,15 @@ from .images import read_image, resize
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # batches a worker prepares ahead
 
+Shared = TypeVar("Shared", bound=tuple[Tensor, ...])
+
 
 class Sample(NamedTuple):
     """Where a training sample stands and which image it shows."""
 
     epoch: int
     position: int  # in the epoch, over all processes
-    index: int  # of the image in the annotations
+    image: int  # its index in the annotations
 
 
 class EpochSampler:
@@ -82,10 +85,10 @@ class TrainingSet(Dataset):
         A user's error is returned, not raised: DataLoader would bury it in the worker's traceback.
         """
         try:
-            image = read_image(self.annotations, sample.index)
+            image = read_image(self.annotations, sample.image)
         except UserError as error:
             return error
-        boxes, labels = self.annotations.of_image(sample.index)
+        boxes, labels = self.annotations.of_image(sample.image)
         colour, flip = NO_COLOUR, False
         if self.augment:
             random = np.random.default_rng([self.seed, sample.epoch, sample.position])
@@ -213,7 +216,7 @@ class EvaluationLoader:
     ) -> None:
         self.device = device
         share = range(rank, len(annotations), world_size)
-        batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+        batches = [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
         workers = min(num_workers, len(batches))
         self.loader = _data_loader(
             EvaluationSet(annotations), collate_evaluation, workers, device, batch_sampler=batches, persistent=False
@@ -228,7 +231,13 @@ class EvaluationLoader:
 
 
 def _data_loader(
-    dataset: Dataset, collate, workers: int, device: torch.device, *, batch_sampler, persistent: bool = True
+    dataset: Dataset,
+    collate: Callable[[list], object],
+    workers: int,
+    device: torch.device,
+    *,
+    batch_sampler: Iterable[list],
+    persistent: bool = True,
 ) -> DataLoader:
     # --num-workers is the user's word; torch's advice on it would stand in every log.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -247,7 +256,7 @@ def _data_loader(
 
 def _end_workers(batches: Iterator | None) -> None:
     """Ends a loader's workers now: once the garbage collector has it, torch waits 10 s for each of them in vain."""
-    if hasattr(batches, "_shutdown_workers"):  # not without workers
+    if batches is not None and hasattr(batches, "_shutdown_workers"):  # not without workers
         batches._shutdown_workers()
 
 
@@ -266,12 +275,12 @@ class _WorkerSignals:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._handle)
 
-    def _handle(self, number: int, frame) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._leaving.is_set():
             os._exit(128 + number)
 
 
-def _share(batch: HostBatch | tuple[Tensor, ...]) -> HostBatch | tuple[Tensor, ...] | UserError:
+def _share(batch: Shared) -> Shared | UserError:
     """Moves a worker's batch into shared memory; a UserError where that is too small.
 
     Here, and not in the queue's thread, which would print the failure and leave the run waiting.

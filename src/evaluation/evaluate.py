@@ -3,7 +3,7 @@
 Shapes: N images of a batch, C labels with the background, A = 8,732 default boxes, D detections, K categories.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, nms
 
 from src.data.coco import Annotations
+from src.data.loaders import EvaluationLoader
 from src.distributed import Processes
 from src.precision import autocast
+from src.report.progress import Bar, NullBar
 from src.report.report import NullReport
 from src.ssd.default_boxes import decode, default_boxes
 
@@ -72,16 +74,16 @@ def detect(
     counts = torch.bincount(image, minlength=len(offsets))
     first = counts.cumsum(0) - counts  # [N] of each image's candidates
     keys = _keys(scores, image, first, counts)
-    counts = counts.tolist()
+    candidates = counts.tolist()
     found = [Detections(offsets.new_zeros(0, 4, dtype=torch.float32), label[:0], scores[:0])] * len(offsets)
-    waiting, tried = [row for row, count in enumerate(counts) if count], FIRST_TRIED
+    waiting, tried = [row for row, count in enumerate(candidates) if count], FIRST_TRIED
     while waiting:  # a detection depends on better candidates alone: the best suffice as long as they yield enough
         rows = torch.tensor(waiting, device=offsets.device)
         chosen = _best(keys[rows], first[rows], scores, label, tried, max_candidates)
-        boxes = _decoded(offsets[rows], defaults, box[chosen.index])
+        boxes = _decoded(offsets[rows], defaults, box[chosen.places])
         for row, detections in zip(waiting, _suppressed(boxes, chosen, iou_threshold), strict=True):
             found[row] = Detections(*(part[:max_detections] for part in detections))
-        waiting = [row for row in waiting if len(found[row].scores) < max_detections and tried < counts[row]]
+        waiting = [row for row in waiting if len(found[row].scores) < max_detections and tried < candidates[row]]
         tried *= 4
     return found
 
@@ -104,7 +106,7 @@ class _Candidates(NamedTuple):
 
     scores: Tensor
     labels: Tensor  # 1..K
-    index: Tensor  # among the batch's candidates
+    places: Tensor  # among the batch's candidates
 
 
 def _best(keys: Tensor, first: Tensor, scores: Tensor, label: Tensor, tried: int, max_candidates: int) -> _Candidates:
@@ -167,7 +169,7 @@ def _on_host(parts: tuple[Tensor, ...]) -> np.ndarray:
 
 def evaluate(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: EvaluationLoader,
     annotations: Annotations,
     *,
     device: torch.device,
@@ -196,7 +198,13 @@ def evaluate(
 
 
 def _detect_all(
-    model: nn.Module, loader: Iterable, annotations: Annotations, *, device: torch.device, half: bool, bar
+    model: nn.Module,
+    loader: EvaluationLoader,
+    annotations: Annotations,
+    *,
+    device: torch.device,
+    half: bool,
+    bar: Bar | NullBar,
 ) -> tuple[Results, int]:
     """This rank's results, and how many default boxes' outputs were not finite."""
     defaults = default_boxes().to(device)

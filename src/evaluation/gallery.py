@@ -20,6 +20,7 @@ RECALLS = np.linspace(0, 1, 101)  # COCO's
 
 def leave_evaluation(found: Evaluation, validation: Annotations, output: Path, report: Report | NullReport) -> None:
     """Writes detections.json, precision_recall.png and detections.png, and notes what is odd about the evaluation."""
+    assert found.results is not None  # this is rank 0
     make_folder(output)
     write_results(output / "detections.json", found.results)
     warn_of_non_finite(report, found.non_finite)

@@ -61,7 +61,7 @@ def predict_folder(
     batch_size: int,
     half: bool,
     device: torch.device,
-    report: Report,
+    report: Report | NullReport,
 ) -> None:
     """`--mode prediction`: draws and lists what a checkpoint's network detects in an image or a folder of them.
 

@@ -5,7 +5,7 @@ Shapes: D detections, B boxes, K categories, I images of the annotation file.
 
 import gc
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
+from numpy.typing import ArrayLike
 
 from src.data.coco import Annotations
 from src.data.coco_file import decode_file
@@ -82,7 +83,7 @@ def _parts(results: Results) -> Iterator[list[_Result]]:
         yield [_Result(*row) for row in zip(*columns, strict=True)]
 
 
-def write_list(path: Path, parts: Iterable[list[msgspec.Struct]]) -> None:
+def write_list(path: Path, parts: Iterable[Sequence[msgspec.Struct]]) -> None:
     """Writes a JSON list, an object a line, from parts of it; an older file stays whole until it is replaced.
 
     Raises UserError where it cannot be written.
@@ -162,12 +163,12 @@ def _truth(annotations: Annotations, places: np.ndarray) -> _Boxes:
     )
 
 
-def _labels(category_ids, annotations: Annotations) -> np.ndarray:
+def _labels(category_ids: ArrayLike, annotations: Annotations) -> np.ndarray:
     """Labels 1..K of category ids; [B]."""
     return _find(category_ids, [category.id for category in annotations.categories]) + 1
 
 
-def _find(values, among) -> np.ndarray:
+def _find(values: ArrayLike, among: ArrayLike) -> np.ndarray:
     """Where each value stands in `among`, whose values differ; -1 where it does not.  [B] int64."""
     values, among = np.asarray(values, np.int64), np.asarray(among, np.int64)
     order = np.argsort(among)

@@ -4,7 +4,7 @@ Boxes are ltrb in pixels of the image that they lie in; names may be any text.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -116,7 +116,7 @@ def _draw_boxes(axes: Axes, panel: Panel, colours: dict[str, str], letters: floa
     """Draws the boxes, and a label where there is room for it; letters: their size in pixels."""
     axes.set_axis_off()
     halo = [withStroke(linewidth=_points(letters * 0.32), foreground=BLACK)]
-    line = {"fill": False, "linewidth": _points(letters * 0.16), "path_effects": halo}
+    line: dict[str, Any] = {"fill": False, "linewidth": _points(letters * 0.16), "path_effects": halo}
     taken: list[Bbox] = []
     for number, (box, name) in enumerate(zip(panel.boxes, panel.names, strict=True)):
         corners = np.reshape(box, (2, 2))
@@ -142,7 +142,7 @@ def _draw_label(axes: Axes, corners: np.ndarray, label: str, colour: str, letter
         parse_math=False,
         clip_on=True,
     )
-    extent = text.get_window_extent(axes.figure.canvas.get_renderer())
+    extent = text.get_window_extent()
     size = np.array((extent.width, extent.height)) + 2 * margin
     for corner in _label_places(corners, size, axes.bbox):
         place = Bbox.from_bounds(*corner, *size)

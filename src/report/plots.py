@@ -157,7 +157,7 @@ def _draw_losses(axes: Axes, iterations: np.ndarray, logged: list[dict]) -> None
             values = _running_mean(values, len(values) // 50)
         marker = "." if len(values) < 2 else None  # a line needs two points to be seen
         axes.plot(iterations, values, label=label, color=colour, linestyle=style, marker=marker)
-    if any((line.get_ydata() > 0).any() for line in axes.lines):
+    if any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -254,7 +254,7 @@ def _draw_bars(
     low, high = iou_thresholds[0], iou_thresholds[-1]
     axes.barh(rows, average, color=SKY, height=0.7, label=f"IoU {low:.2f} to {high:.2f}")
     axes.plot(at_first, rows, linestyle="none", marker="D", markersize=5, color=VERMILION, label=f"IoU {low:.2f}")
-    for row, value in zip(rows, average, strict=True):
+    for row, value in enumerate(average):
         axes.text(0.008, row, f"{value:.3f}", va="center", fontsize=8)
     axes.set_yticks(rows, [short(name) for name in names], parse_math=False)
     axes.set(xlabel="average precision", xlim=(0, 1.02), ylim=(len(names) - 0.4, -0.6))

@@ -47,7 +47,7 @@ class NullBar:
     def __enter__(self) -> "NullBar":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
     def update(self, steps: int = 1) -> None:

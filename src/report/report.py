@@ -16,9 +16,9 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from numbers import Number
+from numbers import Real
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any, SupportsFloat, TextIO
 
 from src.output import make_folder, replacing, writing
 from src.report import mlperf
@@ -45,9 +45,9 @@ class Report:
         self._stream = sys.stdout if stream is None else stream
         self._show_bars = sys.stderr.isatty()
         self._bar: Bar | None = None
-        self._metrics = None
+        self._metrics: IO[bytes] | None = None
         self._mlperf: mlperf.MlperfLog | None = None
-        self._tensorboard = None
+        self._tensorboard: Any = None  # its writer; False where the package is missing
         self._continued_at: int | None = None
         self._iterations = 0  # done since the run's start
 
@@ -62,7 +62,7 @@ class Report:
     def begin_run(self, constants: mlperf.Constants) -> None:
         """Starts mlperf.log with everything that is constant, or goes on with it."""
         if self._output is not None:
-            path = self._folder() / MLPERF_LOG
+            path = make_folder(self._output) / MLPERF_LOG
             with writing(path):
                 self._mlperf = mlperf.MlperfLog(path, constants, append=self._append)
 
@@ -140,7 +140,7 @@ class Report:
         self.note(f"Epoch {epoch:2d}, Accuracy: {_accuracy_text(figures['mAP'])}")
         self._record({"kind": "evaluation", "epoch": epoch, **figures})
         self._scalars("evaluation", figures, epoch)
-        self._tell_mlperf(lambda log: log.end_evaluation(epoch, _plain(figures["mAP"])))
+        self._tell_mlperf(lambda log: log.end_evaluation(epoch, _finite(figures["mAP"])))
 
     def end(self, *, average_images_per_second: float, seconds: float, accuracy: float | str | None) -> None:
         """The run is complete.  accuracy: the last evaluation's mAP, None: not defined, or a text instead of it."""
@@ -150,7 +150,7 @@ class Report:
             f"Final accuracy: {_accuracy_text(accuracy)}"
         )
         self._tell_mlperf(
-            lambda log: log.end_run(accuracy=None if isinstance(accuracy, str) else _plain(accuracy), completed=True)
+            lambda log: log.end_run(accuracy=None if isinstance(accuracy, str) else _finite(accuracy), completed=True)
         )
 
     def break_down(self) -> None:
@@ -170,7 +170,7 @@ class Report:
         if self._output is not None:
             content = _plain({"flags": flags, **facts, "versions": versions()})
             text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-            with replacing(self._folder() / FLAGS) as file:
+            with replacing(make_folder(self._output) / FLAGS) as file:
                 file.write(text.encode())
 
     def truncate(self, *, epoch: int, iteration: int) -> None:
@@ -214,11 +214,8 @@ class Report:
             self._bar.close()
             self._bar = None
 
-    def _folder(self) -> Path:
-        return make_folder(self._output)
-
     def _tell_mlperf(self, write: Callable[[mlperf.MlperfLog], None]) -> None:
-        if self._mlperf is not None:
+        if self._mlperf is not None and self._output is not None:
             with writing(self._output / MLPERF_LOG):
                 write(self._mlperf)
 
@@ -229,7 +226,7 @@ class Report:
         path = self._output / METRICS
         with writing(path):
             if self._metrics is None:
-                self._metrics = (self._folder() / METRICS).open("ab" if self._append else "wb", buffering=0)
+                self._metrics = (make_folder(self._output) / METRICS).open("ab" if self._append else "wb", buffering=0)
             self._metrics.write(json.dumps(_plain(entry), allow_nan=False).encode() + b"\n")
 
     def _scalars(self, group: str, figures: Mapping[str, float | None], step: int) -> None:
@@ -237,7 +234,7 @@ class Report:
         if self._output is None:
             return
         if self._tensorboard is None:
-            self._tensorboard = _open_tensorboard(self._folder() / TENSORBOARD, self._continued_at)
+            self._tensorboard = _open_tensorboard(make_folder(self._output) / TENSORBOARD, self._continued_at)
         if self._tensorboard:
             for name, value in figures.items():
                 if value is not None:
@@ -247,7 +244,7 @@ class Report:
 class NullReport:
     """The report of the ranks that do not report."""
 
-    def _nothing(self, *_, **__) -> None:
+    def _nothing(self, *_: object, **__: object) -> None:
         pass
 
     note = warn = begin_run = begin_epoch = step = iteration = end_epoch = _nothing
@@ -307,9 +304,12 @@ def _plain(value: object) -> object:
         return [_plain(part) for part in value]
     if isinstance(value, str | int) or value is None:
         return value
-    if isinstance(value, Number):
-        return float(value) if math.isfinite(value) else None
-    return str(value)
+    return _finite(value) if isinstance(value, Real) else str(value)
+
+
+def _finite(value: SupportsFloat | None) -> float | None:
+    """The number, None for one that is not finite."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _metrics_before(text: str, epoch: int, iteration: int) -> str:
@@ -327,7 +327,7 @@ def _is_before(line: str, epoch: int, iteration: int) -> bool:
         return False
 
 
-def _open_tensorboard(folder: Path, first_iteration: int | None):
+def _open_tensorboard(folder: Path, first_iteration: int | None) -> Any:
     """TensorBoard's writer, False where the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -24,6 +24,8 @@ class LossParts(NamedTuple):
 class MultiBoxLoss(nn.Module):
     """Smooth L1 over the matched default boxes plus cross-entropy over those and the hardest negatives."""
 
+    defaults: Tensor  # [A, 4] cxcywh
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("defaults", default_boxes().clone(), persistent=False)

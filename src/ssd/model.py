@@ -22,8 +22,9 @@ class FeatureExtractor(nn.Module):
     def __init__(self, backbone: str) -> None:
         super().__init__()
         resnet = models.get_model(backbone, weights=None)
-        self.feature_extractor = nn.Sequential(*list(resnet.children())[:LAYERS_KEPT])
-        first = self.feature_extractor[-1][0]
+        *layers, last = list(resnet.children())[:LAYERS_KEPT]
+        self.feature_extractor = nn.Sequential(*layers, last)
+        first = last[0]
         for layer in (first.conv1, first.conv2, first.downsample[0]):
             layer.stride = (1, 1)
 
@@ -74,12 +75,12 @@ def feature_channels(backbone: str) -> tuple[int, ...]:
 
 
 def _extra_block(inputs: int, hidden: int, outputs: int, *, halve: bool) -> nn.Sequential:
-    shrink = {"stride": 2, "padding": 1} if halve else {}
+    stride, padding = (2, 1) if halve else (1, 0)
     return nn.Sequential(
         nn.Conv2d(inputs, hidden, kernel_size=1, bias=False),
         nn.BatchNorm2d(hidden),
         nn.ReLU(inplace=True),
-        nn.Conv2d(hidden, outputs, kernel_size=3, bias=False, **shrink),
+        nn.Conv2d(hidden, outputs, kernel_size=3, stride=stride, padding=padding, bias=False),
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     )

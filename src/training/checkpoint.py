@@ -1,17 +1,69 @@
-"""Checkpoints of runs, which `src.weights` reads.
+"""Checkpoints of runs: what is in them, one writer, one reader.
 
 A file holds tensors, plain numbers, strings, bytes, lists and dicts only, so that torch's safe loader reads it.
 """
 
 import io
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from src.errors import UserError
 from src.output import replacing
+from src.weights.detector import first_difference
+from src.weights.files import load_checkpoint
+
+TRAINING_DATA = "the training data"  # one of the settings
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
+@dataclass
+class Position:
+    """Where a run stands: what a checkpoint needs beside weights and pipeline to continue exactly."""
+
+    epoch: int = 0  # the one it is in
+    within: int = 0  # iterations done in that epoch
+    length: int = 0  # iterations of an epoch
+    iteration: int = 0  # iterations done since the run's start
+    best_map: float | None = None
+    last_map: float | None = None
+    evaluated: bool = False  # whether there has been an evaluation at all
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is about; a checkpoint carries it, so that continuing under other flags is noticed."""
+
+    backbone: str
+    categories: list[list[Any]]  # [id, name] in the order of the labels 1..K
+    seed: int
+    settings: dict[str, Any] = field(default_factory=dict)  # flags that alter the run, and the data's digest, by name
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run at one moment.  In the file, the fields of position and identity stand beside the others."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]  # empty without loss scaling
+    pipeline: list[dict[str, Any]]  # of each rank
+    position: Position
+    identity: Identity
+
+
+PARTS = ("model", "optimizer", "scaler", "pipeline")  # of a checkpoint, as they are
+
+
+def save_run(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes a run's checkpoint; see `save_checkpoint`."""
+    state = {name: getattr(checkpoint, name) for name in PARTS}
+    save_checkpoint(path, {**state, **asdict(checkpoint.position), **asdict(checkpoint.identity)})
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Writes `state` so that a kill at any moment leaves either the old file or the new one, whole.
 
     Raises UserError where the file cannot be written (a full disk); the old one stays.
@@ -20,3 +72,33 @@ def save_checkpoint(path: Path, state: dict) -> None:
     torch.save(state, buffer)
     with replacing(path) as file:
         file.write(buffer.getbuffer())
+
+
+def read_run(path: Path, identity: Identity) -> Checkpoint:
+    """The checkpoint of a run that can be continued as `identity`.
+
+    Raises UserError where it holds no run, or one of another backbone or other categories.
+    """
+    state = load_checkpoint(path)
+    position, theirs = ([part.name for part in fields(kind)] for kind in (Position, Identity))
+    missing = [name for name in (*position, *theirs, *PARTS) if name not in state]
+    if missing:
+        raise UserError(f"{path}: holds weights but no run to continue (no {missing[0]}): use --checkpoint {path}")
+    checkpoint = Checkpoint(
+        **{name: state[name] for name in PARTS},
+        position=Position(**{name: state[name] for name in position}),
+        identity=Identity(**{name: state[name] for name in theirs}),
+    )
+    _check_same_run(path, checkpoint.identity, identity)
+    return checkpoint
+
+
+def _check_same_run(path: Path, theirs: Identity, ours: Identity) -> None:
+    if theirs.backbone != ours.backbone:
+        raise UserError(f"{path}: is a run of --backbone {theirs.backbone}, not {ours.backbone}")
+    if theirs.categories != ours.categories:
+        there, here = ([f"{name!r} (id {id})" for id, name in side] for side in (theirs.categories, ours.categories))
+        raise UserError(
+            f"{path}: is a run on other categories than the data's ({first_difference(there, here)}): to train these "
+            f"from its weights use --checkpoint {path}"
+        )

@@ -1,7 +1,9 @@
 """What a run starts from: fresh or given weights, or the checkpoint of a run that is continued."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +15,8 @@ from src.weights.backbone import load_backbone_weights
 from src.weights.detector import load_detector, load_weights
 from src.weights.files import load_checkpoint
 
-from .run import LAST, Identity, Position, changed_settings, restore_position
+from .checkpoint import TRAINING_DATA, Checkpoint, Identity, Position
+from .run import LAST
 from .step import Schedule, Trainer
 
 
@@ -29,7 +32,7 @@ def starting_model(
     categories: Sequence[Category],
     *,
     seed: int,
-    resumed: tuple[Path, dict] | None,
+    resumed: tuple[Path, Checkpoint] | None,
     checkpoint: Path | None,
     backbone_weights: str,
     processes: Processes,
@@ -45,29 +48,49 @@ def starting_model(
     news: list[str] = []
     if processes.is_main:
         if resumed is not None:
-            source, state = resumed
-            load_weights(model, state["model"], source=source, fresh_label_heads=False)
+            source, run = resumed
+            load_weights(model, run.model, source=source, fresh_label_heads=False)
         elif checkpoint is not None:
             news += load_detector(model, load_checkpoint(checkpoint), categories, source=checkpoint)
         else:
             load_backbone_weights(model, backbone, backbone_weights)
     processes.broadcast_object()  # fetching may take long
-    return model.to(processes.device, memory_format=torch.channels_last), news
+    return model.to(processes.device).to(memory_format=torch.channels_last), news
 
 
 def start_position(
-    trainer: Trainer, loader: TrainLoader, schedule: Schedule, identity: Identity, state: dict | None, *, rank: int
+    trainer: Trainer, loader: TrainLoader, schedule: Schedule, identity: Identity, run: Checkpoint | None, *, rank: int
 ) -> tuple[Position, list[str]]:
-    """Where the run begins, and warnings; all but the weights is taken from the checkpoint, where there is one."""
-    if state is None:
+    """Where a run begins, and warnings; all but the weights is taken from the one to continue, where there is one."""
+    if run is None:
         return Position(), []
-    changed = changed_settings(state, identity)
+    changed = _changed_settings(run.identity.settings, identity.settings)
     warnings = []
     if changed:
         warnings = [f"continued with other settings than before, so the run is another one: {', '.join(changed)}"]
-    trainer.restore(state)
-    position = restore_position(state, schedule, len(loader))
-    states = state["pipeline"]
-    own = states[min(rank, len(states) - 1)]  # which tells of another number of processes itself
+    trainer.restore(optimizer=run.optimizer, scaler=run.scaler)
+    position = _counted_anew(run, schedule, len(loader))
+    own = run.pipeline[min(rank, len(run.pipeline) - 1)]  # which tells of another number of processes itself
     loader.load_state_dict(own, epoch=position.epoch, iteration=position.within)
     return position, warnings + loader.warnings
+
+
+def _changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings that differ from those a checkpoint was written under, as "name (old -> new)"."""
+    changed = [name for name, value in now.items() if before.get(name) != value]
+    return [name if name == TRAINING_DATA else f"{name} ({before.get(name)} -> {now[name]})" for name in changed]
+
+
+def _counted_anew(run: Checkpoint, schedule: Schedule, length: int) -> Position:
+    """The position of the run to continue in this run's iterations, `length` of them an epoch.
+
+    Where iterations have other images now, inside an epoch stays inside one.
+    """
+    within = run.position.within
+    if within == run.position.length:
+        within = length
+    elif within:
+        settings = run.identity.settings
+        old_images = settings["--batch-size"] * settings["the number of processes"]
+        within = min(max(1, within * old_images // schedule.images), length - 1)
+    return replace(run.position, within=within, length=length)

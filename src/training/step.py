@@ -1,9 +1,9 @@
 """Optimizer, learning-rate schedule, the training step and one epoch of it."""
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,10 +97,9 @@ class Trainer:
     ) -> None:
         """compiled: train through torch.compile; the model itself, which is evaluated and saved, stays as it is."""
         self.model = model  # without the wrapper of several processes
-        self.parallel = processes.wrap(model)
-        self._compiler_errors = nullcontext
-        if compiled:
-            self.parallel, self._compiler_errors = torch.compile(self.parallel), _compiler_errors
+        parallel = processes.wrap(model)
+        self.parallel: nn.Module = cast(nn.Module, torch.compile(parallel)) if compiled else parallel
+        self._explained: Callable[[], AbstractContextManager] = _compiler_errors if compiled else nullcontext
         self.optimizer = optimizer
         self.criterion = MultiBoxLoss().to(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=half and device.type == "cuda")
@@ -111,9 +110,10 @@ class Trainer:
         if self.scaler.is_enabled():
             optimizer.register_step_post_hook(self._count_skipped)
 
-    def _count_skipped(self, optimizer: Optimizer, *_) -> None:
+    def _count_skipped(self, optimizer: Optimizer, *_: object) -> None:
         """Counts a step that the loss scaling left out, on the device: it hands `found_inf` to a fused optimizer."""
-        self._skipped += (optimizer.found_inf > 0).sum()
+        overflows: Tensor = optimizer.found_inf  # type: ignore[attr-defined]
+        self._skipped += (overflows > 0).sum()
 
     def skipped_steps(self) -> int:
         """Steps that were left out because gradients overflowed, since this process started; waits for the device."""
@@ -131,7 +131,7 @@ class Trainer:
         """Forward, backward and SGD on one batch; the loss's parts stay on the device, detached."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        with self._compiler_errors():
+        with self._explained():
             with autocast(self.device, self.half):
                 offsets, logits = self.parallel(batch.images)
             parts = self.criterion.parts(offsets, logits, batch.boxes, batch.labels)
@@ -141,18 +141,18 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return LossParts(parts.localisation.detach(), parts.label.detach())
 
-    def restore(self, state: dict) -> None:
+    def restore(self, *, optimizer: dict[str, Any], scaler: dict[str, Any]) -> None:
         """Takes momentum and loss scale from a checkpoint; one written without loss scaling leaves the scale new.
 
         The optimizer's settings stay this run's.
         """
         settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(optimizer)
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         _fill_momentum(self.optimizer)
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        if self.scaler.is_enabled() and scaler:
+            self.scaler.load_state_dict(scaler)
 
 
 class BreakdownWatch:

@@ -66,7 +66,7 @@ def load_backbone(model: nn.Module, resnet: dict[str, Tensor], *, source: Path) 
 
     Raises UserError where it does not fit.
     """
-    backbone = model.feature_extractor.feature_extractor
+    backbone = model.get_submodule("feature_extractor.feature_extractor")
     expected = {_resnet_name(name): tensor for name, tensor in backbone.state_dict().items()}
     weights = {name: tensor for name, tensor in resnet.items() if name.partition(".")[0] in RESNET_CHILDREN}
     for name in expected:

@@ -24,7 +24,7 @@ def trained_model(state: dict, *, backbone: str, num_categories: int, source: Pa
     """
     model = SSD300(state.get("backbone", backbone), num_categories + 1)
     load_weights(model, state["model"], source=source, fresh_label_heads=False)
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], *, source: Path, fresh_label_heads: bool) -> None:

@@ -83,7 +83,7 @@ def test_boxes_and_labels_are_the_files_and_the_other_pipelines(tmp_path, catego
         assert np.array(labels.at(sample)).tolist() == [label_of(categories, entry) for entry in own]
     order = orders(ours, 1)[0][0]
     theirs = TorchTrainLoader(data, batch_size=4, num_workers=0, device=CPU, augment=False)
-    theirs_order = [sample.index for sample in next(iter(theirs.sampler))]
+    theirs_order = [sample.image for sample in next(iter(theirs.sampler))]
     (ours_batch,), (theirs_batch,) = epoch(ours, 0), list(theirs)
     for sample, image in enumerate(data.with_boxes()[order]):
         other = theirs_order.index(image)
@@ -102,7 +102,7 @@ def test_photographs_without_augmentation_are_the_other_pipelines(coco128):
     theirs = TorchTrainLoader(data, batch_size=126, num_workers=0, device=CPU, augment=False)
     theirs.sampler.images = np.array(order[:24])
     theirs.sampler.batch_size = 24
-    theirs_order = [sample.index for sample in next(iter(theirs.sampler))]
+    theirs_order = [sample.image for sample in next(iter(theirs.sampler))]
     (ours_batch,), (theirs_batch,) = epoch(ours, 0), list(theirs)
     for sample, image in enumerate(theirs_order):
         one, other = order.index(image), sample

@@ -95,7 +95,7 @@ def test_every_image_is_seen_in_every_epoch_and_all_ranks_do_as_many_full_batche
             assert len(batches) == len(sampler)
             assert all(len(batch) == 2 for batch in batches)
             lengths.add(len(batches))
-            seen += [sample.index for batch in batches for sample in batch]
+            seen += [sample.image for batch in batches for sample in batch]
         assert len(lengths) == 1
         assert set(seen) == set(range(0, images * 10, 10))
         orders.add(tuple(seen))
