@@ -1,4 +1,5 @@
 # make demo   draws sample data, trains and evaluates on it, and leaves checkpoints and pictures in demo/
+# make pictures   runs the demo and makes README.rst's pictures of its pictures
 # make test   runs every test
 # make lint   checks style and types
 # All make .venv first; PYTHON names the interpreter that it is made with.
@@ -12,7 +13,7 @@ DEMO_FLAGS = --data $(DEMO)/data --output $(DEMO)/run --backbone resnet18 --back
 	--epochs 10 --batch-size 8 --eval-batch-size 16 --num-workers 2 --lr 0.08 --warmup 40 --multistep 8 \
 	--evaluation 4 9 --target 0.3
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo pictures test lint clean
 
 venv: $(INSTALLED)
 
@@ -26,6 +27,9 @@ demo: venv
 	$(BIN)/python -m src.data.sample $(DEMO)/data
 	$(BIN)/python main.py $(DEMO_FLAGS) $$($(BIN)/python -m src.precision)
 	@echo "The pictures, figures and checkpoints are in $(DEMO)/run."
+
+pictures: demo
+	$(BIN)/python docs/pictures.py $(DEMO)/run
 
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
