@@ -20,6 +20,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UserError
+from .launchers import Place, find_place
 
 GROUP_TIMEOUT = 120  # seconds after which a rank that does not answer is taken for lost
 GROUP_TIMEOUT_VARIABLE = "SSD300_GROUP_TIMEOUT"
@@ -184,16 +185,15 @@ class Processes:
 def start(local_rank: int, device: torch.device | None = None) -> Iterator[Processes]:
     """The processes that a launcher started, or this one alone; ends the group on leaving.
 
-    local_rank: the launcher's flag; the LOCAL_RANK variable wins.  device: for tests; by default the GPU of that
+    local_rank: the launcher's flag; its variable wins.  device: for tests; by default the GPU of that
     rank where there are GPUs, else the CPU.  Raises UserError where the group cannot be formed.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    device = device or _device(int(os.environ.get("LOCAL_RANK", local_rank)))
-    if world_size == 1:
+    place = find_place(local_rank)
+    device = device or _device(place.local_rank)
+    if place.world_size == 1:
         yield Processes(0, 1, device, None)
         return
-    processes = _join(device, rank, world_size)
+    processes = _join(device, place)
     try:
         yield processes
     except (KeyboardInterrupt, Terminated):
@@ -228,16 +228,11 @@ def configure(device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def _join(device: torch.device, rank: int, world_size: int) -> Processes:
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise UserError(
-            f"the variable WORLD_SIZE is {world_size}, but {missing[0]} is not set: start the processes with torchrun, "
-            "which sets all of them, or unset WORLD_SIZE for one process"
-        )
+def _join(device: torch.device, place: Place) -> Processes:
+    os.environ |= {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)}
     timeout = _group_timeout()
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, world_size = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
         store.set_timeout(timeout)
         store = dist.PrefixStore(f"ssd300 start {count_start(store, rank, timeout)}", store)
         dist.init_process_group(
@@ -249,10 +244,10 @@ def _join(device: torch.device, rank: int, world_size: int) -> Processes:
         )
         return Processes(rank, world_size, device, dist.PrefixStore("run", store))
     except (ValueError, RuntimeError, LostRankError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = f"{place.address}:{place.port}"
         why = "the address is already in use" if "EADDRINUSE" in str(error) else reason(error)
         raise UserError(
-            f"rank {rank} of {world_size} cannot join the others at {address} ({why}): is another job on "
+            f"rank {place.rank} of {place.world_size} cannot join the others at {address} ({why}): is another job on "
             "that port? Choose one with the launcher's --master_port (or the MASTER_PORT variable)"
         ) from error
 
@@ -294,7 +289,7 @@ def telling_once() -> Iterator[None]:
 
     An exit of the others is held back until it has, because a launcher ends all when one is gone.
     """
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if _is_first_of_machine():
         yield
         return
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -303,6 +298,13 @@ def telling_once() -> Iterator[None]:
         except SystemExit:
             time.sleep(TELLING_LIMIT)
             raise
+
+
+def _is_first_of_machine() -> bool:
+    try:
+        return find_place().local_rank == 0
+    except UserError:  # which `start` will raise
+        return True
 
 
 class Terminated(BaseException):
