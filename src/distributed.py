@@ -8,11 +8,11 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,11 @@ GROUP_TIMEOUT_VARIABLE = "SSD300_GROUP_TIMEOUT"
 PATIENCE = 15  # times that limit is how much longer than another a rank may take for its share of an evaluation
 WAIT_LIMIT = 6 * 3600  # seconds that ranks wait for work that only rank 0 does (scoring, writing, fetching weights)
 POLL = 0.05  # seconds between looks at the store
+DATA_LIMIT = 20  # seconds that SIGTERM lets a run wait for its next images; launchers kill after 30
 TELLING_LIMIT = 5  # seconds that a rank which fails after another waits for that one to have told why
+HAS_ALARM = hasattr(signal, "setitimer")  # not on Windows
 FAILURES, TOLD, STOPPED = "failures", "told", "stopped"  # keys of the store
+T = TypeVar("T")
 
 
 class LostRankError(Exception):
@@ -308,12 +311,13 @@ def _is_first_of_machine() -> bool:
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived where nothing is to be finished first."""
+    """SIGTERM arrived where nothing is to be finished first, or what is cannot be; the message says why."""
 
 
 class StopNotice:
     """SIGTERM, a scheduler's notice: within `deferred` it is noted, elsewhere it raises Terminated at once.
 
+    What is deferred is let finish unless it waits for images: see `watched`.
     All ranks learn of it by one integer that is reduced asynchronously and read an iteration later.
     """
 
@@ -322,14 +326,24 @@ class StopNotice:
         self.received = False
         self._over = False  # all ranks have agreed to stop
         self._deferred = False
+        self._waiting = False  # for images, while what is deferred
         self._flag = torch.zeros((), dtype=torch.int32)
         self._work: dist.Work | None = None
-        self._previous = signal.signal(signal.SIGTERM, self._handle)
+        self._previous = [(signal.SIGTERM, signal.signal(signal.SIGTERM, self._handle))]
+        if HAS_ALARM:
+            self._previous.append((signal.SIGALRM, signal.signal(signal.SIGALRM, self._give_up)))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        first, self.received = not self.received, True
         if not self._deferred:
             raise Terminated
+        if first and HAS_ALARM:
+            signal.setitimer(signal.ITIMER_REAL, DATA_LIMIT, 1)
+
+    def _give_up(self, number: int, frame: FrameType | None) -> None:
+        """The iteration would never end where a disk or a worker process hangs."""
+        if self._waiting:
+            raise Terminated(f" (the next images had not come after {DATA_LIMIT} s)")
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -343,6 +357,19 @@ class StopNotice:
         if stop or self.received:
             self._over = True
             raise Terminated
+
+    def watched(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches; once SIGTERM has come, waiting too long for the next one raises Terminated."""
+        iterator = iter(batches)
+        while True:
+            self._waiting = True
+            try:
+                batch = next(iterator, None)
+            finally:
+                self._waiting = False
+            if batch is None:
+                return
+            yield batch
 
     def agreed(self) -> bool:
         """Whether any rank had been told to stop by its last call; to be called by all ranks in every iteration."""
@@ -363,9 +390,13 @@ class StopNotice:
         return bool(self._flag)
 
     def close(self) -> None:
-        """Gives SIGTERM back to whoever had it.
+        """Gives the signals back to whoever had them.
 
         After an agreed stop it is ignored: a launcher sends it to all when one has ended, and each is to end by itself.
         """
-        ignored = self._over and self.processes.world_size > 1
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if ignored else self._previous)
+        if HAS_ALARM:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._previous:
+            signal.signal(number, handler)
+        if self._over and self.processes.world_size > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
