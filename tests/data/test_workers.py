@@ -119,7 +119,7 @@ def test_a_worker_that_cannot_be_started(kind, data, monkeypatch):
         return fork()
 
     monkeypatch.setattr(os, "fork", limited)
-    with pytest.raises(UserError, match="cannot start 2 worker processes .*ulimit -u"):
+    with pytest.raises(UserError, match=r"cannot start 2 worker processes .*ulimit -u"):
         batches(kind, data)
     assert multiprocessing.active_children() == []
 
@@ -131,7 +131,7 @@ def test_the_limit_of_open_files_is_raised_or_told_of(kind, data, monkeypatch):
     monkeypatch.setattr(workers.resource, "setrlimit", lambda _, pair: given.append(pair))
     assert len(batches(kind, data, 1)) == IMAGES // 2
     assert given == [(77, 1024)]
-    with pytest.raises(UserError, match="2 worker processes need 90 open files and 64 are allowed: .*ulimit -n 1024"):
+    with pytest.raises(UserError, match=r"2 worker processes need 90 open files and 64 are allowed: .*ulimit -n 1024"):
         batches(kind, data, 2)
 
 
