@@ -102,11 +102,8 @@ def train(flags: Flags, processes: Processes) -> int:
             report = start_report(flags.output, continued=continued, flags=asdict(flags), processes=processes)
             stack.enter_context(closing(report))
         tell_data(report, training, validation, half=flags.fp16, device=processes.device)
-        odd = odd_starts(
-            schedule, flags.epochs, len(loader), unreached_evaluations=flags.unreached_evaluations,
-            missing=flags.output / LAST if flags.resume and not resumed else None,
-        )  # fmt: skip
-        for warning in odd + warnings:
+        missing = flags.output / LAST if flags.resume and not resumed else None
+        for warning in odd_starts(schedule, flags.epochs, len(loader), flags.unreached_evaluations, missing) + warnings:
             report.warn(warning)
         for line in news:
             report.note(line)

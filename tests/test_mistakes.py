@@ -14,7 +14,7 @@ import torch
 
 import main
 from src.errors import UserError, printable
-from src.flags import parse_args, unreached_evaluations
+from src.flags import parse_args
 from src.output import reserved, writing
 from src.report.report import Report
 from tests.both_pipelines import error_line, read, run, train_loader
@@ -187,8 +187,8 @@ def test_the_largest_seed_shuffles_and_initialises(pipeline, data):
 
 
 def test_evaluations_that_are_not_reached():
-    assert unreached_evaluations(parse_args(["-d", "x", "-e", "5", "--evaluation", "3", "5", "9"])) == [5, 9]
-    assert unreached_evaluations(parse_args(["-d", "x", "-e", "5"])) == []
+    assert parse_args(["-d", "x", "-e", "5", "--evaluation", "3", "5", "9"]).unreached_evaluations == [5, 9]
+    assert parse_args(["-d", "x", "-e", "5"]).unreached_evaluations == []
 
 
 def test_a_resume_that_finds_nothing_and_a_warm_up_beyond_the_run_are_told_of(data, tmp_path, capsys):

@@ -95,7 +95,8 @@ def share(batch: Shared) -> Shared | Exception:
             for part in batch:
                 part.share_memory_()
         except RuntimeError as error:
-            return explained(error, worker.num_workers)
+            told = explained(error, worker.num_workers)
+            return told if isinstance(told, UserError) else _too_small(str(worker.num_workers))
     return batch
 
 

@@ -19,8 +19,8 @@ def fail(error: Exception, processes: Processes) -> int:
     """Tells why this process ends, unless another has told before; the exit status."""
     if processes.world_size > 1:  # a launcher that has seen another process end does not wait for the message
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    error = explained(error)
     lost = processes.is_lost(error)
+    error = error if lost else explained(error)
     if lost and processes.stopped_elsewhere() is not None:
         return TERMINATED
     if processes.report_failure():

@@ -97,7 +97,7 @@ def _counted_anew(run: Checkpoint, schedule: Schedule, length: int) -> Position:
 
 
 def odd_starts(
-    schedule: Schedule, epochs: int, length: int, *, unreached_evaluations: Sequence[int], missing: Path | None
+    schedule: Schedule, epochs: int, length: int, unreached_evaluations: Sequence[int], missing: Path | None
 ) -> list[str]:
     """Warnings about what may be a mistake.
 

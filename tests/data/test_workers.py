@@ -135,6 +135,7 @@ def test_the_limit_of_open_files_is_raised_or_told_of(kind, data, monkeypatch):
         batches(kind, data, 2)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, main.TERMINATED), (signal.SIGINT, main.INTERRUPTED)])
 def test_signals_are_heeded_while_a_hanging_worker_is_waited_for(
     data, tmp_path, monkeypatch, in_workers, capsys, number, status
