@@ -83,8 +83,8 @@ def _srun(given: Mapping[str, str]) -> Place:
 
 def first_host(nodes: str) -> str:
     """The first of a list as Slurm writes it: node001 of "node[001-003,7],x"."""
-    name = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", name)
+    lowest = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes)  # of each pair of brackets, in which commas stand as well
+    return lowest.split(",")[0]
 
 
 def _among(place: Place, name: str) -> Place:

@@ -14,16 +14,17 @@ from contextlib import contextmanager, suppress
 from multiprocessing.context import BaseContext
 from multiprocessing.queues import Queue
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from src.errors import UserError
 
+resource: ModuleType | None
 try:
     import resource
 except ImportError:  # not on Windows, which has no such limits
@@ -87,8 +88,8 @@ def end_workers(batches: Iterator | None) -> None:
         batches._shutdown_workers()
 
 
-def share(batch: Shared) -> Shared | Exception:
-    """Moves a worker's batch, a tuple of tensors, into shared memory; the error where that is too small."""
+def share(batch: Shared) -> Shared | UserError:
+    """Moves a worker's batch, a tuple of tensors, into shared memory; a UserError where that is too small."""
     worker = get_worker_info()
     if worker is not None:
         try:
@@ -122,7 +123,7 @@ def allow_open_files(workers: int) -> None:
 class _Loader(DataLoader):
     """Starts its workers through `_Batches`."""
 
-    def _get_iterator(self) -> Iterator:
+    def _get_iterator(self) -> _BaseDataLoaderIter:
         return _Batches(self) if self.num_workers else super()._get_iterator()
 
 
@@ -159,7 +160,7 @@ class _TellingQueue(Queue):
 def _context() -> BaseContext:
     """The system's way of starting processes, with queues that tell."""
     context = copy.copy(multiprocessing.get_context())
-    context.Queue = lambda maxsize=0: _TellingQueue(maxsize, ctx=context)
+    context.Queue = lambda maxsize=0: _TellingQueue(maxsize, ctx=context)  # type: ignore[method-assign]
     return context
 
 
