@@ -9,9 +9,10 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
 
-# The imports below take seconds, in which Ctrl-C would show where they were.  Who starts this may have it ignored.
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from src.surroundings import prepare
+
+if __name__ == "__main__":
+    prepare()
 
 import torch
 
@@ -35,7 +36,7 @@ from src.report.start import Continued, start_report, tell_data, tell_start
 from src.ssd.model import SSD300, feature_channels
 from src.training.checkpoint import TRAINING_DATA, Identity, read_run
 from src.training.run import LAST, Run
-from src.training.start import resumed_file, start_position, starting_model
+from src.training.start import odd_starts, resumed_file, start_position, starting_model
 from src.training.step import Schedule, Trainer, make_optimizer
 
 ONE_PROCESS = {"prediction": "", "check": ", which uses all cores", "benchmark": ""}  # modes that work on one, and why
@@ -101,9 +102,8 @@ def train(flags: Flags, processes: Processes) -> int:
             report = start_report(flags.output, continued=continued, flags=asdict(flags), processes=processes)
             stack.enter_context(closing(report))
         tell_data(report, training, validation, half=flags.fp16, device=processes.device)
-        for epoch in flags.unreached_evaluations:
-            report.warn(f"--evaluation {epoch}: not reached, the epochs are 0 to {flags.epochs - 1} (--epochs)")
-        for warning in warnings:
+        missing = flags.output / LAST if flags.resume and not resumed else None
+        for warning in odd_starts(schedule, flags.epochs, len(loader), flags.unreached_evaluations, missing) + warnings:
             report.warn(warning)
         for line in news:
             report.note(line)
@@ -134,9 +134,8 @@ def train_to_the_end(run: Run, *, epochs: int, began: float) -> None:
     except TrainingBreakdownError:
         report.break_down()
         raise
-    except Terminated:
-        where = f"in epoch {position.epoch} after {position.within} of its {position.length} iterations"
-        report.note(f"Stopped by SIGTERM {where}; --resume continues from {run.output / LAST}")
+    except Terminated as notice:
+        report.note(run.stopped_by(notice))
         raise
     accuracy = position.last_map if position.evaluated else "not evaluated"
     report.end(average_images_per_second=run.images_per_second, seconds=time.perf_counter() - began, accuracy=accuracy)

@@ -11,6 +11,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from src.surroundings import prepare
+
+if __name__ == "__main__":
+    prepare()
+
 import torch
 
 from src.data.sample import draw_dataset

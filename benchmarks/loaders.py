@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from src.data.coco import Annotations, locations, read_annotations
 from src.data.dali_pipeline import DaliTrainLoader
 from src.data.images import read_image, resize
-from src.data.torch_pipeline import PREFETCH, TorchTrainLoader
+from src.data.torch_pipeline import TorchTrainLoader
+from src.data.workers import PREFETCH
 
 from . import table
 

@@ -8,11 +8,11 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,18 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UserError
+from .launchers import Place, find_place
 
 GROUP_TIMEOUT = 120  # seconds after which a rank that does not answer is taken for lost
 GROUP_TIMEOUT_VARIABLE = "SSD300_GROUP_TIMEOUT"
 PATIENCE = 15  # times that limit is how much longer than another a rank may take for its share of an evaluation
 WAIT_LIMIT = 6 * 3600  # seconds that ranks wait for work that only rank 0 does (scoring, writing, fetching weights)
 POLL = 0.05  # seconds between looks at the store
+DATA_LIMIT = 20  # seconds that SIGTERM lets a run wait for its next images; launchers kill after 30
 TELLING_LIMIT = 5  # seconds that a rank which fails after another waits for that one to have told why
+HAS_ALARM = hasattr(signal, "setitimer")  # not on Windows
 FAILURES, TOLD, STOPPED = "failures", "told", "stopped"  # keys of the store
+T = TypeVar("T")
 
 
 class LostRankError(Exception):
@@ -184,16 +188,15 @@ class Processes:
 def start(local_rank: int, device: torch.device | None = None) -> Iterator[Processes]:
     """The processes that a launcher started, or this one alone; ends the group on leaving.
 
-    local_rank: the launcher's flag; the LOCAL_RANK variable wins.  device: for tests; by default the GPU of that
+    local_rank: the launcher's flag; its variable wins.  device: for tests; by default the GPU of that
     rank where there are GPUs, else the CPU.  Raises UserError where the group cannot be formed.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    device = device or _device(int(os.environ.get("LOCAL_RANK", local_rank)))
-    if world_size == 1:
+    place = find_place(local_rank)
+    device = device or _device(place.local_rank)
+    if place.world_size == 1:
         yield Processes(0, 1, device, None)
         return
-    processes = _join(device, rank, world_size)
+    processes = _join(device, place)
     try:
         yield processes
     except (KeyboardInterrupt, Terminated):
@@ -228,16 +231,11 @@ def configure(device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def _join(device: torch.device, rank: int, world_size: int) -> Processes:
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise UserError(
-            f"the variable WORLD_SIZE is {world_size}, but {missing[0]} is not set: start the processes with torchrun, "
-            "which sets all of them, or unset WORLD_SIZE for one process"
-        )
+def _join(device: torch.device, place: Place) -> Processes:
+    os.environ |= {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)}
     timeout = _group_timeout()
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, world_size = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
         store.set_timeout(timeout)
         store = dist.PrefixStore(f"ssd300 start {count_start(store, rank, timeout)}", store)
         dist.init_process_group(
@@ -249,10 +247,10 @@ def _join(device: torch.device, rank: int, world_size: int) -> Processes:
         )
         return Processes(rank, world_size, device, dist.PrefixStore("run", store))
     except (ValueError, RuntimeError, LostRankError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = f"{place.address}:{place.port}"
         why = "the address is already in use" if "EADDRINUSE" in str(error) else reason(error)
         raise UserError(
-            f"rank {rank} of {world_size} cannot join the others at {address} ({why}): is another job on "
+            f"rank {place.rank} of {place.world_size} cannot join the others at {address} ({why}): is another job on "
             "that port? Choose one with the launcher's --master_port (or the MASTER_PORT variable)"
         ) from error
 
@@ -294,7 +292,7 @@ def telling_once() -> Iterator[None]:
 
     An exit of the others is held back until it has, because a launcher ends all when one is gone.
     """
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if _is_first_of_machine():
         yield
         return
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -305,13 +303,21 @@ def telling_once() -> Iterator[None]:
             raise
 
 
+def _is_first_of_machine() -> bool:
+    try:
+        return find_place().local_rank == 0
+    except UserError:  # which `start` will raise
+        return True
+
+
 class Terminated(BaseException):
-    """SIGTERM arrived where nothing is to be finished first."""
+    """SIGTERM arrived where nothing is to be finished first, or what is cannot be; the message says why."""
 
 
 class StopNotice:
     """SIGTERM, a scheduler's notice: within `deferred` it is noted, elsewhere it raises Terminated at once.
 
+    What is deferred is let finish unless it waits for images: see `watched`.
     All ranks learn of it by one integer that is reduced asynchronously and read an iteration later.
     """
 
@@ -320,14 +326,24 @@ class StopNotice:
         self.received = False
         self._over = False  # all ranks have agreed to stop
         self._deferred = False
+        self._waiting = False  # for images, while what is deferred
         self._flag = torch.zeros((), dtype=torch.int32)
         self._work: dist.Work | None = None
-        self._previous = signal.signal(signal.SIGTERM, self._handle)
+        self._previous = [(signal.SIGTERM, signal.signal(signal.SIGTERM, self._handle))]
+        if HAS_ALARM:
+            self._previous.append((signal.SIGALRM, signal.signal(signal.SIGALRM, self._give_up)))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        first, self.received = not self.received, True
         if not self._deferred:
             raise Terminated
+        if first and HAS_ALARM:
+            signal.setitimer(signal.ITIMER_REAL, DATA_LIMIT, 1)
+
+    def _give_up(self, number: int, frame: FrameType | None) -> None:
+        """The iteration would never end where a disk or a worker process hangs."""
+        if self._waiting:
+            raise Terminated(f" (the next images had not come after {DATA_LIMIT} s)")
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -341,6 +357,19 @@ class StopNotice:
         if stop or self.received:
             self._over = True
             raise Terminated
+
+    def watched(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches; once SIGTERM has come, waiting too long for the next one raises Terminated."""
+        iterator = iter(batches)
+        while True:
+            self._waiting = True
+            try:
+                batch = next(iterator, None)
+            finally:
+                self._waiting = False
+            if batch is None:
+                return
+            yield batch
 
     def agreed(self) -> bool:
         """Whether any rank had been told to stop by its last call; to be called by all ranks in every iteration."""
@@ -361,9 +390,13 @@ class StopNotice:
         return bool(self._flag)
 
     def close(self) -> None:
-        """Gives SIGTERM back to whoever had it.
+        """Gives the signals back to whoever had them.
 
         After an agreed stop it is ignored: a launcher sends it to all when one has ended, and each is to end by itself.
         """
-        ignored = self._over and self.processes.world_size > 1
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if ignored else self._previous)
+        if HAS_ALARM:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._previous:
+            signal.signal(number, handler)
+        if self._over and self.processes.world_size > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)

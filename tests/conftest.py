@@ -1,6 +1,7 @@
 """Fixtures: the oracle's figures, and the real photographs where they are to be had."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from tests.narrow import narrow_network
 
+os.environ.pop("MPLBACKEND", None)  # a notebook's, with which matplotlib cannot be imported
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
 

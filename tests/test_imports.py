@@ -17,7 +17,8 @@ ORDER = (
     ("report", "weights"),
     ("data",),
     ("ssd", "distributed", "output", "precision"),
-    ("errors",),
+    ("launchers",),
+    ("errors", "surroundings"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 

@@ -14,11 +14,12 @@ import torch
 
 import main
 from src.errors import UserError, printable
-from src.flags import parse_args, unreached_evaluations
+from src.flags import parse_args
 from src.output import reserved, writing
 from src.report.report import Report
 from tests.both_pipelines import error_line, read, run, train_loader
 from tests.datasets import annotation, write_coco
+from tests.stopped_runs import idle_run
 from tests.test_main import flags
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -186,8 +187,20 @@ def test_the_largest_seed_shuffles_and_initialises(pipeline, data):
 
 
 def test_evaluations_that_are_not_reached():
-    assert unreached_evaluations(parse_args(["-d", "x", "-e", "5", "--evaluation", "3", "5", "9"])) == [5, 9]
-    assert unreached_evaluations(parse_args(["-d", "x", "-e", "5"])) == []
+    assert parse_args(["-d", "x", "-e", "5", "--evaluation", "3", "5", "9"]).unreached_evaluations == [5, 9]
+    assert parse_args(["-d", "x", "-e", "5"]).unreached_evaluations == []
+
+
+def test_a_resume_that_finds_nothing_and_a_warm_up_beyond_the_run_are_told_of(data, tmp_path, capsys):
+    """The former may be a mistyped --output."""
+    more = ("--data_pipeline", "no_dali", "--lr", "0.016", "--warmup", "8", "--resume")
+    assert idle_run(data, tmp_path, *more) == (main.DONE, 4)
+    assert capsys.readouterr().err.splitlines() == [
+        f"main.py: warning: --resume: there is no {tmp_path}/last.pt, so the run starts afresh",
+        "main.py: warning: --warmup 8: the run has 4 iterations, so the learning rate gets to 0.000375 of 0.001",
+    ]
+    assert idle_run(data, tmp_path, *more, "--warmup", "3") == (main.DONE, 0)
+    assert "afresh" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("below", ["train2017/000001.jpg", "annotations", "annotations/instances_train2017.json"])

@@ -10,6 +10,7 @@ from src.precision import image_dtype
 from .batch import Batch
 from .coco import Annotations
 from .torch_pipeline import EvaluationLoader, TorchTrainLoader
+from .workers import allow_open_files
 
 PIPELINES = ("dali", "no_dali")
 
@@ -51,6 +52,7 @@ def make_train_loader(
     options |= {"rank": rank, "world_size": world_size}
     if pipeline == "no_dali":
         return TorchTrainLoader(annotations, num_workers=num_workers, **options)
+    allow_open_files(num_workers)  # the evaluation's worker processes come later
     from .dali_pipeline import DaliTrainLoader  # here, because DALI is a heavy import that no_dali must not need
 
     return DaliTrainLoader(annotations, num_threads=num_workers, **options)

@@ -5,23 +5,13 @@ Everything random follows from (seed, epoch, position in the epoch), so it does 
 and a run is continued from its position alone.
 """
 
-import atexit
-import errno
-import multiprocessing
-import os
-import shutil
-import signal
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from src.errors import UserError
 
@@ -29,11 +19,7 @@ from .augment import FLIP_PROBABILITY, NO_COLOUR, random_colour_matrix, random_c
 from .batch import Batch, BatchMaker, HostBatch, normalise
 from .coco import Annotations
 from .images import read_image, resize
-
-SHARED_MEMORY = Path("/dev/shm")
-PREFETCH = 2  # batches a worker prepares ahead
-
-Shared = TypeVar("Shared", bound=tuple[Tensor, ...])
+from .workers import data_loader, end_workers, guarded, share
 
 
 class Sample(NamedTuple):
@@ -118,7 +104,7 @@ def collate_training(samples: list) -> HostBatch | UserError:
         labels=torch.from_numpy(np.concatenate(labels)),
         owners=torch.arange(len(samples)).repeat_interleave(counts),
     )
-    return _share(batch)
+    return share(batch)
 
 
 def _stack(images: tuple[Tensor, ...]) -> Tensor:
@@ -152,7 +138,7 @@ class TorchTrainLoader:
         self.num_images = len(images)
         self.sampler = EpochSampler(images, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
         training_set = TrainingSet(annotations, seed=seed, augment=augment)
-        self.loader = _data_loader(training_set, collate_training, num_workers, device, batch_sampler=self.sampler)
+        self.loader = data_loader(training_set, collate_training, num_workers, device, batch_sampler=self.sampler)
 
     def __len__(self) -> int:
         """Iterations an epoch, the same on every process."""
@@ -164,7 +150,7 @@ class TorchTrainLoader:
         self.sampler.start = start_iteration
 
     def __iter__(self) -> Iterator[Batch]:
-        for host in _guarded(self.loader):
+        for host in guarded(self.loader):
             yield self.make_batch(host)
 
     def state_dict(self) -> dict:
@@ -176,7 +162,7 @@ class TorchTrainLoader:
 
     def close(self) -> None:
         """Ends the worker processes."""
-        _end_workers(self.loader._iterator)
+        end_workers(self.loader._iterator)
 
 
 class EvaluationSet(Dataset):
@@ -198,7 +184,7 @@ def collate_evaluation(samples: list) -> tuple[Tensor, Tensor] | UserError:
         if isinstance(sample, UserError):
             return sample
     images, indices = zip(*samples, strict=True)
-    return _share((_stack(images), torch.tensor(indices)))
+    return share((_stack(images), torch.tensor(indices)))
 
 
 class EvaluationLoader:
@@ -218,7 +204,7 @@ class EvaluationLoader:
         share = range(rank, len(annotations), world_size)
         batches = [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
         workers = min(num_workers, len(batches))
-        self.loader = _data_loader(
+        self.loader = data_loader(
             EvaluationSet(annotations), collate_evaluation, workers, device, batch_sampler=batches, persistent=False
         )
 
@@ -226,110 +212,5 @@ class EvaluationLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, indices in _guarded(self.loader):
+        for images, indices in guarded(self.loader):
             yield normalise(images.to(self.device, non_blocking=True)), indices
-
-
-def _data_loader(
-    dataset: Dataset,
-    collate: Callable[[list], object],
-    workers: int,
-    device: torch.device,
-    *,
-    batch_sampler: Iterable[list],
-    persistent: bool = True,
-) -> DataLoader:
-    # --num-workers is the user's word; torch's advice on it would stand in every log.
-    warnings.filterwarnings("ignore", message="This DataLoader will create")
-    with _explained(workers):
-        return DataLoader(
-            dataset,
-            batch_sampler=batch_sampler,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=device.type == "cuda",
-            persistent_workers=persistent and workers > 0,
-            prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=_WorkerSignals() if workers else None,
-        )
-
-
-def _end_workers(batches: Iterator | None) -> None:
-    """Ends a loader's workers now: once the garbage collector has it, torch waits 10 s for each of them in vain."""
-    if batches is not None and hasattr(batches, "_shutdown_workers"):  # not without workers
-        batches._shutdown_workers()
-
-
-class _WorkerSignals:
-    """Sets a worker's signals: one to the whole process group must not end it, as the run finishes its iteration.
-
-    Only once the run itself leaves does SIGTERM end the worker.
-    """
-
-    def __init__(self) -> None:
-        self._leaving = multiprocessing.Event()
-        # Runs before multiprocessing ends the workers that are left, since that was registered earlier.
-        atexit.register(self._leaving.set)
-
-    def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._leaving.is_set():
-            os._exit(128 + number)
-
-
-def _share(batch: Shared) -> Shared | UserError:
-    """Moves a worker's batch into shared memory; a UserError where that is too small.
-
-    Here, and not in the queue's thread, which would print the failure and leave the run waiting.
-    """
-    worker = get_worker_info()
-    if worker is not None:
-        try:
-            for part in batch:
-                part.share_memory_()
-        except RuntimeError:
-            return _too_small(worker.num_workers)
-    return batch
-
-
-def _too_small(workers: int) -> UserError:
-    size = shutil.disk_usage(SHARED_MEMORY).total / 2**20
-    return UserError(
-        f"{SHARED_MEMORY} ({size:.1f} MiB) is too small for {workers} worker processes: enlarge it (docker run "
-        "--shm-size=1g), or use fewer workers or none (--num-workers 0)"
-    )
-
-
-def _guarded(loader: DataLoader) -> Iterator:
-    """The loader's batches; raises a user's error that a worker returned or that killed it."""
-    batches = None
-    try:
-        with _explained(loader.num_workers):
-            batches = iter(loader)
-            for batch in batches:
-                if isinstance(batch, UserError):
-                    raise batch
-                yield batch
-    except Exception:
-        _end_workers(batches)
-        raise
-
-
-@contextmanager
-def _explained(workers: int) -> Iterator[None]:
-    """Turns errors of making and using worker processes into a UserError, where a user can do something about them."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        text = str(error)
-        if "Bus error" in text or "shared memory" in text or getattr(error, "errno", None) == errno.ENOSPC:
-            raise _too_small(workers) from None
-        if "killed by signal" in text or "exited unexpectedly" in text:
-            raise UserError(
-                f"one of {workers} worker processes was killed ({text.splitlines()[0].rstrip('. ')}): where memory is "
-                "short, use fewer workers or none (--num-workers 0)"
-            ) from None
-        raise

@@ -6,6 +6,7 @@ import traceback
 
 import torch
 
+from src.data.workers import explained
 from src.distributed import Processes, reason
 from src.errors import TrainingBreakdownError, UserError
 
@@ -19,6 +20,7 @@ def fail(error: Exception, processes: Processes) -> int:
     if processes.world_size > 1:  # a launcher that has seen another process end does not wait for the message
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     lost = processes.is_lost(error)
+    error = error if lost else explained(error)
     if lost and processes.stopped_elsewhere() is not None:
         return TERMINATED
     if processes.report_failure():
@@ -46,8 +48,7 @@ def _tell(error: Exception, processes: Processes, *, lost: bool) -> None:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU's or the host's memory was too small; for the host's, torch raises plain RuntimeErrors."""
-    marks = ("can't allocate memory", "killed by signal: Killed")  # the second is how the system ends a worker process
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(mark in str(error) for mark in marks)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def meets_target(accuracy: float | None, target: float | None, report: Report | NullReport) -> int:

@@ -14,16 +14,20 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from numbers import Real
 from pathlib import Path
-from typing import IO, Any, SupportsFloat, TextIO
+from typing import IO, TYPE_CHECKING, Literal, SupportsFloat, TextIO
 
+from src.errors import printable
 from src.output import make_folder, replacing, writing
 from src.report import mlperf
 
 from .progress import Bar, NullBar, TrainingBar
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 METRICS, FLAGS, MLPERF_LOG, TENSORBOARD = "metrics.jsonl", "flags.json", "mlperf.log", "tensorboard"
 PICTURES = ("training.png", "precision_recall.png", "detections.png", "batch.png")
@@ -47,7 +51,7 @@ class Report:
         self._bar: Bar | None = None
         self._metrics: IO[bytes] | None = None
         self._mlperf: mlperf.MlperfLog | None = None
-        self._tensorboard: Any = None  # its writer; False where the package is missing
+        self._tensorboard: SummaryWriter | Literal[False] | None = None  # False: done without
         self._continued_at: int | None = None
         self._iterations = 0  # done since the run's start
 
@@ -196,9 +200,12 @@ class Report:
     def close(self) -> None:
         """Ends the bar and closes the files."""
         self._end_bar()
-        for file in (self._metrics, self._mlperf, self._tensorboard):
+        for file in (self._metrics, self._mlperf):
             if file:
                 file.close()
+        with self._doing_without():
+            if self._tensorboard:
+                self._tensorboard.close()
         self._metrics = self._mlperf = self._tensorboard = None
 
     def _print(self, text: str, stream: TextIO) -> None:
@@ -231,14 +238,25 @@ class Report:
 
     def _scalars(self, group: str, figures: Mapping[str, float | None], step: int) -> None:
         """Hands figures to TensorBoard, where that is installed."""
-        if self._output is None:
+        if self._output is None or self._tensorboard is False:
             return
-        if self._tensorboard is None:
-            self._tensorboard = _open_tensorboard(make_folder(self._output) / TENSORBOARD, self._continued_at)
-        if self._tensorboard:
+        with self._doing_without():
+            if self._tensorboard is None:
+                self._tensorboard = _open_tensorboard(make_folder(self._output) / TENSORBOARD, self._continued_at)
             for name, value in figures.items():
                 if value is not None:
                     self._tensorboard.add_scalar(f"{group}/{name.replace(' ', '_')}", value, step)
+
+    @contextmanager
+    def _doing_without(self) -> Iterator[None]:
+        """Goes on without TensorBoard where it is not installed or fails: many packages have a part in it."""
+        try:
+            yield
+        except Exception as error:
+            self._tensorboard = False
+            if not isinstance(error, ModuleNotFoundError):
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                self.warn(f"TensorBoard fails, so it gets no further events: {printable(reason)}")
 
 
 class NullReport:
@@ -327,10 +345,7 @@ def _is_before(line: str, epoch: int, iteration: int) -> bool:
         return False
 
 
-def _open_tensorboard(folder: Path, first_iteration: int | None) -> Any:
-    """TensorBoard's writer, False where the package is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return False
+def _open_tensorboard(folder: Path, first_iteration: int | None) -> "SummaryWriter":
+    from torch.utils.tensorboard import SummaryWriter  # here, because it may be missing
+
     return SummaryWriter(log_dir=str(folder), purge_step=first_iteration)

@@ -74,6 +74,13 @@ class Run:
                 with self.stop.deferred():
                     self._end_epoch(improved)
 
+    def stopped_by(self, notice: Terminated) -> str:
+        """Says where SIGTERM ended `train`, and what is left of the run."""
+        position, last = self.position, self.output / LAST
+        where = f"in epoch {position.epoch} after {position.within} of its {position.length} iterations{notice}"
+        then = f"--resume continues from {last}" if last.exists() else "nothing has been saved yet"
+        return f"Stopped by SIGTERM {where}; {then}"
+
     def _end_epoch(self, improved: bool) -> None:
         """Moves on to the next epoch and saves; the best network too where it has improved."""
         self.position.epoch, self.position.within = self.position.epoch + 1, 0

@@ -94,3 +94,25 @@ def _counted_anew(run: Checkpoint, schedule: Schedule, length: int) -> Position:
         old_images = settings["--batch-size"] * settings["the number of processes"]
         within = min(max(1, within * old_images // schedule.images), length - 1)
     return replace(run.position, within=within, length=length)
+
+
+def odd_starts(
+    schedule: Schedule, epochs: int, length: int, unreached_evaluations: Sequence[int], missing: Path | None
+) -> list[str]:
+    """Warnings about what may be a mistake.
+
+    length: iterations an epoch.  missing: the checkpoint that --resume would have continued.
+    """
+    warnings = [
+        f"--evaluation {epoch}: not reached, the epochs are 0 to {epochs - 1} (--epochs)"
+        for epoch in unreached_evaluations
+    ]
+    if missing is not None:
+        warnings.append(f"--resume: there is no {missing}, so the run starts afresh")
+    iterations = epochs * length
+    if schedule.warmup >= iterations:
+        rate = f"{schedule.learning_rate(0, iterations - 1):.3g} of {schedule.peak:.3g}"
+        warnings.append(
+            f"--warmup {schedule.warmup}: the run has {iterations} iterations, so the learning rate gets to {rate}"
+        )
+    return warnings

@@ -215,7 +215,7 @@ def train_epoch(
     began = logged_at = time.perf_counter()
     done = logged = 0
     stopped = False
-    for batch in batches:
+    for batch in stop.watched(batches):
         iteration = first_iteration + done
         rate = schedule.learning_rate(epoch, iteration)
         parts = trainer.step(batch, rate)
