@@ -9,8 +9,9 @@ from PIL import Image
 from torch import nn
 
 from src.data.coco import Category
+from src.data.pictures import find_images
 from src.errors import UserError
-from src.evaluation.predict import find_images, predict
+from src.evaluation.predict import predict
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, encode
 from tests.datasets import write_image
 
@@ -53,7 +54,7 @@ def test_images_of_all_kinds_get_a_picture_each_and_entries_in_pixels(tmp_path):
     Image.fromarray(np.zeros((20, 30), np.uint8)).save(folder / "grey.png")
     (folder / "notes.txt").write_text("no image")
     model = FindsOneDisc()
-    images = find_images(folder)
+    images = find_images(folder).files
     result = predict(model, images, CATEGORIES, output, batch_size=4, device=CPU)
     assert tuple(result) == (6, [], 6, 0)
     assert model.batches == [4, 2]
@@ -75,7 +76,7 @@ def test_images_of_all_kinds_get_a_picture_each_and_entries_in_pixels(tmp_path):
 
 def test_a_single_image_of_any_name(tmp_path):
     write_image(tmp_path / "photograph", 90, 70, format="png")
-    predict(FindsOneDisc(), find_images(tmp_path / "photograph"), CATEGORIES, tmp_path, batch_size=32, device=CPU)
+    predict(FindsOneDisc(), find_images(tmp_path / "photograph").files, CATEGORIES, tmp_path, batch_size=32, device=CPU)
     assert [entry["file_name"] for entry in entries(tmp_path)] == ["photograph"]
     assert (tmp_path / "photograph.png").exists()
 
@@ -92,9 +93,10 @@ def test_a_broken_image_is_told_of_and_the_others_are_done(tmp_path):
     for name in ("a.jpg", "c.jpg"):
         write_image(tmp_path / name, 90, 70)
     (tmp_path / "b.jpg").write_text("no image")
+    images = find_images(tmp_path).files
     for batch_size in (1, 2, 4):
         output = tmp_path / f"out{batch_size}"
-        result = predict(FindsOneDisc(), find_images(tmp_path), CATEGORIES, output, batch_size=batch_size, device=CPU)
+        result = predict(FindsOneDisc(), images, CATEGORIES, output, batch_size=batch_size, device=CPU)
         (error,) = result.unreadable
         assert str(error).startswith(f"{tmp_path / 'b.jpg'}: ") and "\n" not in str(error)
         assert [(entry["file_name"], entry["image_id"]) for entry in entries(output)] == [("a.jpg", 0), ("c.jpg", 2)]
@@ -107,7 +109,7 @@ def test_no_image_is_an_error_that_names_the_place(tmp_path):
 
 
 def test_photographs(coco128, tmp_path):
-    images = find_images(coco128 / "val2017")[:3]
+    images = find_images(coco128 / "val2017").files[:3]
     assert predict(FindsOneDisc(), images, CATEGORIES, tmp_path, batch_size=2, device=CPU).images == 3
     for path in images:
         with Image.open(path) as original, Image.open(tmp_path / f"{path.name}.png") as picture:
