@@ -7,6 +7,7 @@ import io
 import os
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
+from PIL.Image import DecompressionBombError
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -65,10 +67,11 @@ SUFFIXES = (
     ".tiff",
     ".webp",
 )
+MOST_PIXELS = 500_000_000  # that Pillow is to read; a damaged file may claim any number, and take that much memory
 SUBFILE_TYPE, REDUCED = 254, 1  # TIFF 6.0, section 8: the picture is a smaller version of another one in the file
 DAMAGE = (  # what Pillow raises where a file is damaged
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, MemoryError),
-    *(struct.error, zlib.error),
+    *(struct.error, zlib.error, DecompressionBombError),
 )
 
 
@@ -87,6 +90,8 @@ def find_images(path: Path, *, leave_out: Path | None = None) -> Images:
     Hidden files and folders, whose names begin with a dot, are not looked at, nor is the folder `leave_out`.
     Raises UserError where there is no image.
     """
+    # Pillow's remarks about tags would stand between the lines; what cannot be read is told of by those who read it.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     if path.is_file():
         return Images(path.parent, [path], 0, [])
     if not path.is_dir():
@@ -138,6 +143,8 @@ def decode_any(path: Path) -> Tensor:
 def _by_pillow(path: Path, reader: type[ImageFile]) -> Tensor:
     try:
         with reader(path) as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
             if getattr(picture, "tag_v2", {}).get(SUBFILE_TYPE) == REDUCED:
                 raise ValueError("of the camera's raw data only a small preview can be read: store it as JPEG")
             return turned(_pixels(picture), picture.getexif().get(ORIENTATION_TAG, 1))
