@@ -113,8 +113,11 @@ def _files(folder: Path, leave_out: Path | None, unreadable: list[UserError]) ->
 
     seen = {os.path.realpath(folder)} | ({os.path.realpath(leave_out)} if leave_out else set())
     for place, folders, names in os.walk(folder, followlinks=True, onerror=note):
-        inside = {os.path.realpath(os.path.join(place, name)): name for name in sorted(folders, reverse=True)}
-        folders[:] = [name for real, name in inside.items() if not name.startswith(".") and real not in seen]
+        shown = sorted((name for name in folders if not name.startswith(".")), reverse=True)
+        inside = {
+            os.path.realpath(os.path.join(place, name)): name for name in shown
+        }  # of links to one place the first
+        folders[:] = [name for real, name in inside.items() if real not in seen]
         seen.update(inside)
         yield from (Path(place, name) for name in names if not name.startswith("."))
 

@@ -31,6 +31,8 @@ def test_images_are_found_by_their_content_in_all_folders_below(tmp_path):
     (folder / "BMW.txt").write_text("BMW, no image")
     (folder / "empty").touch()
     (folder / "sub" / "again").symlink_to(folder)
+    for name in (".hidden", "eeper", "f"):
+        (folder / "sub" / name).symlink_to(folder / "sub" / "deeper")
     found = find_images(folder, leave_out=folder / "found")
     names = [file.relative_to(folder).as_posix() for file in found.files]
     assert names == ["b.jfif", "broken.jpeg", "phone.bin", "sub/deeper/a.BMP", "sub/no suffix"]
