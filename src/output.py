@@ -1,12 +1,14 @@
 """Where a run writes; what keeps it from writing is told of in one line."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
+from uuid import uuid4
 
 from .errors import UserError
 
@@ -15,6 +17,9 @@ try:
     import fcntl
 except ImportError:  # not on Windows, where nothing is locked
     fcntl = None
+
+PART = re.compile(r"\..*\.[0-9a-f]{8}\.part", re.DOTALL)  # the names of files that are being written
+NAME_KEPT = 50  # characters of a file's name in that of its part, which must not be too long
 
 _locks: set[int] = set()  # of this process, open folders
 
@@ -36,18 +41,56 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Raises UserError where that fails.  Then, and whenever the block or the process ends early, an older file stays.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with writing(path, remark="; an earlier file there is as it was"):
-            with open(temporary, "wb") as file:
+    with writing(path, remark="; an earlier file there is as it was"):
+        _remove_left_overs(path.parent.absolute())
+        with _new_part(path) as file:
+            try:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+                if fcntl is None:  # Windows renames no open file
+                    file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(file.name)
+                raise
+
+
+@contextmanager
+def _new_part(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside `path`, which is locked as long as it is open: none that a killed process has left is."""
+    while True:
+        with open(path.with_name(f".{path.name[:NAME_KEPT]}.{uuid4().hex[:8]}.part"), "xb") as file:
+            if _try_lock(file.fileno()) and os.path.exists(file.name):
+                yield file
+                return
+            # another process has just taken it for a left-over
+
+
+@cache
+def _remove_left_overs(folder: Path) -> None:
+    """Removes what killed processes have left of the files that they were writing; once for each folder."""
+    if fcntl is None:
+        return
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if PART.fullmatch(entry.name):
+                with suppress(OSError), open(entry.path, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(entry.path)
+
+
+def _try_lock(file: int) -> bool:
+    """Locks an open file or folder; False where another process holds the lock, True too where nothing can lock."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+    return True
 
 
 def make_folder(path: Path) -> Path:
@@ -80,12 +123,8 @@ def reserved(folder: Path) -> Iterator[None]:
 def _lock(lock: int, folder: Path) -> None:
     assert fcntl is not None
     _close_locks_in_children()
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder} is in use by another run: give this one its own --output") from None
-    except OSError:
-        pass
+    if not _try_lock(lock):
+        raise UserError(f"{folder} is in use by another run: give this one its own --output")
 
 
 @cache

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 from src.weights.files import load_checkpoint
-from tests.datasets import annotation, write_annotations, write_coco
+from tests.datasets import annotation, write_annotations, write_coco, write_image
 from tests.launch import HALF, LIMIT, NARROW
 from tests.training.test_step import make_trainer
 
@@ -141,6 +141,28 @@ def test_prediction_needs_no_annotations(small, trained, tmp_path):
     assert main.main(found) == 0
     assert len(list(tmp_path.glob("*.jpg.png"))) == 4
     json.loads((tmp_path / "detections.json").read_text())
+
+
+@pytest.mark.usefixtures("narrow")
+def test_prediction_leaves_a_run_as_it_is_and_names_what_it_leaves_out(small, tmp_path, capsys):
+    assert main.main(flags(small, tmp_path / "run")) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    write_image(tmp_path / "in" / "sub" / "a.bmp", 60, 40)
+    (tmp_path / "in" / "b.heic").write_bytes(b"\0\0\0\x24ftypheic")
+    (tmp_path / "in" / "notes.txt").touch()
+    checkpoint = str(tmp_path / "run" / "last.pt")
+    capsys.readouterr()
+    found = flags(tmp_path / "in", tmp_path / "run", "--mode", "prediction", "--checkpoint", checkpoint)
+    assert main.main(found) == 2
+    told = capsys.readouterr()
+    assert f"the predictions go to {tmp_path / 'run' / 'predictions'}" in told.out
+    assert re.search(r"^1 images, \d+ detections: .*; 1 other files passed over$", told.out, re.MULTILINE)
+    assert "1 of 2 images left out" in told.err and str(tmp_path / "in" / "b.heic") in told.err
+    predictions = tmp_path / "run" / "predictions"
+    assert {path.relative_to(predictions).as_posix() for path in predictions.rglob("*")} == {
+        *("detections.json", "sub", "sub/a.bmp.png")
+    }
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize("pipeline", ["no_dali", "dali"])

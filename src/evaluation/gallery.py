@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from src.data.coco import Annotations
-from src.data.images import decode
+from src.data.pictures import decode_within
 from src.errors import printable
 from src.output import make_folder
+from src.report.canvas import PANEL
 from src.report.plots import Example, draw_detections, draw_precision_recall
-from src.report.report import NullReport, Report
+from src.report.report import RESULTS, NullReport, Report
 
 from .evaluate import Evaluation
 from .scoring import Results, Scores, write_results
@@ -22,7 +23,7 @@ def leave_evaluation(found: Evaluation, validation: Annotations, output: Path, r
     """Writes detections.json, precision_recall.png and detections.png, and notes what is odd about the evaluation."""
     assert found.results is not None  # this is rank 0
     make_folder(output)
-    write_results(output / "detections.json", found.results)
+    write_results(output / RESULTS, found.results)
     warn_of_non_finite(report, found.non_finite)
     if not len(found.results.scores):
         report.note("Nothing was detected with a score above the threshold")
@@ -59,17 +60,19 @@ def _shown(validation: Annotations) -> np.ndarray:
 
 
 def _example(validation: Annotations, results: Results, index: int) -> Example:
-    """An image beside its boxes and its detections, all by name."""
+    """An image, as small as it is shown, beside its boxes and its detections, all by name."""
     names = {category.id: category.name for category in validation.categories}
     boxes, labels = validation.of_image(index)
     own = results.image_ids == validation.image_ids[index]
     found = results.boxes[own].copy()
     found[:, 2:] += found[:, :2]
+    image = decode_within(validation.image_path(index), PANEL, own=False).permute(1, 2, 0).numpy()
+    scale = np.tile(np.array(image.shape[1::-1]) / validation.sizes[index], 2)  # of the shown image's pixels, [4]
     return Example(
-        image=decode(validation.image_path(index)).permute(1, 2, 0).numpy(),
-        truth_boxes=boxes,
+        image=image,
+        truth_boxes=boxes * scale,
         truth_names=[validation.categories[label - 1].name for label in labels],
-        boxes=found,
+        boxes=found * scale,
         names=[names[category] for category in results.category_ids[own].tolist()],
         scores=results.scores[own],
     )

@@ -1,8 +1,9 @@
 """Detections on one's own images, which need no annotations: pictures and a list of what was found."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from src.data.batch import normalise
 from src.data.coco import Category
-from src.data.images import decode, resize
+from src.data.images import resize
+from src.data.pictures import decode_any, decode_within, find_images, size_of
 from src.errors import UserError
 from src.output import make_folder
 from src.precision import autocast
 from src.report.plots import draw_prediction
-from src.report.report import NullReport, Report
+from src.report.report import RESULTS, NullReport, Report, holds_run
 from src.ssd.default_boxes import default_boxes
 from src.weights.detector import known_categories, trained_model
 from src.weights.files import load_checkpoint
@@ -27,15 +29,16 @@ from .evaluate import Detections, detect, evaluating, finite_boxes
 from .gallery import warn_of_non_finite
 from .scoring import DECIMALS, write_list
 
-SUFFIXES = (".gif", ".jpeg", ".jpg", ".png", ".webp")  # of the images that torchvision decodes
-RESULTS = "detections.json"
-UNREADABLE_TOLD = 3  # images that are named
+SUBFOLDER = "predictions"  # of a run's folder, whose own files stay
+UNREADABLE_TOLD = 20  # images that are named
+LONGEST_SIDE = 2000  # pixels of a picture that is drawn; larger images are made smaller
+DECODED_AT_ONCE = 100_000_000  # pixels, in all threads together; a larger image is decoded while no other is
 
 
 class Found(msgspec.Struct):
     """A detection in detections.json: COCO's result format with the names that a reader needs."""
 
-    file_name: str
+    file_name: str  # from the images' folder on
     image_id: int  # position among the images, from 0
     category_id: int
     category: str
@@ -69,34 +72,40 @@ def predict_folder(
     """
     state = load_checkpoint(checkpoint)
     categories = known_categories(state)
-    if data.is_dir() and data.samefile(make_folder(output)):
-        raise UserError(f"--output {output} is the images' own folder: what is drawn there would count as images")
+    own_output = _output_folder(data, output)
+    images = find_images(data, leave_out=output)
+    if own_output != output:
+        report.note(f"{output} holds a run, whose files stay: the predictions go to {own_output}")
     model = trained_model(state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=device)
     done = predict(
-        model, find_images(data), categories, output, batch_size=batch_size, device=device, half=half,
-        progress=report.progress,
+        model, images.files, categories, own_output, batch_size=batch_size, device=device, half=half,
+        folder=images.folder, progress=report.progress,
     )  # fmt: skip
     counted = f"{done.images - len(done.unreadable)} images, {done.detections} detections"
-    report.note(f"{counted}: pictures and detections.json in {output}")
+    others = f"; {images.others} other files passed over" if images.others else ""
+    report.note(f"{counted}: pictures and {RESULTS} in {own_output}{others}")
     warn_of_non_finite(report, done.non_finite)
-    if done.unreadable:
-        counted = f"{len(done.unreadable)} of {done.images} images left out"
-        raise UserError(f"{counted}: {'; '.join(map(str, done.unreadable[:UNREADABLE_TOLD]))}")
+    unreadable = images.unreadable + done.unreadable
+    if unreadable:
+        raise _left_out(unreadable, done.images)
 
 
-def find_images(path: Path) -> list[Path]:
-    """The image at `path`, or those in the folder at `path`, sorted by name.
+def _left_out(unreadable: Sequence[UserError], images: int) -> UserError:
+    """One line for all that could not be read, of so many images."""
+    told = "; ".join(map(str, unreadable[:UNREADABLE_TOLD]))
+    more = len(unreadable) - UNREADABLE_TOLD
+    return UserError(f"{len(unreadable)} of {images} images left out: {told}{f'; and {more} more' if more > 0 else ''}")
 
-    Raises UserError where there is none; a single file may have any name.
+
+def _output_folder(data: Path, output: Path) -> Path:
+    """Where predictions on `data` go: `output`, or a folder in it where that holds a run or an evaluation.
+
+    Makes the folder.  Raises UserError, also where what is drawn would lie among the images.
     """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{path.absolute()}: no such image or folder")
-    images = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not images:
-        raise UserError(f"{path.absolute()}: no image in this folder (looked for {', '.join(SUFFIXES)})")
-    return images
+    for folder in (output, output / SUBFOLDER) if holds_run(make_folder(output)) else (output,):
+        if data.is_dir() and data.samefile(make_folder(folder)):
+            raise UserError(f"--output {output} is the images' own folder: what is drawn there would count as images")
+    return folder
 
 
 def predict(
@@ -108,12 +117,14 @@ def predict(
     batch_size: int,
     device: torch.device,
     half: bool = False,
+    folder: Path | None = None,
     progress: Callable[[int, str], AbstractContextManager] | None = None,
 ) -> Prediction:
     """Draws the detections of each image into `output` (a.jpg gives a.jpg.png) and lists them in detections.json.
 
-    categories: the k-th belongs to label k.  progress: `Report.progress` or the like.
-    What is no image is passed over.
+    categories: the k-th belongs to label k.  folder: which the images are in or below, and from which on they are
+    named; left out, their names are the files'.  progress: `Report.progress` or the like.
+    An image that cannot be read is left out.
     """
     make_folder(output)
     found: list[Found] = []
@@ -125,33 +136,69 @@ def predict(
             unreadable += [read for read in batch if isinstance(read, UserError)]
             whole = [(number, *read) for number, read in enumerate(batch, start) if not isinstance(read, UserError)]
             if whole:
-                numbers, originals, resized = zip(*whole, strict=True)
+                numbers, sizes, resized = zip(*whole, strict=True)
                 detections, broken = _detect(model, torch.stack(resized), device=device, half=half)
                 non_finite += broken
-                for number, original, detected in zip(numbers, originals, detections, strict=True):
-                    found += _tell(original, detected, images[number], number, categories, output)
+                for number, size, detected in zip(numbers, sizes, detections, strict=True):
+                    path = images[number]
+                    name = path.name if folder is None else path.relative_to(folder).as_posix()
+                    _draw(path, size, detected, categories, make_folder((output / name).parent) / f"{path.name}.png")
+                    found += _listed(name, number, size, detected, categories)
             bar.update(len(batch))
     write_list(output / RESULTS, [found] if found else [])
     return Prediction(len(images), unreadable, len(found), non_finite)
 
 
-def _batches(images: Sequence[Path], batch_size: int) -> Iterator[tuple[int, list[tuple[Tensor, Tensor] | UserError]]]:
+class _Read(NamedTuple):
+    """What is kept of an image until its batch is complete; the picture itself, which may be large, is not."""
+
+    size: tuple[int, int]  # width, height in pixels
+    resized: Tensor  # [3, 300, 300] uint8
+
+
+class _Room:
+    """Lets threads decode at the same time as much as memory is to hold."""
+
+    def __init__(self, pixels: int) -> None:
+        self._pixels = self._free = pixels
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Waits until so many pixels are free; they are taken for the block."""
+        pixels = min(pixels, self._pixels)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+def _batches(images: Sequence[Path], batch_size: int) -> Iterator[tuple[int, list[_Read | UserError]]]:
     """Position of the first image of a batch, and `_read` of each; the next batch is read meanwhile."""
+    room = _Room(DECODED_AT_ONCE)
     with ThreadPoolExecutor() as pool:
-        waiting = pool.map(_read, images[:batch_size])
+        waiting = pool.map(lambda path: _read(path, room), images[:batch_size])
         for start in range(0, len(images), batch_size):
             batch = list(waiting)
-            waiting = pool.map(_read, images[start + batch_size : start + 2 * batch_size])
+            following = images[start + batch_size : start + 2 * batch_size]
+            waiting = pool.map(lambda path: _read(path, room), following)
             yield start, batch
 
 
-def _read(path: Path) -> tuple[Tensor, Tensor] | UserError:
-    """The image as it is [3, H, W] and for the network [3, 300, 300], uint8; or why it cannot be read."""
-    try:
-        image = decode(path)
-    except UserError as error:
-        return error
-    return image, resize(image)
+def _read(path: Path, room: _Room) -> _Read | UserError:
+    """The image as the network gets it; or why it cannot be read."""
+    width, height = size_of(path)
+    with room.taken(width * height):
+        try:
+            image = decode_any(path)
+        except UserError as error:
+            return error
+        return _Read((image.shape[2], image.shape[1]), resize(image))
 
 
 def _detect(model: nn.Module, images: Tensor, *, device: torch.device, half: bool) -> tuple[list[Detections], int]:
@@ -162,16 +209,26 @@ def _detect(model: nn.Module, images: Tensor, *, device: torch.device, half: boo
     return detect(offsets, logits, defaults=defaults, usable=usable), int((~usable).sum())
 
 
-def _tell(
-    image: Tensor, detected: Detections, path: Path, number: int, categories: Sequence[Category], output: Path
+def _draw(
+    path: Path, size: tuple[int, int], detected: Detections, categories: Sequence[Category], picture: Path
+) -> None:
+    """Draws one image's detections; size: its width and height, larger than those of what is drawn perhaps."""
+    image = decode_within(path, LONGEST_SIDE, own=True).permute(1, 2, 0).numpy()
+    names = [categories[label - 1].name for label in detected.labels.tolist()]
+    draw_prediction(image, _in_pixels(detected, image.shape[1::-1]), names, detected.scores.cpu().numpy(), picture)
+
+
+def _in_pixels(detected: Detections, size: tuple[int, ...]) -> np.ndarray:
+    """Boxes ltrb in an image of that width and height; [D, 4]."""
+    return detected.boxes.cpu().numpy().astype(np.float64) * (*size, *size)
+
+
+def _listed(
+    name: str, number: int, size: tuple[int, int], detected: Detections, categories: Sequence[Category]
 ) -> list[Found]:
-    """Draws one image's detections; gives them as they are listed."""
-    height, width = image.shape[1:]
-    boxes = detected.boxes.cpu().numpy().astype(np.float64) * (width, height, width, height)
-    scores = detected.scores.cpu().numpy()
-    chosen = [categories[label - 1] for label in detected.labels.tolist()]
-    names = [category.name for category in chosen]
-    draw_prediction(image.permute(1, 2, 0).numpy(), boxes, names, scores, output / f"{path.name}.png")
+    """One image's detections as they stand in detections.json."""
+    boxes = _in_pixels(detected, size)
     boxes[:, 2:] -= boxes[:, :2]
-    rows = zip(chosen, boxes.round(DECIMALS).tolist(), scores.tolist(), strict=True)
-    return [Found(path.name, number, category.id, category.name, box, score) for category, box, score in rows]
+    chosen = [categories[label - 1] for label in detected.labels.tolist()]
+    rows = zip(chosen, boxes.round(DECIMALS).tolist(), detected.scores.tolist(), strict=True)
+    return [Found(name, number, category.id, category.name, box, score) for category, box, score in rows]

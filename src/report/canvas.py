@@ -26,10 +26,11 @@ DPI = 120
 PANEL, TITLE, GAP = 330, 26, 10  # pixels: longer side of an image in a grid, height of its title, space around
 LETTERS = 13  # pixels, the size of the letters in a grid
 NAME_LENGTH = 24  # characters; longer names are cut
+MOST_BOXES = 40  # drawn on an image; more hide it, and take long
 
 
 class Panel(NamedTuple):
-    """An image with the boxes to draw on it, the most important first."""
+    """An image with the boxes to draw on it, the most important first, of which MOST_BOXES are drawn."""
 
     title: str
     image: np.ndarray  # [H, W, 3] uint8
@@ -113,15 +114,22 @@ def _points(pixels: float) -> float:
 
 
 def _draw_boxes(axes: Axes, panel: Panel, colours: dict[str, str], letters: float) -> None:
-    """Draws the boxes, and a label where there is room for it; letters: their size in pixels."""
+    """Draws the boxes, with labels where there is room for them, and tells how many more there are.
+
+    letters: their size in pixels.
+    """
     axes.set_axis_off()
     halo = [withStroke(linewidth=_points(letters * 0.32), foreground=BLACK)]
     line: dict[str, Any] = {"fill": False, "linewidth": _points(letters * 0.16), "path_effects": halo}
     taken: list[Bbox] = []
-    for number, (box, name) in enumerate(zip(panel.boxes, panel.names, strict=True)):
+    drawn = list(zip(panel.boxes, panel.names, strict=True))[:MOST_BOXES]
+    if len(drawn) < len(panel.boxes):
+        corner = np.tile(axes.bbox.min, (2, 1))
+        _draw_label(axes, corner, f"and {len(panel.boxes) - len(drawn)} more", "white", letters, taken)
+    for number, (box, name) in enumerate(drawn):
         corners = np.reshape(box, (2, 2))
         size = corners[1] - corners[0]
-        order = 2 - number / len(panel.boxes)  # the first on top
+        order = 2 - number / len(drawn)  # the first on top
         axes.add_patch(Rectangle(corners[0], *size, edgecolor=colours[name], zorder=order, **line))
         score = "" if panel.scores is None else f" {panel.scores[number]:.2f}"
         _draw_label(axes, axes.transData.transform(corners), short(name) + score, colours[name], letters, taken)

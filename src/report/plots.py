@@ -29,6 +29,7 @@ from .canvas import (
     BLUE,
     DPI,
     GREEN,
+    MOST_BOXES,
     ORANGE,
     PURPLE,
     SKY,
@@ -273,7 +274,7 @@ def draw_detections(examples: Iterable[Example], path: Path | str, *, min_score:
     """
     panels = []
     for image, truth_boxes, truth_names, boxes, names, scores in examples:
-        panels.append(Panel(f"ground truth: {len(truth_names)}", image, truth_boxes, truth_names))
+        panels.append(Panel(f"ground truth: {len(truth_names)}", image, *_largest_first(truth_boxes, truth_names)))
         likely = _likely(boxes, names, scores, min_score)
         title = f"detections (score ≥ {min_score:g}): {len(likely[0])} of {len(names)}"
         panels.append(Panel(title, image, *likely))
@@ -290,8 +291,8 @@ def draw_batch(
     shown = slice(MOST_BATCH_IMAGES)
     pixels = np.asarray(images[shown]).clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)  # [N, H, W, 3]
     panels = [
-        Panel(f"image {number}, boxes: {len(each[2])}", *each)
-        for number, each in enumerate(zip(pixels, boxes[shown], names[shown], strict=True))
+        Panel(f"image {number}, boxes: {len(its_names)}", image, *_largest_first(its_boxes, its_names))
+        for number, (image, its_boxes, its_names) in enumerate(zip(pixels, boxes[shown], names[shown], strict=True))
     ]
     return _save(grid(panels, colours_of(name for each in names[shown] for name in each), columns=4), path)
 
@@ -309,6 +310,15 @@ def draw_prediction(
     """The image [H, W, 3] uint8, pixel for pixel, with the detections of `min_score` or more drawn on it."""
     panel = Panel("", image, *_likely(boxes, names, scores, min_score))
     return _save(photograph(panel, colours_of(panel.names)), path)
+
+
+def _largest_first(boxes: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, Sequence[str]]:
+    """The boxes [B, 4] and names of an image; of more than are drawn the largest come first, in their order."""
+    if len(boxes) <= MOST_BOXES:
+        return boxes, names
+    order = (-(boxes[:, 2:] - boxes[:, :2]).prod(axis=1)).argsort(kind="stable")
+    order = np.concatenate((np.sort(order[:MOST_BOXES]), order[MOST_BOXES:]))
+    return boxes[order], [names[i] for i in order]
 
 
 def _likely(

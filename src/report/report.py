@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 METRICS, FLAGS, MLPERF_LOG, TENSORBOARD = "metrics.jsonl", "flags.json", "mlperf.log", "tensorboard"
 PICTURES = ("training.png", "precision_recall.png", "detections.png", "batch.png")
-RUN_FILES = ("last.pt", "best.pt", METRICS, FLAGS, MLPERF_LOG, *PICTURES, "detections.json")
+RESULTS = "detections.json"
+RUN_FILES = ("last.pt", "best.pt", METRICS, FLAGS, MLPERF_LOG, *PICTURES, RESULTS)
 EVENT_FILES = f"{TENSORBOARD}/events.out.tfevents.*"
 PACKAGES = ("torch", "torchvision", "numpy", "msgspec", "faster-coco-eval", "pycocotools")  # whose versions matter
 
@@ -270,6 +271,11 @@ class NullReport:
 
     def progress(self, total: int, name: str) -> NullBar:
         return NullBar()
+
+
+def holds_run(output: Path) -> bool:
+    """Whether a run or an evaluation has left files in the folder; detections.json alone may be a prediction's."""
+    return any(os.path.lexists(output / name) for name in RUN_FILES if name != RESULTS)
 
 
 def set_aside_old_run(output: Path) -> str | None:

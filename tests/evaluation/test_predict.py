@@ -1,6 +1,9 @@
 """Detections on images without annotations."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +12,14 @@ from PIL import Image
 from torch import nn
 
 from src.data.coco import Category
-from src.errors import UserError
-from src.evaluation.predict import find_images, predict
+from src.data.pictures import find_images
+from src.evaluation.predict import predict
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, encode
-from tests.datasets import write_image
+from tests.datasets import CATEGORIES as DATA_CATEGORIES
+from tests.datasets import annotation, write_annotations, write_image
+from tests.launch import LIMIT
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 CATEGORIES = (Category(3, "square"), Category(90, "disc"))
 BOX = torch.tensor([0.5, 0.4, 0.2, 0.3])  # cxcywh
@@ -53,7 +59,7 @@ def test_images_of_all_kinds_get_a_picture_each_and_entries_in_pixels(tmp_path):
     Image.fromarray(np.zeros((20, 30), np.uint8)).save(folder / "grey.png")
     (folder / "notes.txt").write_text("no image")
     model = FindsOneDisc()
-    images = find_images(folder)
+    images = find_images(folder).files
     result = predict(model, images, CATEGORIES, output, batch_size=4, device=CPU)
     assert tuple(result) == (6, [], 6, 0)
     assert model.batches == [4, 2]
@@ -75,7 +81,7 @@ def test_images_of_all_kinds_get_a_picture_each_and_entries_in_pixels(tmp_path):
 
 def test_a_single_image_of_any_name(tmp_path):
     write_image(tmp_path / "photograph", 90, 70, format="png")
-    predict(FindsOneDisc(), find_images(tmp_path / "photograph"), CATEGORIES, tmp_path, batch_size=32, device=CPU)
+    predict(FindsOneDisc(), find_images(tmp_path / "photograph").files, CATEGORIES, tmp_path, batch_size=32, device=CPU)
     assert [entry["file_name"] for entry in entries(tmp_path)] == ["photograph"]
     assert (tmp_path / "photograph.png").exists()
 
@@ -92,22 +98,77 @@ def test_a_broken_image_is_told_of_and_the_others_are_done(tmp_path):
     for name in ("a.jpg", "c.jpg"):
         write_image(tmp_path / name, 90, 70)
     (tmp_path / "b.jpg").write_text("no image")
+    images = find_images(tmp_path).files
     for batch_size in (1, 2, 4):
         output = tmp_path / f"out{batch_size}"
-        result = predict(FindsOneDisc(), find_images(tmp_path), CATEGORIES, output, batch_size=batch_size, device=CPU)
+        result = predict(FindsOneDisc(), images, CATEGORIES, output, batch_size=batch_size, device=CPU)
         (error,) = result.unreadable
         assert str(error).startswith(f"{tmp_path / 'b.jpg'}: ") and "\n" not in str(error)
         assert [(entry["file_name"], entry["image_id"]) for entry in entries(output)] == [("a.jpg", 0), ("c.jpg", 2)]
 
 
-def test_no_image_is_an_error_that_names_the_place(tmp_path):
-    for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match=str(path)):
-            find_images(path)
+def test_images_in_folders_below_keep_their_place(tmp_path):
+    for name in ("a.jpg", "sub/a.jpg"):
+        write_image(tmp_path / "in" / name, 90, 70)
+    images = find_images(tmp_path / "in")
+    output = tmp_path / "out"
+    predict(FindsOneDisc(), images.files, CATEGORIES, output, batch_size=2, device=CPU, folder=images.folder)
+    assert [entry["file_name"] for entry in entries(output)] == ["a.jpg", "sub/a.jpg"]
+    assert (output / "a.jpg.png").exists() and (output / "sub" / "a.jpg.png").exists()
+
+
+def test_a_large_photograph_lying_on_its_side_is_drawn_upright_and_smaller(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its right side is up
+    write_image(tmp_path / "a.jpg", 2400, 1200, exif=exif)
+    predict(FindsOneDisc(), [tmp_path / "a.jpg"], CATEGORIES, tmp_path, batch_size=2, device=CPU)
+    with Image.open(tmp_path / "a.jpg.png") as picture:
+        assert picture.size == (1000, 2000)
+    (entry,) = entries(tmp_path)  # in the pixels of the whole picture
+    assert entry["bbox"] == pytest.approx([0.4 * 1200, 0.25 * 2400, 0.2 * 1200, 0.3 * 2400], abs=1e-2)
+
+
+HUGE = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from src.data.coco import Annotations, read_annotations
+from src.evaluation import gallery
+from src.evaluation.scoring import Results
+from src.report.plots import draw_detections
+from tests.evaluation.test_predict import CATEGORIES, CPU, FindsOneDisc, predict
+
+folder = Path(sys.argv[1])
+image = folder / "val2017" / "huge.jpg"
+annotations = read_annotations(folder / "annotations" / "instances_val2017.json", folder / "val2017")
+nothing = Results(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
+peaks = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
+draw_detections([gallery._example(annotations, nothing, 0)], folder / "detections.png")
+peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+predict(FindsOneDisc(), [image] * 3, CATEGORIES, folder / "out", batch_size=4, device=CPU)
+peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(*(round((peak - peaks[0]) / 1024) for peak in peaks[1:]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what it measures has other units elsewhere")
+def test_a_picture_of_100_megapixels_is_never_there_in_several_copies(tmp_path):
+    entry = {"id": 1, "file_name": "huge.jpg", "width": 12_000, "height": 9_000}
+    content = {"images": [entry], "annotations": [annotation(1)], "categories": DATA_CATEGORIES}
+    write_annotations(tmp_path, content, "val")
+    (tmp_path / "val2017").mkdir()
+    Image.new("L", (entry["width"], entry["height"]), 90).save(tmp_path / "val2017" / "huge.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", HUGE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 0, done.stderr
+    drawing, prediction = map(int, done.stdout.split())  # MiB beyond what the program takes without any picture
+    assert drawing < 200
+    assert prediction < 600  # decoded once: 309 MiB
 
 
 def test_photographs(coco128, tmp_path):
-    images = find_images(coco128 / "val2017")[:3]
+    images = find_images(coco128 / "val2017").files[:3]
     assert predict(FindsOneDisc(), images, CATEGORIES, tmp_path, batch_size=2, device=CPU).images == 3
     for path in images:
         with Image.open(path) as original, Image.open(tmp_path / f"{path.name}.png") as picture:

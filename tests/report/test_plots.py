@@ -326,14 +326,17 @@ def test_labels_do_not_overlap_and_stay_inside_their_image(tmp_path):
     crowded = plots.Example(random_image(640, 480), boxes, names, boxes, names, np.linspace(1, 0.3, count))
     figure = plots.draw_detections([crowded], tmp_path / "detections.png")
     for axes in figure.axes:
-        assert len(drawn_boxes(axes)) == count, "every box is drawn, labelled or not"
+        assert len(drawn_boxes(axes)) == 40, "every box of these is drawn, labelled or not"
         extents = [text.get_window_extent() for text in axes.texts]
         assert len(extents) > 15
         assert not any(first.overlaps(second) for first, second in combinations(extents, 2))
         frame = axes.bbox
         assert all(frame.x0 - 1 < each.x0 and each.x1 < frame.x1 + 1 for each in extents)
         assert all(frame.y0 - 1 < each.y0 and each.y1 < frame.y1 + 1 for each in extents)
-    assert texts(figure.axes[1])[0] == "category 0 1.00", "the best detection always has its label"
+    assert texts(figure.axes[0])[0] == "and 20 more"
+    assert texts(figure.axes[1])[:2] == ["and 20 more", "category 0 1.00"], "the best detection always has its label"
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    assert np.array(drawn_boxes(figure.axes[0])) == pytest.approx(boxes[areas >= np.sort(areas)[-40]])
 
 
 @pytest.mark.parametrize("sizes", [[(1, 1)], [(500, 20), (20, 500)], [(300, 300)] * 9], ids=str)

@@ -92,7 +92,7 @@ def kill_writers(path: Path, connection) -> None:
     states = [{"model": {"a": torch.full((NUMBERS,), float(k)), "b": torch.full((9,), float(k))}} for k in range(3)]
     save_checkpoint(path, states[0])
     chance = random.Random(6)
-    found, part = [], path.with_name(".last.pt.part")
+    found = []
     for _ in range(KILLS):
         writer = os.fork()
         while writer == 0:
@@ -102,8 +102,10 @@ def kill_writers(path: Path, connection) -> None:
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
         weights = load_checkpoint(path)["model"]
-        found.append((torch.cat([weights["a"], weights["b"]]).unique().tolist(), len(weights["a"]), part.exists()))
-        part.unlink(missing_ok=True)
+        parts = list(path.parent.glob("*.part"))
+        found.append((torch.cat([weights["a"], weights["b"]]).unique().tolist(), len(weights["a"]), bool(parts)))
+        for part in parts:
+            part.unlink()
     connection.send(found)
 
 
