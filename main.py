@@ -112,10 +112,10 @@ def train(flags: Flags, processes: Processes) -> int:
             training=training, validation=validation,
         )  # fmt: skip
         report.begin_run(mlperf_constants(flags, schedule, loader.num_images, len(validation) if validation else 0))
-        evaluate = None if validation is None else make_evaluation(
+        evaluate = None if validation is None else stack.enter_context(make_evaluation(
             model, validation, batch_size=flags.eval_batch_size, num_workers=flags.num_workers, half=flags.fp16,
             output=flags.output, processes=processes, report=report,
-        )  # fmt: skip
+        ))  # fmt: skip
         run = Run(
             trainer, loader, schedule, evaluate=evaluate, evaluation_epochs=epochs, identity=identity,
             position=position, output=flags.output, processes=processes, stop=stop, report=report,

@@ -84,8 +84,8 @@ class Processes:
         """Every rank's `value` (anything that pickles, arrays included) in rank order on rank 0, None elsewhere."""
         return self._gather(value, self.host_group)
 
-    def gather_arrays(self, arrays: list) -> list[list] | None:
-        """`gather` of a list of NumPy arrays, whose types stay as they are, after work of very unequal length."""
+    def gather_arrays(self, arrays: Any) -> list | None:
+        """`gather` of NumPy arrays in lists or tuples, which stay what they are, after work of very unequal length."""
         return self._gather(arrays, self.patient_group)
 
     def _gather(self, value: Any, group: dist.ProcessGroup | None) -> list | None:
@@ -99,15 +99,27 @@ class Processes:
         """Rank 0's `value` on every rank; the others may wait hours for it, longer than a collective would."""
         if self.world_size == 1:
             return value
+        self._wait_for_main()
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
+
+    def scatter(self, values: list | None = None) -> Any:
+        """This rank's own of rank 0's `values`, one for each rank; the others may wait hours for it, too."""
+        if self.world_size == 1:
+            return values[0]
+        self._wait_for_main()
+        own = [None]
+        dist.scatter_object_list(own, values, src=0, group=self.host_group)
+        return own[0]
+
+    def _wait_for_main(self) -> None:
         self._messages += 1
         key = f"message {self._messages}"
         if self.is_main:
             self._shared.set(key, "ready")
         else:
             self._wait(key)
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.host_group)
-        return values[0]
 
     def maximum(self, value: int) -> int:
         """The greatest of every rank's `value`."""

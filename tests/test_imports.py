@@ -16,7 +16,7 @@ ORDER = (
     ("training", "evaluation"),
     ("report", "weights"),
     ("data",),
-    ("ssd", "distributed", "output", "precision"),
+    ("ssd", "distributed", "errand", "output", "precision"),
     ("launchers",),
     ("errors", "surroundings"),
 )

@@ -188,7 +188,10 @@ def collate_evaluation(samples: list) -> tuple[Tensor, Tensor] | UserError:
 
 
 class EvaluationLoader:
-    """This process's share of the images, each exactly once: (images [N, 3, 300, 300] normalised, indices [N])."""
+    """This process's share of the images, each exactly once: (images [N, 3, 300, 300] normalised, indices [N]).
+
+    Its workers stay for the next pass, until `close`.
+    """
 
     def __init__(
         self,
@@ -204,9 +207,8 @@ class EvaluationLoader:
         share = range(rank, len(annotations), world_size)
         batches = [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
         workers = min(num_workers, len(batches))
-        self.loader = data_loader(
-            EvaluationSet(annotations), collate_evaluation, workers, device, batch_sampler=batches, persistent=False
-        )
+        dataset = EvaluationSet(annotations)
+        self.loader = data_loader(dataset, collate_evaluation, workers, device, batch_sampler=batches)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -214,3 +216,7 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, indices in guarded(self.loader):
             yield normalise(images.to(self.device, non_blocking=True)), indices
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        end_workers(self.loader._iterator)

@@ -47,7 +47,6 @@ def data_loader(
     device: torch.device,
     *,
     batch_sampler: Iterable[list],
-    persistent: bool = True,
 ) -> DataLoader:
     """A DataLoader to be read through `guarded`.  Raises UserError where the system allows too few files for it."""
     # --num-workers is the user's word; torch's advice on it would stand in every log.
@@ -60,7 +59,7 @@ def data_loader(
             num_workers=workers,
             collate_fn=collate,
             pin_memory=device.type == "cuda",
-            persistent_workers=persistent and workers > 0,
+            persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=_WorkerStart() if workers else None,
             multiprocessing_context=_context() if workers else None,

@@ -19,8 +19,10 @@ from src.precision import autocast
 from src.report.progress import Bar, NullBar
 from src.report.report import NullReport
 from src.ssd.default_boxes import decode, default_boxes
+from src.ssd.model import folded
 
-from .scoring import DECIMALS, Results, Scores, join_results, score
+from .scoring import DECIMALS, Results, Scores, deal, join_results, put_together, score, score_share
+from .stopwatch import Stopwatch, of_all_processes
 
 SCORE_THRESHOLD = 0.05
 IOU_THRESHOLD = 0.5  # of the non-maximum suppression
@@ -148,6 +150,7 @@ class Evaluation(NamedTuple):
     scores: Scores  # on every rank
     results: Results | None  # on rank 0
     non_finite: int  # default boxes of all images whose output was NaN or infinite; they detect nothing
+    seconds: dict[str, float]  # where the time went, see `of_all_processes`; on rank 0, elsewhere empty
 
 
 def to_results(detections: list[Detections], indices: np.ndarray, annotations: Annotations) -> Results:
@@ -176,25 +179,22 @@ def evaluate(
     half: bool = False,
     dist: Processes | None = None,
     progress: Callable[[int, str], AbstractContextManager] | None = None,
+    helpers: int = 0,
 ) -> Evaluation:
-    """Detects in every image of every rank's loader and scores all together, on rank 0.
+    """Detects in every image of every rank's loader and scores all together, each rank some of the categories.
 
     model: without the wrapper of several processes; its batch-norm buffers must be the same on all ranks.
     loader: gives images [N, 3, 300, 300] on the device and their indices [N] in the annotations.  half: autocast, as
-    in training.  progress: `Report.progress` or the like.  All ranks must call this, and get the same scores.
+    in training.  progress: `Report.progress` or the like.  helpers: processes that may score beside a lone one.
+    All ranks must call this, and get the same scores.
     """
     dist = dist or Processes(0, 1, device, None)
     progress = progress or NullReport().progress
+    watch = Stopwatch()
     with evaluating(model), torch.inference_mode(), progress(len(loader), "Evaluation") as bar:
-        results, non_finite = _detect_all(model, loader, annotations, device=device, half=half, bar=bar)
-    gathered = dist.gather_arrays([*results, np.array(non_finite)])
-    if gathered is None:
-        return Evaluation(*dist.broadcast_object())
-    results = join_results((Results(*arrays) for *arrays, _ in gathered), annotations)
-    non_finite = sum(int(count) for *_, count in gathered)
-    scores = score(annotations, results)
-    dist.broadcast_object((scores, None, non_finite))
-    return Evaluation(scores, results, non_finite)
+        network = model if half else folded(model)  # float16's rounding moves detections when it is of folded weights
+        results, non_finite = _detect_all(network, loader, annotations, device=device, half=half, bar=bar, watch=watch)
+    return score_together(dist, annotations, results, non_finite, watch=watch, helpers=helpers)
 
 
 def _detect_all(
@@ -205,20 +205,56 @@ def _detect_all(
     device: torch.device,
     half: bool,
     bar: Bar | NullBar,
+    watch: Stopwatch,
 ) -> tuple[Results, int]:
     """This rank's results, and how many default boxes' outputs were not finite."""
     defaults = default_boxes().to(device)
-    broken = torch.zeros((), dtype=torch.int64, device=device)
+    broken = 0
     parts = []
     for images, indices in loader:
+        watch.lap("loading")
         with autocast(device, half):
             offsets, logits = model(images)
         usable = finite_boxes(offsets, logits)
-        broken += (~usable).sum()
+        broken += int((~usable).sum())  # waits for a GPU, so that the network's time is told apart
+        watch.lap("network")
         found = detect(offsets, logits, defaults=defaults, usable=usable)
         parts.append(to_results(found, indices.cpu().numpy(), annotations))
         bar.update()
-    return join_results(parts, annotations), int(broken)
+        watch.lap("detections")
+    watch.lap("loading")
+    results = join_results(parts, annotations)
+    watch.lap("detections")
+    return results, broken
+
+
+def score_together(
+    dist: Processes, annotations: Annotations, results: Results, non_finite: int, *, watch: Stopwatch, helpers: int = 0
+) -> Evaluation:
+    """Scores what all ranks have found; results, non_finite: this rank's.  All ranks must call this."""
+    gathered = dist.gather_arrays((results, non_finite))
+    shares = None
+    if gathered is not None:
+        results = join_results((part for part, _ in gathered), annotations)
+        non_finite = sum(count for _, count in gathered)
+        watch.lap("gathering")
+        if dist.world_size == 1:
+            scores = score(annotations, results, helpers=helpers)
+            watch.lap("scoring")
+            return Evaluation(scores, results, non_finite, of_all_processes([watch]))
+        shares = deal(annotations, results, dist.world_size)
+    share = dist.scatter(shares)
+    watch.lap("gathering")
+    part = score_share(share)
+    watch.lap("scoring")
+    gathered = dist.gather_arrays((part, watch))
+    if gathered is None:
+        return Evaluation(*dist.broadcast_object())
+    parts, watches = zip(*gathered, strict=True)
+    scores = put_together(annotations, parts)
+    watch.lap("gathering")
+    dist.broadcast_object((scores, None, non_finite, {}))
+    return Evaluation(scores, results, non_finite, of_all_processes([watch, *watches[1:]]))
 
 
 @contextmanager

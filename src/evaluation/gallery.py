@@ -9,27 +9,43 @@ from src.data.pictures import decode_within
 from src.errors import printable
 from src.output import make_folder
 from src.report.canvas import PANEL
-from src.report.plots import Example, draw_detections, draw_precision_recall
-from src.report.report import RESULTS, NullReport, Report
+from src.report.plots import Example
+from src.report.report import NullReport, Report
 
 from .evaluate import Evaluation
-from .scoring import Results, Scores, write_results
+from .pictures import Remains, leave_files
+from .scoring import Results, Scores
 
 EXAMPLES = 8  # validation images in detections.png
-RECALLS = np.linspace(0, 1, 101)  # COCO's
 
 
 def leave_evaluation(found: Evaluation, validation: Annotations, output: Path, report: Report | NullReport) -> None:
     """Writes detections.json, precision_recall.png and detections.png, and notes what is odd about the evaluation."""
     assert found.results is not None  # this is rank 0
     make_folder(output)
-    write_results(output / RESULTS, found.results)
+    tell_oddities(report, found)
+    leave_files(remains_of(found, validation), output)
+
+
+def remains_of(
+    found: Evaluation, validation: Annotations, *, metrics: Path | None = None, metrics_size: int = 0
+) -> Remains:
+    """What the files of an evaluation are made from; reads the images that will be shown."""
+    return Remains(
+        results=found.results,
+        precision=found.scores.precision,
+        names=[category.name for category in validation.categories],
+        examples=[_example(validation, found.results, i) for i in _shown(validation)],
+        metrics=metrics,
+        metrics_size=metrics_size,
+    )
+
+
+def tell_oddities(report: Report | NullReport, found: Evaluation) -> None:
+    """Tells where there is nothing to see, and of network outputs that were NaN or infinite."""
     warn_of_non_finite(report, found.non_finite)
     if not len(found.results.scores):
         report.note("Nothing was detected with a score above the threshold")
-    names = [category.name for category in validation.categories]
-    draw_precision_recall(found.scores.precision, RECALLS, names, output / "precision_recall.png")
-    draw_detections([_example(validation, found.results, i) for i in _shown(validation)], output / "detections.png")
 
 
 def warn_of_non_finite(report: Report | NullReport, count: int) -> None:

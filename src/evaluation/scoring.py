@@ -1,12 +1,16 @@
-"""Detections as COCO's results, written and scored as COCO does.
+"""Detections as COCO's results, written and scored as COCO does, in shares or at once with the same outcome.
 
-Shapes: D detections, B boxes, K categories, I images of the annotation file.
+A category's precision and recall depend on its own detections alone, so each share is some of the categories.
+Nothing here imports torch: helper processes score shares too.
+Shapes: D detections, B boxes, K categories, I images of the annotation file; T = 10 IoU thresholds, R = 101 recalls,
+A = 4 areas, M = 3 numbers of detections.
 """
 
 import gc
+import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +21,7 @@ from numpy.typing import ArrayLike
 
 from src.data.coco import Annotations
 from src.data.coco_file import decode_file
+from src.errand import Errand, spare_cores
 from src.output import replacing
 
 METRIC_NAMES = (
@@ -35,6 +40,8 @@ METRIC_NAMES = (
 )
 DECIMALS = 3  # of a pixel, in results: what is written is what is scored
 WRITTEN_AT_ONCE = 50_000  # detections
+WORTH_A_HELPER = 50_000  # detections; fewer are scored before a helper process has started
+IDLE = 0.1  # what a category costs in an image without any of its detections, in detections
 
 
 class Results(NamedTuple):
@@ -97,8 +104,40 @@ def write_list(path: Path, parts: Iterable[Sequence[msgspec.Struct]]) -> None:
         file.write(b"[]" if before == b"[" else b"]")
 
 
-def score(annotations: Annotations, results: Results) -> Scores:
+def score(annotations: Annotations, results: Results, *, helpers: int = 0) -> Scores:
     """COCO's 12 figures, by faster-coco-eval.  Nothing detected scores 0.
+
+    helpers: processes that may score beside this one, where cores are idle and there is enough for them to do.
+    """
+    helpers = min(helpers, spare_cores(), len(results.scores) // WORTH_A_HELPER)
+    own, *others = deal(annotations, results, 1 + helpers)
+    with ExitStack() as stack:
+        errands = [stack.enter_context(Errand()) for _ in others]
+        for errand, share in zip(errands, others, strict=True):
+            errand.send(score_share, share)
+        parts = [score_share(own), *(errand.answer() for errand in errands)]
+    return put_together(annotations, parts)
+
+
+class Share(NamedTuple):
+    """The categories that one process scores, with all that it needs for that."""
+
+    labels: np.ndarray  # int64 [K'] in 1..K, ascending
+    num_images: int
+    truth: "_Boxes"
+    found: "_Boxes"
+
+
+class Part(NamedTuple):
+    """What came of a share; -1: not defined, for want of ground truth."""
+
+    labels: np.ndarray  # the share's, [K']
+    precision: np.ndarray  # float64 [T, R, K', A, M]
+    recall: np.ndarray  # float64 [T, K', A, M]
+
+
+def deal(annotations: Annotations, results: Results, count: int) -> list[Share]:
+    """All categories in `count` shares of about equal work; some are empty where there are fewer categories.
 
     The scorer computes with ids as float64, so it gets numbers from 1 in the ids' places.  Images keep the order of
     their ids, which is the one in which a scorer that reads the files meets them: equal scores then rank the same.
@@ -113,17 +152,57 @@ def score(annotations: Annotations, results: Results) -> Scores:
         crowd=np.zeros(len(results.scores), np.int64),
         scores=results.scores,
     )
-    num_labels = len(annotations.categories)
+    owners = _owners(np.bincount(found.labels, minlength=1 + len(annotations.categories))[1:], len(places), count)
+    return [
+        Share(
+            labels=np.flatnonzero(owners == owner) + 1,
+            num_images=len(places),
+            truth=truth.of_owner(owner, owners),
+            found=found.of_owner(owner, owners),
+        )
+        for owner in range(count)
+    ]
+
+
+def _owners(detections: np.ndarray, num_images: int, count: int) -> np.ndarray:
+    """The share of each category, the largest dealt first, each to the share that has least so far; [K].
+
+    detections [K] of each category.
+    """
+    owners = np.zeros(len(detections), np.int64)
+    loads = [(0.0, share) for share in range(count)]
+    for label in np.argsort(-detections, kind="stable"):
+        load, share = heapq.heappop(loads)
+        owners[label] = share
+        heapq.heappush(loads, (load + detections[label] + IDLE * num_images, share))
+    return owners
+
+
+def score_share(share: Share) -> Part:
+    """The precision and recall of a share's categories."""
+    if not len(share.labels):
+        return Part(share.labels, np.zeros((10, 101, 0, 4, 3)), np.zeros((10, 0, 4, 3)))
     with _collector_paused():
-        scorer = COCOeval_faster(_coco(truth, len(places), num_labels), _coco(found, len(places), num_labels), "bbox")
+        truth, found = (_coco(columns, share.num_images, share.labels) for columns in (share.truth, share.found))
+        scorer = COCOeval_faster(truth, found, "bbox")
         scorer.evaluate()
         scorer.accumulate()
-        scorer.summarize()
-    precision = scorer.eval["precision"][:, :, :, 0, -1]  # all areas, 100 detections
-    by_category = zip(_names(annotations), np.moveaxis(precision, 2, 0), strict=True)
+    return Part(share.labels, scorer.eval["precision"], scorer.eval["recall"])
+
+
+def put_together(annotations: Annotations, parts: Sequence[Part]) -> Scores:
+    """The figures of all categories, each of which is in one of the parts."""
+    order = np.argsort(np.concatenate([part.labels for part in parts]))
+    precision = np.concatenate([part.precision for part in parts], axis=2)[:, :, order]  # [T, R, K, A, M]
+    recall = np.concatenate([part.recall for part in parts], axis=1)[:, order]  # [T, K, A, M]
+    scorer = COCOeval_faster(None, None, "bbox")
+    scorer.eval = {"precision": precision, "recall": recall}
+    scorer.summarize()
+    shown = precision[:, :, :, 0, -1]  # all areas, 100 detections
+    by_category = zip(_names(annotations), np.moveaxis(shown, 2, 0), strict=True)
     return Scores(
         figures={name: _defined(value) for name, value in zip(METRIC_NAMES, scorer.stats, strict=True)},
-        precision=precision,
+        precision=shown,
         category_ap={name: _defined(column.mean()) for name, column in by_category},
     )
 
@@ -144,6 +223,11 @@ class _Boxes(NamedTuple):
     areas: np.ndarray
     crowd: np.ndarray
     scores: np.ndarray
+
+    def of_owner(self, owner: int, owners: np.ndarray) -> "_Boxes":
+        """The boxes of the categories that a share has, in the same order; owners [K]."""
+        own = owners[self.labels - 1] == owner
+        return _Boxes(*(column[own] for column in self))
 
 
 def _truth(annotations: Annotations, places: np.ndarray) -> _Boxes:
@@ -176,13 +260,13 @@ def _find(values: ArrayLike, among: ArrayLike) -> np.ndarray:
     return np.where(among[nearest] == values, nearest, -1)
 
 
-def _coco(columns: _Boxes, num_images: int, num_labels: int) -> COCO:
+def _coco(columns: _Boxes, num_images: int, labels: np.ndarray) -> COCO:
     # Not by loadRes, which takes longer than all the rest: it makes a polygon of each box.
     rows = zip(*(column.tolist() for column in columns), strict=True)
     return COCO(
         {
             "images": [{"id": number} for number in range(1, num_images + 1)],
-            "categories": [{"id": number} for number in range(1, num_labels + 1)],
+            "categories": [{"id": label} for label in labels.tolist()],
             "annotations": [
                 {
                     "id": number,

@@ -1,6 +1,7 @@
 """Scoring on the validation images: after an epoch of training, and of a checkpoint (`--mode evaluation`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -9,18 +10,19 @@ from src.data.coco import Annotations, check_images_exist, locations
 from src.data.loaders import EvaluationLoader
 from src.distributed import Processes
 from src.output import make_folder
-from src.report.plots import draw_training
-from src.report.report import METRICS, NullReport, Report
+from src.report.report import NullReport, Report
 from src.report.start import tell_data
 from src.weights.detector import read_labelled, trained_model
 from src.weights.files import load_checkpoint
 
-from .evaluate import Evaluation, evaluate
-from .gallery import leave_evaluation, tell_figures
+from .evaluate import evaluate
+from .gallery import leave_evaluation, tell_figures, tell_oddities
+from .meanwhile import FilesMeanwhile
 
 Figures = dict[str, float | None]  # COCO's 12 by name, None: not defined
 
 
+@contextmanager
 def make_evaluation(
     model: nn.Module,
     validation: Annotations,
@@ -31,23 +33,28 @@ def make_evaluation(
     output: Path,
     processes: Processes,
     report: Report | NullReport,
-) -> Callable[[int], Figures]:
-    """A function of the epoch that scores the network on all processes, tells the report and leaves files."""
+) -> Iterator[Callable[[int], Figures]]:
+    """A function of the epoch that scores the network on all processes, tells the report and leaves files.
 
-    def evaluate_epoch(epoch: int) -> Figures:
-        report.begin_evaluation(epoch)
-        found = _score(
-            model, validation, batch_size=batch_size, num_workers=num_workers, half=half, processes=processes,
-            report=report,
-        )  # fmt: skip
-        report.evaluation(epoch=epoch, figures=found.scores.figures)
-        if processes.is_main:
-            leave_evaluation(found, validation, output, report)
-            draw_training(output / METRICS, output / "training.png")
-        processes.broadcast_object()  # pictures may take long
-        return found.scores.figures
+    The files are made while training goes on; the next evaluation and the end wait for them.
+    """
+    loader = _loader(validation, batch_size=batch_size, num_workers=num_workers, processes=processes)
+    with closing(loader), FilesMeanwhile(output, report) as files:  # the workers stay from one evaluation to the next
 
-    return evaluate_epoch
+        def evaluate_epoch(epoch: int) -> Figures:
+            files.finish()
+            report.begin_evaluation(epoch)
+            found = evaluate(
+                model, loader, validation, device=processes.device, half=half, dist=processes,
+                progress=report.progress, helpers=num_workers,
+            )  # fmt: skip
+            report.evaluation(epoch=epoch, figures=found.scores.figures, seconds=found.seconds)
+            if processes.is_main:
+                tell_oddities(report, found)
+                files.start(found, validation)
+            return found.scores.figures
+
+        yield evaluate_epoch
 
 
 def score_checkpoint(
@@ -74,29 +81,20 @@ def score_checkpoint(
     model = trained_model(
         state, backbone=backbone, num_categories=len(validation.categories), source=checkpoint, device=processes.device
     )
-    found = _score(
-        model, validation, batch_size=batch_size, num_workers=num_workers, half=half, processes=processes, report=report
-    )
+    loader = _loader(validation, batch_size=batch_size, num_workers=num_workers, processes=processes)
+    with closing(loader):
+        found = evaluate(
+            model, loader, validation, device=processes.device, half=half, dist=processes, progress=report.progress,
+            helpers=num_workers,
+        )  # fmt: skip
     tell_figures(report, found.scores)
     if processes.is_main:
         leave_evaluation(found, validation, output, report)
     return found.scores.figures["mAP"]
 
 
-def _score(
-    model: nn.Module,
-    validation: Annotations,
-    *,
-    batch_size: int,
-    num_workers: int,
-    half: bool,
-    processes: Processes,
-    report: Report | NullReport,
-) -> Evaluation:
-    loader = EvaluationLoader(
+def _loader(validation: Annotations, *, batch_size: int, num_workers: int, processes: Processes) -> EvaluationLoader:
+    return EvaluationLoader(
         validation, batch_size=batch_size, num_workers=num_workers, device=processes.device,
         rank=processes.rank, world_size=processes.world_size,
     )  # fmt: skip
-    return evaluate(
-        model, loader, validation, device=processes.device, half=half, dist=processes, progress=report.progress
-    )

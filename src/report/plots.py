@@ -101,9 +101,12 @@ def _remark(axes: Axes, text: str) -> None:
 
 
 @_styled()
-def draw_training(metrics_file: Path | str, path: Path | str) -> Figure:
-    """Loss and its parts, learning rate and mAP over the iterations of a metrics.jsonl, which may be unfinished."""
-    entries = _read_metrics(Path(metrics_file))
+def draw_training(metrics_file: Path | str, path: Path | str, *, size: int | None = None) -> Figure:
+    """Loss and its parts, learning rate and mAP over the iterations of a metrics.jsonl, which may be unfinished.
+
+    size: bytes of the file to look at, all where left out.
+    """
+    entries = _read_metrics(Path(metrics_file), size)
     logged = entries["iteration"]
     iterations = _column(logged, "iteration")
     epoch_length = _epoch_length(logged)
@@ -122,10 +125,10 @@ def draw_training(metrics_file: Path | str, path: Path | str) -> Figure:
     return _save(figure, path)
 
 
-def _read_metrics(path: Path) -> dict[str, list[dict]]:
+def _read_metrics(path: Path, size: int | None) -> dict[str, list[dict]]:
     """The entries by kind; a line that is cut off is left out."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes()[:size].splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     entries = defaultdict(list)

@@ -139,11 +139,13 @@ class Report:
         """An evaluation begins, of the model as it is after `epoch`."""
         self._tell_mlperf(lambda log: log.begin_evaluation(epoch))
 
-    def evaluation(self, *, epoch: int, figures: Mapping[str, float | None]) -> None:
-        """The evaluation's figures by name, "mAP" among them; None: not defined."""
+    def evaluation(
+        self, *, epoch: int, figures: Mapping[str, float | None], seconds: Mapping[str, float] | None = None
+    ) -> None:
+        """The evaluation's figures by name, "mAP" among them; None: not defined.  seconds: where its time went."""
         self._end_bar()
         self.note(f"Epoch {epoch:2d}, Accuracy: {_accuracy_text(figures['mAP'])}")
-        self._record({"kind": "evaluation", "epoch": epoch, **figures})
+        self._record({"kind": "evaluation", "epoch": epoch, **figures, "seconds": seconds or {}})
         self._scalars("evaluation", figures, epoch)
         self._tell_mlperf(lambda log: log.end_evaluation(epoch, _finite(figures["mAP"])))
 

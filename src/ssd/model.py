@@ -4,8 +4,12 @@ Shapes: N images, C labels with the background, A = 8,732 default boxes.
 Sources: Liu et al. 2016, section 2.1; He et al. 2016 for the ResNet.
 """
 
+from copy import deepcopy
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 
 from .default_boxes import BOXES_PER_CELL
@@ -98,3 +102,30 @@ def _predict(heads: nn.ModuleList, features: list[Tensor], values: int) -> Tenso
     """Every head's output viewed as [N, values, cells x boxes] and concatenated; [N, values, A]."""
     outputs = [head(feature) for head, feature in zip(heads, features, strict=True)]
     return torch.cat([output.reshape(len(output), values, -1) for output in outputs], dim=2)
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy for inference, its batch-norms folded into the convolutions before them; the model itself without any.
+
+    It is for modules that apply their children in the order in which they have them, as far as those are convolutions
+    and batch-norms: torchvision's ResNets and the network here.
+    """
+    if not any(_folding_pairs(module) for module in model.modules()):
+        return model
+    copy = deepcopy(model).eval()
+    for module in list(copy.modules()):
+        for convolution, norm in _folding_pairs(module):
+            fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
+            setattr(module, convolution, fused)
+            setattr(module, norm, nn.Identity())
+    return copy
+
+
+def _folding_pairs(module: nn.Module) -> list[tuple[str, str]]:
+    """Names of the module's convolutions that a batch-norm follows, and of that."""
+    children = list(module.named_children())
+    return [
+        (name, following)
+        for (name, child), (following, next_child) in pairwise(children)
+        if isinstance(child, nn.Conv2d) and isinstance(next_child, nn.BatchNorm2d)
+    ]

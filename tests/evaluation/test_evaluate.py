@@ -282,6 +282,7 @@ class Ranks:
     """Processes played by threads: what `evaluate` asks of src.distributed.Processes."""
 
     def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
         self.barrier = threading.Barrier(world_size)
         self.values = [None] * world_size
         self.message = None
@@ -290,7 +291,7 @@ class Ranks:
         def gather_arrays(arrays):
             self.values[number] = arrays
             self.barrier.wait(60)
-            return self.values if number == 0 else None
+            return list(self.values) if number == 0 else None
 
         def broadcast_object(value=None):
             if number == 0:
@@ -298,7 +299,12 @@ class Ranks:
             self.barrier.wait(60)
             return self.message
 
-        return SimpleNamespace(gather_arrays=gather_arrays, broadcast_object=broadcast_object)
+        def scatter(values=None):
+            return broadcast_object(values)[number]
+
+        return SimpleNamespace(
+            world_size=self.world_size, gather_arrays=gather_arrays, scatter=scatter, broadcast_object=broadcast_object
+        )
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
