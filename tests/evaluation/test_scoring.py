@@ -9,7 +9,19 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from src.data.coco import read_annotations
-from src.evaluation.scoring import METRIC_NAMES, Results, join_results, score, write_results
+from src.errand import Errand
+from src.evaluation import scoring
+from src.evaluation.scoring import (
+    METRIC_NAMES,
+    Results,
+    Scores,
+    deal,
+    join_results,
+    put_together,
+    score,
+    score_share,
+    write_results,
+)
 from tests.datasets import annotation, write_annotations
 
 NO_RESULTS = Results(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
@@ -68,11 +80,24 @@ def random_file(folder, *, seed: int, image_ids, categories, crowds: float = 0.1
 CATEGORIES = [{"id": 90, "name": "kite"}, {"id": 1, "name": "person"}, {"id": 7, "name": "train"}]
 
 
+def scored_in_shares(annotations, results: Results, count: int) -> Scores:
+    """As so many processes score, which may be more than there are categories."""
+    return put_together(annotations, [score_share(share) for share in deal(annotations, results, count)])
+
+
+def assert_same(ours: Scores, theirs: Scores) -> None:
+    """Bit for bit."""
+    assert (ours.figures, ours.category_ap) == (theirs.figures, theirs.category_ap)
+    assert np.array_equal(ours.precision, theirs.precision)
+
+
 def assert_scores_as_pycocotools(annotation_file, folder, results: Results) -> None:
     annotations = read_annotations(annotation_file, folder)
     results = join_results([results], annotations)
     write_results(folder / "detections.json", results)
     scores = score(annotations, results)
+    for processes in (2, 3, 5):
+        assert_same(scored_in_shares(annotations, results, processes), scores)
     expected = plain_scorer(annotation_file, folder / "detections.json")
     figures = [-1 if value is None else value for value in scores.figures.values()]
     np.testing.assert_allclose(figures, expected.stats, rtol=0, atol=1e-12)
@@ -140,7 +165,9 @@ def test_a_missing_area_is_width_times_height(tmp_path):
 
 def test_nothing_detected_scores_0(tmp_path):
     file = random_file(tmp_path, seed=0, image_ids=[1, 2], categories=CATEGORIES)
-    scores = score(read_annotations(file, tmp_path), NO_RESULTS)
+    annotations = read_annotations(file, tmp_path)
+    scores = score(annotations, NO_RESULTS)
+    assert_same(scored_in_shares(annotations, NO_RESULTS, 5), scores)
     assert set(scores.figures.values()) <= {0, None}
     assert (scores.figures["mAP"], scores.figures["AR100"]) == (0, 0)
     assert scores.category_ap == {"kite": 0, "person": 0, "train": None}
@@ -155,6 +182,34 @@ def test_without_ground_truth_no_figure_is_defined(tmp_path):
     results = Results(np.array([1]), np.array([90]), np.array([[1.0, 2, 3, 4]]), np.array([0.5]))
     for found in (results, NO_RESULTS):
         assert score(annotations, found).figures == dict.fromkeys(METRIC_NAMES)
+        assert scored_in_shares(annotations, found, 2).figures == dict.fromkeys(METRIC_NAMES)
+
+
+def test_helper_processes_score_the_same(tmp_path, monkeypatch):
+    file = random_file(tmp_path, seed=2, image_ids=list(range(20)), categories=CATEGORIES)
+    annotations, results = read_annotations(file, tmp_path), noisy_results(file, seed=3)
+    expected = score(annotations, results)
+    monkeypatch.setattr(scoring, "WORTH_A_HELPER", 1)
+    monkeypatch.setattr(scoring, "spare_cores", lambda: 2)
+    asked = []
+    monkeypatch.setattr(scoring, "Errand", lambda: asked.append(1) or Errand())
+    assert_same(score(annotations, results, helpers=3), expected)
+    assert len(asked) == 2
+    assert_same(score(annotations, results), expected)
+    assert len(asked) == 2  # by default there are none
+
+
+def test_categories_are_dealt_out_by_their_detections(tmp_path):
+    categories = [{"id": number, "name": str(number)} for number in range(1, 8)]
+    file = random_file(tmp_path, seed=0, image_ids=[1, 2], categories=categories)
+    labels = np.repeat(np.arange(1, 8), (10, 40, 20, 30, 50, 0, 0))
+    ones = np.ones(len(labels))
+    results = Results(ones.astype(int), labels, np.ones((len(labels), 4)), ones)
+    shares = deal(read_annotations(file, tmp_path), results, 3)
+    assert sorted(len(share.found.scores) for share in shares) == [50, 50, 50]
+    assert sorted(label for share in shares for label in share.labels.tolist()) == list(range(1, 8))
+    for share in shares:
+        assert set(share.found.labels) <= set(share.labels) and set(share.truth.labels) <= set(share.labels)
 
 
 def test_the_results_file_is_plain_and_exact(tmp_path):
