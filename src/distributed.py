@@ -107,6 +107,7 @@ class Processes:
     def scatter(self, values: list | None = None) -> Any:
         """This rank's own of rank 0's `values`, one for each rank; the others may wait hours for it, too."""
         if self.world_size == 1:
+            assert values is not None
             return values[0]
         self._wait_for_main()
         own = [None]

@@ -32,6 +32,8 @@ class Errand:
             [sys.executable, "-c", START.format(path=sys.path, niceness=niceness)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._to, self._from = self._process.stdin, self._process.stdout
         self._sent = False
 
     def __enter__(self) -> "Errand":
@@ -43,8 +45,8 @@ class Errand:
     def send(self, function: Callable, *arguments: Any) -> None:
         """Hands over the work; function and arguments must pickle.  Raises ErrandLostError."""
         try:
-            pickle.dump((function, arguments), self._process.stdin, pickle.HIGHEST_PROTOCOL)
-            self._process.stdin.flush()
+            pickle.dump((function, arguments), self._to, pickle.HIGHEST_PROTOCOL)
+            self._to.flush()
         except (BrokenPipeError, ValueError):  # it has ended, or was stopped by another thread
             raise self._lost() from None
         self._sent = True
@@ -52,7 +54,7 @@ class Errand:
     def answer(self) -> Any:
         """Waits for what the function returned.  Raises ErrandLostError; of an exception there the process has told."""
         try:
-            return pickle.load(self._process.stdout)
+            return pickle.load(self._from)
         except (EOFError, pickle.UnpicklingError):
             raise self._lost() from None
 
@@ -61,13 +63,13 @@ class Errand:
         if not self._sent:
             self._process.kill()
         with suppress(BrokenPipeError):
-            self._process.stdin.close()  # the process sees that and leaves
+            self._to.close()  # the process sees that and leaves
         try:
             self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._from.close()
 
     def _lost(self) -> ErrandLostError:
         status = self._process.wait()

@@ -21,7 +21,6 @@ EXAMPLES = 8  # validation images in detections.png
 
 def leave_evaluation(found: Evaluation, validation: Annotations, output: Path, report: Report | NullReport) -> None:
     """Writes detections.json, precision_recall.png and detections.png, and notes what is odd about the evaluation."""
-    assert found.results is not None  # this is rank 0
     make_folder(output)
     tell_oddities(report, found)
     leave_files(remains_of(found, validation), output)
@@ -31,11 +30,13 @@ def remains_of(
     found: Evaluation, validation: Annotations, *, metrics: Path | None = None, metrics_size: int = 0
 ) -> Remains:
     """What the files of an evaluation are made from; reads the images that will be shown."""
+    results = found.results
+    assert results is not None  # this is rank 0
     return Remains(
-        results=found.results,
+        results=results,
         precision=found.scores.precision,
         names=[category.name for category in validation.categories],
-        examples=[_example(validation, found.results, i) for i in _shown(validation)],
+        examples=[_example(validation, results, i) for i in _shown(validation)],
         metrics=metrics,
         metrics_size=metrics_size,
     )
@@ -43,6 +44,7 @@ def remains_of(
 
 def tell_oddities(report: Report | NullReport, found: Evaluation) -> None:
     """Tells where there is nothing to see, and of network outputs that were NaN or infinite."""
+    assert found.results is not None  # this is rank 0
     warn_of_non_finite(report, found.non_finite)
     if not len(found.results.scores):
         report.note("Nothing was detected with a score above the threshold")
