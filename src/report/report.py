@@ -145,7 +145,7 @@ class Report:
         """The evaluation's figures by name, "mAP" among them; None: not defined.  seconds: where its time went."""
         self._end_bar()
         self.note(f"Epoch {epoch:2d}, Accuracy: {_accuracy_text(figures['mAP'])}")
-        self._record({"kind": "evaluation", "epoch": epoch, **figures, "seconds": seconds or {}})
+        self._record({"kind": "evaluation", "epoch": epoch, **figures, **({"seconds": seconds} if seconds else {})})
         self._scalars("evaluation", figures, epoch)
         self._tell_mlperf(lambda log: log.end_evaluation(epoch, _finite(figures["mAP"])))
 

@@ -1,3 +1,5 @@
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +138,16 @@ def test_evaluation_gives_each_image_once_over_all_ranks(tmp_path):
                 assert indices.dtype == torch.int64
                 seen += indices.tolist()
         assert sorted(seen) == list(range(5))
+
+
+def test_evaluation_keeps_its_workers_until_it_is_closed(tmp_path):
+    loader = EvaluationLoader(make_annotations(tmp_path, split="val"), batch_size=2, num_workers=1, device=CPU)
+    with closing(loader):
+        first = [indices.tolist() for _, indices in loader]
+        (worker,) = loader.loader._iterator._workers
+        assert [indices.tolist() for _, indices in loader] == first
+        assert loader.loader._iterator._workers == [worker] and worker.is_alive()
+    assert not worker.is_alive()
 
 
 BROKEN = {

@@ -263,6 +263,8 @@ def test_a_perfect_detector_scores_1_and_every_module_keeps_its_mode(annotations
     assert evaluation.results.image_ids.tolist() == [1, 2, 2, 4, 5]
     assert evaluation.non_finite == 0
     assert len(steps) == 3
+    assert set(evaluation.seconds) == {"loading", "network", "detections", "gathering", "scoring", "waiting"}
+    assert evaluation.seconds["network"] > 0 and evaluation.seconds["waiting"] == 0
     assert (model.training, model.norm.training, model.frozen.training) == (True, True, False)
 
 
@@ -322,6 +324,7 @@ def test_any_number_of_processes_scores_the_same_on_every_rank(annotations, worl
         thread.start()
     for thread in threads:
         thread.join(120)
+    assert evaluations[0].seconds["waiting"] > 0
     for number, evaluation in enumerate(evaluations):
         assert evaluation.scores.figures == alone.scores.figures
         assert (evaluation.results is None) == (number > 0)

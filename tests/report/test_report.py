@@ -57,7 +57,8 @@ def test_metrics_hold_what_was_logged_at_once(tmp_path):
     train_and_log(to, 39)
     log_iteration(to, 40)
     end_epoch(to, 1)
-    to.evaluation(epoch=1, figures={"mAP": np.float64(0.25), "AP small": None})
+    seconds = {"network": 1.5, "waiting": 0.0}
+    to.evaluation(epoch=1, figures={"mAP": np.float64(0.25), "AP small": None}, seconds=seconds)
     assert metrics(tmp_path) == [  # the report is not closed yet
         {
             "kind": "iteration",
@@ -79,7 +80,7 @@ def test_metrics_hold_what_was_logged_at_once(tmp_path):
             "images_per_second": 523.14,
             "average_images_per_second": 523.14,
         },
-        {"kind": "evaluation", "epoch": 1, "mAP": 0.25, "AP small": None},
+        {"kind": "evaluation", "epoch": 1, "mAP": 0.25, "AP small": None, "seconds": seconds},
     ]
     to.close()
 

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch import nn
 
-from src.ssd.model import BACKBONES, SSD300
+from src.evaluation.evaluate import detect
+from src.ssd.model import BACKBONES, SSD300, folded
 from tests.recipes import fill_weights, images
 
 
@@ -14,6 +16,7 @@ def test_names_shapes_and_outputs_are_the_oracles(oracle, backbone):
     assert sum(parameter.numel() for parameter in model.parameters()) == expected["parameters"]
     with torch.inference_mode():
         offsets, logits = model(images())
+        in_folds = folded(model)(images())
     assert list(offsets.shape) == expected["loc_shape"]
     assert list(logits.shape) == expected["conf_shape"]
     assert offsets.norm().item() == pytest.approx(expected["loc_norm"], rel=1e-4)
@@ -23,6 +26,43 @@ def test_names_shapes_and_outputs_are_the_oracles(oracle, backbone):
         size = expected[f"{name}_norm"] / outputs.numel() ** 0.5
         values = expected["loc_first8" if name == "loc" else "conf_last8"]
         assert outputs.flatten()[part].tolist() == pytest.approx(values, rel=1e-4, abs=1e-4 * size)
+        index = 0 if name == "loc" else 1
+        assert in_folds[index].norm().item() == pytest.approx(expected[f"{name}_norm"], rel=1e-4)
+        assert in_folds[index].flatten()[part].tolist() == pytest.approx(values, rel=1e-4, abs=1e-4 * size)
+
+
+def seasoned(model: SSD300) -> SSD300:
+    """With batch-norms as training leaves them."""
+    torch.manual_seed(5)
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.running_mean.normal_(0, 0.2)
+        norm.running_var.uniform_(0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, 0, 0.2)
+    return model
+
+
+def test_folded_batch_norms_detect_the_same_and_leave_the_model_as_it_was():
+    model = seasoned(SSD300("resnet18", 5)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    copy = folded(model)
+    assert not [module for module in copy.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert model.training and all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    with torch.inference_mode():
+        (plain, logits), (fold, fold_logits) = model.eval()(images()), copy(images())
+    scale = logits.abs().max() / 5  # for scores that are neither all 0 nor all 1
+    for ours, theirs in zip(detect(fold, fold_logits / scale), detect(plain, logits / scale), strict=True):
+        close = (ours.scores[:, None] - theirs.scores).abs() < 1e-4
+        close &= (ours.boxes[:, None] - theirs.boxes).abs().amax(dim=2) < 1e-4
+        close &= ours.labels[:, None] == theirs.labels
+        certain = theirs.scores > theirs.scores.min() + 1e-4  # the others may have made room for their equals
+        assert certain.sum() > 100
+        assert close.any(dim=0)[certain].float().mean() >= 0.99  # an overlap may be the threshold to the last digit
+
+
+def test_what_has_nothing_to_fold_is_given_back():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3))
+    assert folded(model) is model
 
 
 def test_channels_last_gives_the_same_outputs():
