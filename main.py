@@ -39,7 +39,7 @@ from src.training.run import LAST, Run
 from src.training.start import odd_starts, resumed_file, start_position, starting_model
 from src.training.step import Schedule, Trainer, make_optimizer
 
-ONE_PROCESS = {"prediction": "", "check": ", which uses all cores", "benchmark": ""}  # modes that work on one, and why
+ONE_PROCESS = {"check": ", which uses all cores", "benchmark": ""}  # modes that work on one, and why
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +18,14 @@ from src.data.batch import normalise
 from src.data.coco import Category
 from src.data.images import resize
 from src.data.pictures import decode_any, decode_within, find_images, size_of
+from src.distributed import Processes
 from src.errors import UserError
 from src.output import make_folder
 from src.precision import autocast
 from src.report.plots import draw_prediction
 from src.report.report import RESULTS, NullReport, Report, holds_run
 from src.ssd.default_boxes import default_boxes
+from src.ssd.model import folded
 from src.weights.detector import known_categories, trained_model
 from src.weights.files import load_checkpoint
 
@@ -63,24 +67,29 @@ def predict_folder(
     backbone: str,
     batch_size: int,
     half: bool,
-    device: torch.device,
+    processes: Processes,
     report: Report | NullReport,
 ) -> None:
     """`--mode prediction`: draws and lists what a checkpoint's network detects in an image or a folder of them.
 
-    backbone: that of a checkpoint which does not say.  Raises UserError at the end where images could not be read.
+    backbone: that of a checkpoint which does not say.  Each process draws its share of the images, rank 0 lists all.
+    Raises UserError at the end, on rank 0, where images could not be read.
     """
-    state = load_checkpoint(checkpoint)
+    state = processes.broadcast_object(load_checkpoint(checkpoint) if processes.is_main else None)
     categories = known_categories(state)
-    own_output = _output_folder(data, output)
-    images = find_images(data, leave_out=output)
+    own_output, images = processes.broadcast_object(
+        (_output_folder(data, output), find_images(data, leave_out=output)) if processes.is_main else None
+    )
+    device = processes.device
     if own_output != output:
         report.note(f"{output} holds a run, whose files stay: the predictions go to {own_output}")
     model = trained_model(state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=device)
     done = predict(
         model, images.files, categories, own_output, batch_size=batch_size, device=device, half=half,
-        folder=images.folder, progress=report.progress,
+        folder=images.folder, progress=report.progress, dist=processes,
     )  # fmt: skip
+    if done is None:
+        return
     counted = f"{done.images - len(done.unreadable)} images, {done.detections} detections"
     others = f"; {images.others} other files passed over" if images.others else ""
     report.note(f"{counted}: pictures and {RESULTS} in {own_output}{others}")
@@ -119,25 +128,31 @@ def predict(
     half: bool = False,
     folder: Path | None = None,
     progress: Callable[[int, str], AbstractContextManager] | None = None,
-) -> Prediction:
+    dist: Processes | None = None,
+) -> Prediction | None:
     """Draws the detections of each image into `output` (a.jpg gives a.jpg.png) and lists them in detections.json.
 
     categories: the k-th belongs to label k.  folder: which the images are in or below, and from which on they are
     named; left out, their names are the files'.  progress: `Report.progress` or the like.
-    An image that cannot be read is left out.
+    An image that cannot be read is left out.  dist: every process of it must call this, with the same images; each
+    takes its share.  Gives None on all but rank 0.
     """
+    dist = dist or Processes(0, 1, device, None)
     make_folder(output)
     found: list[Found] = []
-    unreadable: list[UserError] = []
+    unreadable: dict[int, UserError] = {}  # by position
     non_finite = 0
     progress = progress or NullReport().progress
-    with evaluating(model), torch.inference_mode(), progress(len(images), "Prediction") as bar:
-        for start, batch in _batches(images, batch_size):
-            unreadable += [read for read in batch if isinstance(read, UserError)]
-            whole = [(number, *read) for number, read in enumerate(batch, start) if not isinstance(read, UserError)]
+    share = range(dist.rank, len(images), dist.world_size)
+    with evaluating(model), torch.inference_mode(), progress(len(share), "Prediction") as bar:
+        network = model if half else folded(model)  # as in `evaluate`
+        for start, batch in _batches([images[number] for number in share], batch_size):
+            read_ones = list(zip(share[start:], batch, strict=False))
+            unreadable |= {number: read for number, read in read_ones if isinstance(read, UserError)}
+            whole = [(number, *read) for number, read in read_ones if not isinstance(read, UserError)]
             if whole:
                 numbers, sizes, resized = zip(*whole, strict=True)
-                detections, broken = _detect(model, torch.stack(resized), device=device, half=half)
+                detections, broken = _detect(network, torch.stack(resized), device=device, half=half)
                 non_finite += broken
                 for number, size, detected in zip(numbers, sizes, detections, strict=True):
                     path = images[number]
@@ -145,8 +160,14 @@ def predict(
                     _draw(path, size, detected, categories, make_folder((output / name).parent) / f"{path.name}.png")
                     found += _listed(name, number, size, detected, categories)
             bar.update(len(batch))
+    gathered = dist.gather_arrays((found, unreadable, non_finite))
+    if gathered is None:
+        return None
+    found = sorted(chain.from_iterable(part for part, _, _ in gathered), key=attrgetter("image_id"))
+    unreadable = dict(sorted(chain.from_iterable(part.items() for _, part, _ in gathered)))
     write_list(output / RESULTS, [found] if found else [])
-    return Prediction(len(images), unreadable, len(found), non_finite)
+    non_finite = sum(count for _, _, count in gathered)
+    return Prediction(len(images), list(unreadable.values()), len(found), non_finite)
 
 
 class _Read(NamedTuple):

@@ -1,6 +1,5 @@
 """Detections against the oracle and against a plain loop; evaluation as a whole."""
 
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +15,7 @@ from src.evaluation.scoring import METRIC_NAMES
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, default_boxes_ltrb, encode
 from src.ssd.model import SSD300
 from tests.datasets import annotation, write_coco
+from tests.ranks import Ranks
 
 CPU = torch.device("cpu")
 ORACLE_CASES = {  # seed, sigma, background
@@ -280,50 +280,15 @@ def test_broken_output_is_counted_and_scores_0(annotations):
     assert evaluation.scores.figures["mAP"] == 0
 
 
-class Ranks:
-    """Processes played by threads: what `evaluate` asks of src.distributed.Processes."""
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-        self.barrier = threading.Barrier(world_size)
-        self.values = [None] * world_size
-        self.message = None
-
-    def rank(self, number: int) -> SimpleNamespace:
-        def gather_arrays(arrays):
-            self.values[number] = arrays
-            self.barrier.wait(60)
-            return list(self.values) if number == 0 else None
-
-        def broadcast_object(value=None):
-            if number == 0:
-                self.message = value
-            self.barrier.wait(60)
-            return self.message
-
-        def scatter(values=None):
-            return broadcast_object(values)[number]
-
-        return SimpleNamespace(
-            world_size=self.world_size, gather_arrays=gather_arrays, scatter=scatter, broadcast_object=broadcast_object
-        )
-
-
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_any_number_of_processes_scores_the_same_on_every_rank(annotations, world_size):
     alone = evaluate(Oracle(annotations), numbered_batches(range(5)), annotations, device=CPU)
-    ranks, evaluations = Ranks(world_size), [None] * world_size
 
-    def work(number):
-        share = numbered_batches(range(number, 5, world_size)) if number < 5 else []
-        dist = ranks.rank(number)
-        evaluations[number] = evaluate(Oracle(annotations), share, annotations, device=CPU, dist=dist)
+    def work(dist):
+        share = numbered_batches(range(dist.rank, 5, world_size)) if dist.rank < 5 else []
+        return evaluate(Oracle(annotations), share, annotations, device=CPU, dist=dist)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    evaluations = Ranks(world_size).all_do(work)
     assert evaluations[0].seconds["waiting"] > 0
     for number, evaluation in enumerate(evaluations):
         assert evaluation.scores.figures == alone.scores.figures

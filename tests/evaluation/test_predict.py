@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from torch import nn
 from src.data.coco import Category
 from src.data.pictures import find_images
 from src.evaluation.predict import predict
+from src.report.plots import draw_prediction
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, encode
 from tests.datasets import CATEGORIES as DATA_CATEGORIES
 from tests.datasets import annotation, write_annotations, write_image
 from tests.launch import LIMIT
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -173,3 +176,30 @@ def test_photographs(coco128, tmp_path):
     for path in images:
         with Image.open(path) as original, Image.open(tmp_path / f"{path.name}.png") as picture:
             assert original.size == picture.size
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_any_number_of_processes_leaves_the_same(tmp_path, world_size, monkeypatch):
+    drawing = threading.Lock()  # matplotlib's settings are the process's, and the processes are threads here
+
+    def draw(*arguments):
+        with drawing:
+            return draw_prediction(*arguments)
+
+    monkeypatch.setattr("src.evaluation.predict.draw_prediction", draw)
+    folder = tmp_path / "in"
+    for number in range(4):
+        write_image(folder / f"{number}.png", 90 + number, 70)
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:100])
+    images = find_images(folder).files
+    expected = predict(FindsOneDisc(), images, CATEGORIES, tmp_path / "alone", batch_size=2, device=CPU)
+
+    def work(dist):
+        return predict(FindsOneDisc(), images, CATEGORIES, tmp_path / "out", batch_size=2, device=CPU, dist=dist)
+
+    done, *others = Ranks(world_size).all_do(work)
+    assert others == [None] * (world_size - 1)
+    assert list(map(str, done.unreadable)) == list(map(str, expected.unreadable)) and len(done.unreadable) == 1
+    assert (done.images, done.detections, done.non_finite) == (4, 3, 0)
+    ours, theirs = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("out", "alone"))
+    assert ours == theirs and len(ours) == 4
