@@ -202,7 +202,7 @@ def work(flags: Flags, processes: Processes) -> int:
             return meets_target(accuracy, flags.target, report)
         predict_folder(
             flags.data, flags.output, checkpoint=flags.checkpoint, backbone=flags.backbone,
-            batch_size=flags.eval_batch_size, half=flags.fp16, device=processes.device, report=report,
+            batch_size=flags.eval_batch_size, half=flags.fp16, processes=processes, report=report,
         )  # fmt: skip
     return DONE
 
