@@ -7,8 +7,17 @@ SLOW_HALF = "--fp16: this CPU has no bfloat16 arithmetic, so it computes in floa
 
 def half_is_fast(device: torch.device) -> bool:
     """Whether the device computes in half precision itself: any GPU, and a CPU with bfloat16 arithmetic."""
-    capabilities = torch.cpu.get_capabilities()
-    return device.type == "cuda" or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type == "cuda" or any(_cpu_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _cpu_capabilities() -> dict[str, bool]:
+    """What torch says of the processor; an older one has no `get_capabilities`."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),
+    }
 
 
 def autocast(device: torch.device, half: bool) -> torch.autocast:
