@@ -1,14 +1,17 @@
 """The benchmarks run; what they measure is not looked at."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import learning, loaders, step
+from benchmarks import learning, loaders, sharing, step
 from benchmarks.table import cost, speed, table
 from src.data.coco import locations, read_annotations
+from src.evaluation.scoring import Results
 from tests.datasets import annotation, write_coco
 
 CPU = torch.device("cpu")
@@ -48,6 +51,19 @@ def test_loaders_have_a_row_a_pipeline_and_number_of_workers(data, monkeypatch):
     rows = loaders.run(data, batches=1, repeats=1)
     assert [row["name"] for row in rows] == ["no_dali, workers: 1 (images/s)", "dali, threads: 1 (images/s)"]
     assert all(row["ratio"] == row["ours"] / row["yardstick"] for row in rows)
+
+
+def test_scoring_shared_out_has_its_rows(data, tmp_path, monkeypatch):
+    file = shutil.copy(locations(data, "val")[0], tmp_path)
+    annotations = read_annotations(file, tmp_path)
+    ones = np.ones(4)
+    results = Results(annotations.image_ids, ones.astype(int), np.tile([20.0, 20, 60, 50], (4, 1)), ones)
+    # One process, this one, in the place of the launcher's two.
+    monkeypatch.setattr(sharing.subprocess, "run", lambda line, **_: sharing.main(Path(line[-2]), line[-1]))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    rows = sharing.rows(annotations, results, tmp_path)
+    assert [row.keys() for row in rows] == [FIELDS] * 2
+    assert all(row["ours"] >= 0 for row in rows)
 
 
 def test_a_repeated_data_set_has_each_image_as_often(data, tmp_path):
