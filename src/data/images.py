@@ -12,7 +12,7 @@ from src.errors import DataError
 from src.ssd.default_boxes import IMAGE_SIZE
 
 from .coco import Annotations
-from .orientation import orientation, turned
+from .orientation import TRANSPOSED, orientation, turned
 from .png import PNG, DamagedPngError, decode_png
 
 GIF = b"GIF8"  # how such a file begins
@@ -76,16 +76,26 @@ def _reason(error: Exception) -> str:
 
 
 def read_image(annotations: Annotations, index: int) -> Tensor:
-    """`decode` of an image of the annotation file, whose size must be the one given there."""
-    image = decode(annotations.image_path(index), gif=False)  # both pipelines read the same files
+    """`decode` of an image of the annotation file, turned as that has it, whose size must be the one given there."""
+    # Both pipelines read the same files.
+    image = decode(annotations.image_path(index), gif=False, upright=annotations.upright)
     width, height = annotations.sizes[index]
     if image.shape[1:] != (height, width):
         raise DataError(
             f"{annotations.image_path(index).absolute()}: the picture is {image.shape[2]} x {image.shape[1]}, but "
-            f"{annotations.path} says width {width}, height {height}: correct the entry of image "
-            f"{annotations.image_ids[index]}"
+            f"{annotations.path} says width {width}, height {height}: {_advice(annotations, index, image)}"
         )
     return image
+
+
+def _advice(annotations: Annotations, index: int, image: Tensor) -> str:
+    """What to do about a picture [3, H, W] whose size is not the annotation file's."""
+    is_turned = orientation(annotations.image_path(index).read_bytes()) in TRANSPOSED
+    if is_turned and tuple(image.shape[1:]) == tuple(annotations.sizes[index]):
+        if annotations.upright:
+            return "it is the stored picture's size, which --orientation stored reads"
+        return "it is the size of the picture turned by its orientation tag, which --orientation upright reads"
+    return f"correct the entry of image {annotations.image_ids[index]}"
 
 
 def resize(image: Tensor) -> Tensor:

@@ -165,16 +165,16 @@ def _pixels(picture: ImageFile) -> Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
-def decode_within(path: Path, longest: int, *, own: bool) -> Tensor:
+def decode_within(path: Path, longest: int, *, own: bool, upright: bool = False) -> Tensor:
     """The picture in a file, made smaller where a side is longer than `longest` pixels; [3, H, W] uint8 RGB.
 
-    own: as `decode_any` reads it, otherwise as `decode` does, as it is stored.  A JPEG is made smaller while it is
+    own: as `decode_any` reads it, otherwise as `decode` does, turned only where `upright` says so.  A JPEG is made smaller while it is
     decoded, in a fraction of the time and the memory.  Raises DataError.
     """
-    smaller = _smaller_jpeg(path, longest, upright=own) if kind_of(path) == "JPEG" else None
+    smaller = _smaller_jpeg(path, longest, upright=own or upright) if kind_of(path) == "JPEG" else None
     if smaller is not None:
         return smaller
-    image = decode_any(path) if own else decode(path)
+    image = decode_any(path) if own else decode(path, upright=upright)
     height, width = image.shape[1:]
     scale = longest / max(height, width)
     if scale >= 1:
