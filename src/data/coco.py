@@ -22,6 +22,7 @@ from src.errors import DataError
 
 from .coco_file import CategoryEntry, ImageEntry, decode_file
 from .coco_rows import Rows, listed, read_rows, warnings_of
+from .file_names import spelled_as_on_disk
 
 T = TypeVar("T")
 
@@ -164,7 +165,7 @@ def _images(path: Path, entries: list[ImageEntry], image_folder: Path) -> _Image
     sizes = np.empty((len(entries), 2), np.int32)
     sizes[:, 0] = [entry.width for entry in entries]
     sizes[:, 1] = [entry.height for entry in entries]
-    encoded = [name.encode() for name in names]
+    encoded = [name.encode() for name in spelled_as_on_disk(names, image_folder)]
     return _Images(ids, sizes, b"".join(encoded), _starts(np.array([len(name) for name in encoded])))
 
 
