@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
@@ -30,13 +31,17 @@ def decode_png(content: bytes | bytearray) -> Tensor:
     try:
         # Not Image.open, which refuses pictures of more than 180 megapixels.
         with PngImageFile(io.BytesIO(SIGNATURE + needed)) as picture:
-            picture.load()
-            if picture.mode.startswith("I"):  # grey of 16 bits
-                grey = (np.asarray(picture) >> 8).astype(np.uint8)
-                return torch.from_numpy(grey).expand(3, -1, -1)
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+            return pixels(picture)
     except (OSError, SyntaxError, ValueError, MemoryError, struct.error, zlib.error) as error:
         raise DamagedPngError(str(error) or type(error).__name__) from None
+
+
+def pixels(picture: ImageFile) -> Tensor:
+    """[3, H, W] uint8 RGB, of 16 bits the upper 8."""
+    if picture.mode.startswith("I;16"):  # grey
+        grey = (np.asarray(picture) >> 8).astype(np.uint8)
+        return torch.from_numpy(grey).expand(3, -1, -1)
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 def png_chunks(content: bytes | bytearray) -> Iterator[tuple[bytes, memoryview]]:
