@@ -21,7 +21,7 @@ from src.benchmark import benchmark
 from src.check import check
 from src.data.coco import Annotations
 from src.data.dataset import read_dataset
-from src.data.loaders import TrainLoader, make_train_loader
+from src.data.loaders import TrainLoader, make_train_loader, make_trial
 from src.distributed import Processes, StopNotice, Terminated
 from src.errors import TrainingBreakdownError, UserError
 from src.evaluation.evaluate import IOU_THRESHOLD, MAX_DETECTIONS
@@ -74,7 +74,7 @@ def train(flags: Flags, processes: Processes) -> int:
     with ExitStack() as stack:
         stop = stack.enter_context(closing(StopNotice(processes)))
         epochs = [epoch for epoch in flags.evaluation_epochs if epoch < flags.epochs]
-        training, validation = read_dataset(flags.data, evaluating=bool(epochs))
+        training, validation = read_dataset(flags.data, evaluating=bool(epochs), upright=flags.upright)
         schedule = Schedule(
             base=flags.learning_rate,
             images=flags.batch_size * processes.world_size,
@@ -182,9 +182,12 @@ def work(flags: Flags, processes: Processes) -> int:
         raise UserError(f"--mode {flags.mode} works on one process{ONE_PROCESS[flags.mode]}")
     with closing(Report(None, append=True) if processes.is_main else NullReport()) as report:
         if flags.mode == "check":
-            return check(flags.data, flags.output, make_loader=loader_maker(flags, processes), report=report)
+            return check(
+                flags.data, flags.output, upright=flags.upright, make_loader=loader_maker(flags, processes),
+                make_trial=partial(make_trial, flags.data_pipeline, device=processes.device), report=report,
+            )  # fmt: skip
         if flags.mode == "benchmark":
-            training, _ = read_dataset(flags.data, evaluating=False)
+            training, _ = read_dataset(flags.data, evaluating=False, upright=flags.upright)
             torch.manual_seed(flags.seed)
             model = SSD300(flags.backbone, len(training.categories) + 1)
             trainer = make_trainer(flags, processes, model.to(processes.device).to(memory_format=torch.channels_last))
@@ -196,8 +199,9 @@ def work(flags: Flags, processes: Processes) -> int:
         assert flags.checkpoint is not None  # parse_args sees to that
         if flags.mode == "evaluation":
             accuracy = score_checkpoint(
-                flags.checkpoint, flags.data, flags.output, backbone=flags.backbone, batch_size=flags.eval_batch_size,
-                num_workers=flags.num_workers, half=flags.fp16, processes=processes, report=report,
+                flags.checkpoint, flags.data, flags.output, upright=flags.upright, backbone=flags.backbone,
+                batch_size=flags.eval_batch_size, num_workers=flags.num_workers, half=flags.fp16, processes=processes,
+                report=report,
             )  # fmt: skip
             return meets_target(accuracy, flags.target, report)
         predict_folder(

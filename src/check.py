@@ -12,13 +12,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.ops import box_convert
 
 from src.data.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from src.data.coco import Annotations, Category, locations, read_annotations
 from src.data.images import read_image
-from src.data.loaders import TrainLoader
+from src.data.loaders import TrainLoader, Trial
 from src.errors import DataError
 from src.output import make_folder
 from src.report.ending import BAD_INPUT, DONE
@@ -27,8 +26,6 @@ from src.report.report import NullReport, Report
 from src.ssd.default_boxes import IMAGE_SIZE
 
 CHUNK = 16  # pictures a thread takes at a time
-ORIENTATION_TAG = 0x0112  # EXIF 2.32, table 4
-TURNED_BY_90_DEGREES = (5, 6, 7, 8)  # with or without mirroring
 
 
 class Bar(Protocol):
@@ -38,20 +35,31 @@ class Bar(Protocol):
 
 
 Progress = Callable[[int, str], AbstractContextManager[Bar]]  # of (total, name)
+TrialMaker = Callable[..., Trial | None]  # of the training annotations and num_threads
 
 
 def check(
-    folder: Path, output: Path, *, make_loader: Callable[[Annotations], TrainLoader], report: Report | NullReport
+    folder: Path,
+    output: Path,
+    *,
+    upright: bool,
+    make_loader: Callable[[Annotations], TrainLoader],
+    make_trial: TrialMaker,
+    report: Report | NullReport,
 ) -> int:
     """Checks the data set in `folder` and draws a training batch of it into `output`; the exit status.
 
-    make_loader: the training loader of the annotations.
+    upright: see `read_annotations`.  make_loader: the training loader of the annotations.  make_trial: whether it can
+    decode them, `loaders.make_trial`.
     """
     make_folder(output)
     files = [locations(folder, split) for split in ("train", "val")]
-    status = check_dataset(files, workers=os.cpu_count() or 1, progress=report.progress, write=report.note)
+    status = check_dataset(
+        files, upright=upright, make_trial=make_trial, workers=os.cpu_count() or 1, progress=report.progress,
+        write=report.note,
+    )  # fmt: skip
     if status == DONE:
-        training = read_annotations(*files[0])
+        training = read_annotations(*files[0], upright=upright)
         with closing(make_loader(training)) as loader:
             path = draw_training_batch(next(iter(loader)), training.categories, output)
         report.note(f"A training batch as the network sees it: {path}")
@@ -59,24 +67,33 @@ def check(
 
 
 def check_dataset(
-    files: Sequence[tuple[Path, Path]], *, workers: int, progress: Progress, write: Callable[[str], None]
+    files: Sequence[tuple[Path, Path]],
+    *,
+    upright: bool = False,
+    make_trial: TrialMaker,
+    workers: int,
+    progress: Progress,
+    write: Callable[[str], None],
 ) -> int:
     """Checks annotation files and the pictures they name; the exit status, 2 where something is wrong, else 0.
 
-    files: (annotation file, image folder), the training ones first: their categories are the ones that count.
-    workers: threads that decode.  Each fault is written as one line, then a summary of each file.
+    files: (annotation file, image folder), the training ones first: their categories are the ones that count, and
+    their pictures are tried as the training decodes them too.
+    upright and make_trial: as for `check`.  workers: threads that decode.
+    Each fault is written as one line, then a summary of each file.
     """
     categories: tuple[Category, ...] | None = None
     faults = 0
     for annotation_file, image_folder in files:
         try:
-            annotations = read_annotations(annotation_file, image_folder, categories=categories)
+            annotations = read_annotations(annotation_file, image_folder, categories=categories, upright=upright)
         except DataError as error:
             faults += 1
             write(str(error))
             continue
         categories = categories or annotations.categories
-        unreadable = _check_images(annotations, workers=workers, progress=progress, write=write)
+        trial = make_trial(annotations, num_threads=workers) if annotation_file == files[0][0] else None
+        unreadable = _check_images(annotations, trial, workers=workers, progress=progress, write=write)
         faults += unreadable
         for line in summary(annotations):
             write(line)
@@ -85,7 +102,9 @@ def check_dataset(
     return BAD_INPUT if faults else DONE
 
 
-def _check_images(annotations: Annotations, *, workers: int, progress: Progress, write: Callable[[str], None]) -> int:
+def _check_images(
+    annotations: Annotations, trial: Trial | None, *, workers: int, progress: Progress, write: Callable[[str], None]
+) -> int:
     """Reads every picture and writes a line for each that is missing, broken or of another size; their number."""
     total = len(annotations)
     if not annotations.image_folder.is_dir():
@@ -96,10 +115,13 @@ def _check_images(annotations: Annotations, *, workers: int, progress: Progress,
     with progress(total, "images") as bar, ThreadPoolExecutor(workers) as pool:
         chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
         try:
-            for chunk, lines in zip(chunks, pool.map(lambda chunk: _faults(annotations, chunk), chunks), strict=True):
-                for line in lines:
-                    write(line)
-                faults += len(lines)
+            for chunk, found in zip(chunks, pool.map(lambda chunk: _faults(annotations, chunk), chunks), strict=True):
+                told = list(found.values())
+                if trial is not None:
+                    told += trial.faults([index for index in chunk if index not in found])
+                for fault in told:
+                    write(str(fault))
+                faults += len(told)
                 bar.update(len(chunk))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -107,27 +129,15 @@ def _check_images(annotations: Annotations, *, workers: int, progress: Progress,
     return faults
 
 
-def _faults(annotations: Annotations, chunk: range) -> list[str]:
-    lines = []
+def _faults(annotations: Annotations, chunk: range) -> dict[int, DataError]:
+    """What is wrong with those of these pictures that are not in order."""
+    faults = {}
     for index in chunk:
         try:
             read_image(annotations, index)
         except DataError as error:
-            lines.append(str(error) + _orientation_note(annotations, index))
-    return lines
-
-
-def _orientation_note(annotations: Annotations, index: int) -> str:
-    """Says so where the annotation file has the size of the picture turned by its EXIF tag."""
-    try:
-        with Image.open(annotations.image_path(index)) as image:
-            turned = image.getexif().get(ORIENTATION_TAG) in TURNED_BY_90_DEGREES
-            fits = image.size[::-1] == tuple(annotations.sizes[index])
-    except Exception:  # a broken file may fail in any way, and that has been told already
-        return ""
-    if not (turned and fits):
-        return ""
-    return "; only the turned size fits the annotation file: orientation tags are ignored, so store the picture turned"
+            faults[index] = error
+    return faults
 
 
 def summary(annotations: Annotations) -> list[str]:

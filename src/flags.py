@@ -15,10 +15,11 @@ from src.ssd.model import BACKBONES
 LARGEST = 2**31 - 1  # of whole numbers; DALI counts in 32 bits
 EVALUATION_EPOCHS = [3, 21, 31, 37, 42, 48, 53, 59, 64]
 MULTISTEP_EPOCHS = [43, 54]
+ORIENTATIONS = ("stored", "upright")
 MODES = ("training", "evaluation", "prediction", "check", "benchmark")
 
 ALTERING = ("batch-size", "seed", "learning-rate", "momentum", "weight-decay", "warmup", "multistep", "fp16", "compile",
-            "data_pipeline")  # flags under whose other values a run is another one  # fmt: skip
+            "data_pipeline", "orientation")  # flags under whose other values a run is another one  # fmt: skip
 
 Group = argparse._ArgumentGroup
 Number = TypeVar("Number", int, float)
@@ -45,6 +46,7 @@ class Flags:
     data_pipeline: str
     mode: str
     target: float | None
+    orientation: str
     backbone: str
     backbone_weights: str
     checkpoint: Path | None
@@ -64,6 +66,11 @@ class Flags:
         """Epochs given with --evaluation that the run ends before."""
         given = [] if self.evaluation is EVALUATION_EPOCHS else sorted(set(self.evaluation))
         return [epoch for epoch in given if epoch >= self.epochs]
+
+    @property
+    def upright(self) -> bool:
+        """Whether pictures are turned by their orientation tags."""
+        return self.orientation == "upright"
 
     @property
     def altering(self) -> dict[str, object]:
@@ -95,6 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_documented(parser)
     _add_modes(parser.add_argument_group("what to do"))
+    _add_input(parser.add_argument_group("input"))
     _add_weights(parser.add_argument_group("network and weights"))
     _add_speed(parser.add_argument_group("speed"))
     _add_output(parser.add_argument_group("output"))
@@ -136,6 +144,14 @@ def _add_modes(group: Group) -> None:
     group.add_argument(
         "--target", type=_fraction, default=None, metavar="MAP", help="exit status 1 when the final mAP is below it"
     )
+
+
+def _add_input(group: Group) -> None:
+    group.add_argument(
+        "--orientation", choices=ORIENTATIONS, default="stored",
+        help="the pictures that sizes and boxes in the annotation files are of: as stored, or turned upright by their "
+        "EXIF orientation tags",
+    )  # fmt: skip
 
 
 def _add_weights(group: Group) -> None:

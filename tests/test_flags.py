@@ -28,6 +28,7 @@ DOCUMENTED = {
 }
 OURS = {
     "mode": (["--mode"], "training"),
+    "orientation": (["--orientation"], "stored"),
     "backbone": (["--backbone"], "resnet50"),
     "backbone_weights": (["--backbone-weights"], "imagenet"),
     "checkpoint": (["--checkpoint"], None),

@@ -10,7 +10,7 @@ import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -22,6 +22,7 @@ from src.errors import DataError
 
 from .coco_file import CategoryEntry, ImageEntry, decode_file
 from .coco_rows import Rows, listed, read_rows, warnings_of
+from .file_names import spelled_as_on_disk
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ class Annotations:
     annotation_ids: np.ndarray  # int64 [B], no two alike
     categories: tuple[Category, ...]  # of the training file, in its order
     warnings: tuple[str, ...]  # a line each
+    upright: bool = False  # sizes and boxes are those of the pictures turned as their orientation tags say
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -85,11 +87,13 @@ def read_annotations(
     *,
     categories: tuple[Category, ...] | None = None,
     categories_of: str = "the training file",
+    upright: bool = False,
 ) -> Annotations:
     """Reads and cleans an annotation file.
 
     categories: the training file's, whose order gives the labels; None for the training file itself, which must then
     have a usable box.  categories_of: what they are called in an error.
+    upright: sizes and boxes are those of pictures turned as their orientation tags say, not of the stored ones.
     Boxes are clipped to their image; those without area there are dropped, with a warning.
     Raises DataError for what cannot be trained on or scored.
     """
@@ -104,7 +108,7 @@ def read_annotations(
     ids = [category.id for category in categories]
     rows = read_rows(path, content.annotations, image_ids=images.ids, sizes=images.sizes, category_ids=ids)
     del content  # a million objects
-    annotations = _clean(path, image_folder, images, rows, categories)
+    annotations = replace(_clean(path, image_folder, images, rows, categories), upright=upright)
     _check_usable(annotations, rows, training=training)
     return annotations
 
@@ -161,7 +165,7 @@ def _images(path: Path, entries: list[ImageEntry], image_folder: Path) -> _Image
     sizes = np.empty((len(entries), 2), np.int32)
     sizes[:, 0] = [entry.width for entry in entries]
     sizes[:, 1] = [entry.height for entry in entries]
-    encoded = [name.encode() for name in names]
+    encoded = [name.encode() for name in spelled_as_on_disk(names, image_folder)]
     return _Images(ids, sizes, b"".join(encoded), _starts(np.array([len(name) for name in encoded])))
 
 

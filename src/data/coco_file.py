@@ -19,6 +19,8 @@ LONGEST_SIDE = 2**24  # pixels; up to there float32 tells whole numbers apart
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
+NO_ATTRIBUTES = Raw()
+
 Id = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Side = Annotated[int, Meta(ge=1, le=LONGEST_SIDE)]
 
@@ -46,6 +48,7 @@ class AnnotationEntry(Struct, gc=False):
     id: Id | None = None
     area: float | None = None
     iscrowd: int | bool | None = 0
+    attributes: Raw = NO_ATTRIBUTES  # CVAT's, which may say that a box is to be turned
 
 
 class CategoryEntry(Struct, gc=False):
@@ -157,12 +160,24 @@ def _without_nan(data: memoryview, first: int) -> bytearray:
     return readable
 
 
+# No text can hold this: the quotes in it would be written \".
+FRACTION_OF_NOTHING = re.compile(rb'"(?:id|image_id|category_id|width|height|iscrowd)"\s*:\s*-?\d+(\.0+)(?=[\s,}])')
+
+
+def _without_empty_fractions(readable: bytearray, data: memoryview) -> bytearray:
+    """`readable` with 1 in place of 1.0 where a whole number is wanted: some programs write all numbers so."""
+    for found in FRACTION_OF_NOTHING.finditer(data):
+        start, end = found.span(1)
+        readable[start:end] = b" " * (end - start)
+    return readable
+
+
 def _decode_carefully(path: Path, data: memoryview, start: int, refused: int) -> Content:
-    """Decodes what holds NaN; raises DataError for what is wrong.
+    """Decodes what holds NaN or 1.0 for 1; raises DataError for what is wrong.
 
     refused: the byte that the decoder refused, 0 where it has not told; of -Infinity it is the second one.
     """
-    readable = _without_nan(data, max(0, refused - 1))
+    readable = _without_empty_fractions(_without_nan(data, max(0, refused - 1)), data)
     try:
         return msgspec.json.decode(readable, type=Content)
     except ValidationError as error:

@@ -4,15 +4,17 @@ Shapes: I images, K categories, M entries.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from src.errors import DataError
 
-from .coco_file import AnnotationEntry, Box, describe
+from .coco_file import NO_ATTRIBUTES, AnnotationEntry, Box, describe
 
 FIRST = 5  # how many a message lists
 LARGEST_TABLE = 2**21  # entries; ids that span more are searched for, six times as slowly
@@ -37,6 +39,7 @@ class Rows(NamedTuple):
     fractions: np.ndarray  # bool [M]: would be a box inside the image if it were given as fractions of its sides
     areas: np.ndarray  # float64 [M]
     crowd: np.ndarray  # bool [M]
+    rotated: np.ndarray  # bool [M]: CVAT's `attributes.rotation` is not 0
     ids: np.ndarray  # int64 [M]
     renumbered: bool  # the file's ids were missing or not unique
 
@@ -72,6 +75,7 @@ def read_rows(
         fractions=fractions,
         areas=np.where(np.isnan(given), areas, given),
         crowd=_column(entries, "iscrowd", np.bool_),
+        rotated=_rotated(entries),
         ids=ids,
         renumbered=renumbered,
     )
@@ -80,6 +84,21 @@ def read_rows(
 def _column(entries: Sequence[AnnotationEntry | Box], field: str, dtype: type) -> np.ndarray:
     """One field of all entries; None becomes NaN or False."""
     return np.fromiter(map(attrgetter(field), entries), dtype, len(entries))
+
+
+class _Attributes(msgspec.Struct):
+    rotation: float = 0.0  # degrees
+
+
+def _rotated(entries: list[AnnotationEntry]) -> np.ndarray:
+    """Whether CVAT says of each entry's box that it is to be turned; bool [M]."""
+    rotated = np.zeros(len(entries), np.bool_)
+    given = list(map(attrgetter("attributes"), entries))
+    if given.count(NO_ATTRIBUTES) < len(given):  # the quickest way to see that COCO has none
+        for index, attributes in enumerate(given):
+            with suppress(msgspec.MsgspecError):  # none, or another program's
+                rotated[index] = msgspec.json.decode(attributes, type=_Attributes).rotation != 0
+    return rotated
 
 
 def _annotation_ids(entries: list[AnnotationEntry]) -> tuple[np.ndarray, bool]:
@@ -140,6 +159,7 @@ def warnings_of(rows: Rows, usable: np.ndarray) -> Iterator[str]:
     kinds = (
         (known & rows.flat, "left out: the width or height of their `bbox` is not positive"),
         (known & ~rows.flat & ~usable, "left out: their `bbox` is outside the image"),
+        (usable & rows.rotated, "trained upright: their `attributes.rotation` is not 0, which boxes cannot have"),
         (usable & rows.outside, "clipped: their `bbox` reaches more than a pixel outside the image"),
     )
     for which, what in kinds:

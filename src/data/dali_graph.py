@@ -9,7 +9,9 @@ Shapes: A = 8,732 default boxes, G ground-truth boxes of an image (it varies); a
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from src.data import augment as ssd
 from src.errors import UserError
@@ -27,6 +29,9 @@ VERSION = 2  # counted up when the operators change, because what a checkpoint h
 OUTPUTS = ("images", "boxes", "labels", "ids", "sizes")  # what training takes, beside "colour" where it augments
 
 
+FILES = "files"  # the input of `make_decoder`'s pipeline
+
+
 class Settings(NamedTuple):
     """What a graph is made of, beside the images."""
 
@@ -38,6 +43,7 @@ class Settings(NamedTuple):
     order_seed: int  # the same on every process
     rank: int
     world_size: int
+    upright: bool  # pictures are turned as their orientation tags say
 
 
 def make_pipeline(
@@ -70,6 +76,33 @@ def make_pipeline(
     return pipeline
 
 
+def make_decoder(*, batch_size: int, device_id: int | None, upright: bool) -> dali.Pipeline:
+    """A built pipeline that gives the size that training takes a fed file for, [3], and the picture, HWC uint8 RGB."""
+    pipeline = dali.Pipeline(
+        batch_size=batch_size, num_threads=batch_size, device_id=device_id, prefetch_queue_depth=1, exec_dynamic=True
+    )
+    with pipeline:
+        files = fn.external_source(name=FILES, dtype=types.UINT8, ndim=1)
+        sizes = fn.peek_image_shape(files, adjust_orientation=upright)
+        options = decoder_options(on_gpu=device_id is not None, upright=upright)
+        pipeline.set_outputs(sizes, fn.decoders.image(files, **options))
+    pipeline.build()
+    return pipeline
+
+
+def device_index(device: torch.device) -> int | None:
+    """DALI's number of a device; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def cause(error: Exception) -> str:
+    """The line of one of DALI's long messages that says what went wrong."""
+    lines = [line.strip() for line in str(error).split("encountered:")[-1].splitlines() if line.strip()]
+    return lines[0].rstrip(" :") if lines else type(error).__name__
+
+
 def training_graph(settings: Settings, annotation_file: Path, image_folder: Path, file_names: list[str]) -> dict:
     """The graph's nodes by name.
 
@@ -77,14 +110,15 @@ def training_graph(settings: Settings, annotation_file: Path, image_folder: Path
     """
     on_gpu = settings.device_id is not None
     files, boxes, labels, ids = read(settings, annotation_file, image_folder, file_names)
-    nodes = {"ids": ids, "sizes": fn.peek_image_shape(files, adjust_orientation=False)}  # [1]; [3] height, width, 3
+    sizes = fn.peek_image_shape(files, adjust_orientation=settings.upright)  # [3] height, width, 3
+    nodes = {"ids": ids, "sizes": sizes}  # ids: [1]
     anchor = shape = None
     if settings.augment:
         anchor, shape, boxes, labels = random_window(boxes, labels)
         flip = fn.random.coin_flip(probability=ssd.FLIP_PROBABILITY)
         boxes = fn.bb_flip(boxes, horizontal=flip, ltrb=True)
         nodes |= {"anchor": anchor, "shape": shape, "flip": flip}
-    nodes["resized"] = images = decode_and_resize(files, anchor, shape, on_gpu=on_gpu)
+    nodes["resized"] = images = decode_and_resize(files, anchor, shape, on_gpu=on_gpu, upright=settings.upright)
     if settings.augment:
         images = fn.flip(images, horizontal=flip)
         nodes["colour"] = fn.stack(*(fn.random.uniform(range=limits) for limits in ssd.COLOUR))  # [4]
@@ -133,14 +167,23 @@ def random_window(boxes: DataNode, labels: DataNode) -> tuple:
     )
 
 
-def decode_and_resize(files: DataNode, anchor: DataNode | None, shape: DataNode | None, *, on_gpu: bool) -> DataNode:
-    """The window of the picture, or all of it without one, at 300 x 300; HWC uint8 RGB."""
-    options = {"device": "mixed" if on_gpu else "cpu", "adjust_orientation": False}
+def decode_and_resize(
+    files: DataNode, anchor: DataNode | None, shape: DataNode | None, *, on_gpu: bool, upright: bool
+) -> DataNode:
+    """The window of the picture, or all of it without one, at 300 x 300; HWC uint8 RGB.
+
+    upright: the window is one of the picture turned by its orientation tag.
+    """
+    options = decoder_options(on_gpu=on_gpu, upright=upright)
     if anchor is None:
         images = fn.decoders.image(files, **options)
     else:
         images = fn.decoders.image_slice(files, anchor, shape, **options)
     return fn.resize(images, size=[IMAGE_SIZE, IMAGE_SIZE])
+
+
+def decoder_options(*, on_gpu: bool, upright: bool) -> dict[str, Any]:
+    return {"device": "mixed" if on_gpu else "cpu", "adjust_orientation": upright}
 
 
 def match_default_boxes(boxes: DataNode, labels: DataNode, *, on_gpu: bool) -> tuple:

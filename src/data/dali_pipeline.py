@@ -21,7 +21,8 @@ from src.output import writing
 from .augment import colour_matrix
 from .batch import Batch, coloured, normalise
 from .coco import Annotations, write_clean_file
-from .dali_graph import OUTPUTS, PREFETCH, VERSION, Settings, dali, make_pipeline
+from .dali_graph import OUTPUTS, PREFETCH, VERSION, Settings, cause, dali, device_index, make_pipeline
+from .dali_trial import DaliTrial, wrong_size
 from .images import is_text, read_image
 
 
@@ -122,6 +123,7 @@ class DaliTrainLoader:
             "processes": self.world_size,
             "rank": self.rank,
             "augmentation": self.augment,
+            "orientation": "upright" if self.annotations.upright else "stored",
             "device": self.device.type,
             "DALI": dali.__version__,
             "version of the graph": VERSION,
@@ -152,21 +154,19 @@ class DaliTrainLoader:
                     checkpoint=checkpoint,
                 )
             except RuntimeError as error:
-                raise UserError(f"DALI cannot start ({_reason(error)}): use --data_pipeline no_dali") from None
+                raise UserError(f"DALI cannot start ({cause(error)}): use --data_pipeline no_dali") from None
 
     def _settings(self) -> Settings:
-        device_id = None
-        if self.device.type == "cuda":
-            device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
         return Settings(
             batch_size=self.batch_size,
-            device_id=device_id,
+            device_id=device_index(self.device),
             num_threads=self.num_threads,
             augment=self.augment,
             seed=_derived_seed(self.seed, self._first_epoch, self.rank),
             order_seed=_derived_seed(self.seed, self._first_epoch),
             rank=self.rank,
             world_size=self.world_size,
+            upright=self.annotations.upright,
         )
 
     def _first_order(self) -> list[str]:
@@ -201,7 +201,7 @@ class DaliTrainLoader:
         try:
             outputs = self._started().run(stream)
         except RuntimeError as error:
-            raise self._explained(_reason(error)) from None
+            raise self._explained(cause(error)) from None
         self._position += 1
         return [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
@@ -209,8 +209,9 @@ class DaliTrainLoader:
         images, boxes, labels, ids, sizes, *colour = self._run()
         indices = self.images[ids.flatten().numpy()]
         wrong = (sizes[:, [1, 0]].numpy() != self.annotations.sizes[indices]).any(axis=1)
-        for index in indices[wrong]:
-            read_image(self.annotations, index)  # raises: boxes were scaled by the annotation file's sizes
+        for index in indices[wrong]:  # boxes were scaled by the annotation file's sizes
+            read_image(self.annotations, index)
+            raise wrong_size(self.annotations, index)
         images = images.permute(0, 3, 1, 2)
         if self.augment:
             matrices = torch.from_numpy(colour_matrix(*colour[0].numpy().T)).to(self.device, non_blocking=True)
@@ -232,6 +233,9 @@ class DaliTrainLoader:
             suspects = self._images_after(position)
             for index in suspects:
                 read_image(self.annotations, index)
+            trial = DaliTrial(self.annotations, device=self.device, num_threads=self.num_threads)
+            for fault in trial.faults(suspects):
+                return fault
         except UserError as error:
             return error
         names = ", ".join(self.annotations.file_name(index) for index in suspects[: self.batch_size])
@@ -251,12 +255,6 @@ class DaliTrainLoader:
             reader.run()
         ids = [torch.from_dlpack(reader.run()[0].as_tensor()).flatten() for _ in range(PREFETCH + 1)]
         return self.images[torch.cat(ids).numpy()].tolist()
-
-
-def _reason(error: Exception) -> str:
-    """The line of one of DALI's long messages that says what went wrong."""
-    lines = [line.strip() for line in str(error).split("encountered:")[-1].splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _derived_seed(*parts: int) -> int:

@@ -5,13 +5,15 @@ from pathlib import Path
 from .coco import Annotations, check_images_exist, locations, read_annotations
 
 
-def read_dataset(folder: Path, *, evaluating: bool) -> tuple[Annotations, Annotations | None]:
+def read_dataset(folder: Path, *, evaluating: bool, upright: bool) -> tuple[Annotations, Annotations | None]:
     """The training annotations, and those of the validation images where they will be needed; all images are there.
 
-    Raises DataError where they cannot be trained on.
+    upright: see `read_annotations`.  Raises DataError where they cannot be trained on.
     """
-    training = read_annotations(*locations(folder, "train"))
-    validation = read_annotations(*locations(folder, "val"), categories=training.categories) if evaluating else None
+    training = read_annotations(*locations(folder, "train"), upright=upright)
+    validation = None
+    if evaluating:
+        validation = read_annotations(*locations(folder, "val"), categories=training.categories, upright=upright)
     for annotations in (training, validation):
         if annotations is not None:
             check_images_exist(annotations)

@@ -1,86 +1,62 @@
 """Image files read and decoded without DALI; the resizing that both pipelines share."""
 
-import io
-import os
 import re
-import struct
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
 from src.errors import DataError
 from src.ssd.default_boxes import IMAGE_SIZE
 
 from .coco import Annotations
+from .orientation import TRANSPOSED, orientation, turned
+from .png import PNG, DamagedPngError, decode_png
 
 GIF = b"GIF8"  # how such a file begins
-ORIENTATION_TAG = 0x0112  # EXIF 2.32, table 4
-STORED = 1  # the orientation of a picture that is shown as it is stored
-TRANSPOSED = (5, 6, 7, 8)  # the orientations of pictures whose stored rows are columns
-# The dimensions of [3, H, W] that are then mirrored.
-MIRRORED = {2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}
+
+
+class UnreadableError(Exception):
+    """Why a file cannot be read, in words."""
 
 
 def decode(path: Path, *, gif: bool = True, upright: bool = False) -> Tensor:
     """The picture in a file, a film's first one; [3, H, W] uint8 RGB.
 
     upright: turned as its EXIF orientation tag says, which is ignored otherwise.
-
-    Raises DataError, with the full path, for a file that is missing or that torchvision cannot decode, and without
-    `gif` for a GIF too.
+    Raises DataError, with the full path, for a file that cannot be read or decoded, and without `gif` for a GIF too.
     """
     try:
-        content = read_file(str(path))
-        if not gif and bytes(content[: len(GIF)].tolist()) == GIF:
+        content = _content(path)
+        if not gif and content.startswith(GIF):
             raise DataError(f"{path.absolute()}: is a GIF, which DALI cannot read: store it as JPEG, PNG or WebP")
-        image = decode_image(content, mode=ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise DataError(f"{path.absolute()}: cannot be read as an image ({_reason(path, error)})") from None
-    if image.dim() == 4:  # a film
-        image = image[0]
-    if image.dtype == torch.uint16:  # a 16-bit PNG
-        image = (image.int() >> 8).byte()
-    return turned(image, orientation(path.read_bytes())) if upright else image
+        image = decode_png(content) if content.startswith(PNG) else _by_torchvision(content)
+    except (UnreadableError, DamagedPngError, RuntimeError) as error:
+        raise DataError(f"{path.absolute()}: cannot be read as an image ({_reason(error)})") from None
+    return turned(image, orientation(content)) if upright else image
 
 
-def orientation(content: bytes) -> int:
-    """The EXIF orientation of an image file's content, 1 to 8; 1 where it has none that is readable."""
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            exif = Image.Exif()
-            exif.load(picture.info.get("exif", b""))
-            value = exif.get(ORIENTATION_TAG)
-    except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError):
-        return STORED
-    return value if value in MIRRORED else STORED
-
-
-def turned(image: Tensor, orientation: int) -> Tensor:
-    """A stored picture [3, H, W] as it is to be shown: [3, H, W], or [3, W, H] for a `TRANSPOSED` one."""
-    if orientation in TRANSPOSED:
-        image = image.transpose(1, 2)
-    return image.flip(MIRRORED.get(orientation, ()))
-
-
-def _reason(path: Path, error: RuntimeError) -> str:
-    """Why torchvision did not read the file; its own message begins with a place in its source."""
+def _content(path: Path) -> bytearray:
+    """The file's bytes.  Raises UnreadableError."""
     if not is_text(path):
-        return "its path is not UTF-8 text: rename it"
-    if not os.path.exists(path):
-        return "no such file"
-    if os.path.isdir(path):
-        return "it is a folder"
-    if os.path.getsize(path) == 0:
-        return "it is empty"
-    return re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0]).split(". For ")[0].rstrip(".")
+        raise UnreadableError("its path is not UTF-8 text: rename it")
+    try:
+        content = bytearray(path.read_bytes())  # not bytes, which torch cannot share
+    except FileNotFoundError:
+        raise UnreadableError("no such file") from None
+    except IsADirectoryError:
+        raise UnreadableError("it is a folder") from None
+    except OSError as error:
+        raise UnreadableError(error.strerror or str(error)) from None
+    if not content:
+        raise UnreadableError("it is empty")
+    return content
 
 
 def is_text(path: Path) -> bool:
-    """Whether the path's bytes are UTF-8, without which neither torchvision nor DALI can open it."""
+    """Whether the path's bytes are UTF-8, without which DALI cannot open it."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -88,17 +64,38 @@ def is_text(path: Path) -> bool:
     return True
 
 
+def _by_torchvision(content: bytearray) -> Tensor:
+    """The picture of a file that is no PNG; RuntimeError where torchvision cannot decode it."""
+    image = decode_image(torch.frombuffer(content, dtype=torch.uint8), mode=ImageReadMode.RGB)
+    return image[0] if image.dim() == 4 else image  # a film
+
+
+def _reason(error: Exception) -> str:
+    """The error's first line; torchvision's begins with a place in its source."""
+    return re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0]).split(". For ")[0].rstrip(".")
+
+
 def read_image(annotations: Annotations, index: int) -> Tensor:
-    """`decode` of an image of the annotation file, whose size must be the one given there."""
-    image = decode(annotations.image_path(index), gif=False)  # both pipelines read the same files
+    """`decode` of an image of the annotation file, turned as that has it, whose size must be the one given there."""
+    # Both pipelines read the same files.
+    image = decode(annotations.image_path(index), gif=False, upright=annotations.upright)
     width, height = annotations.sizes[index]
     if image.shape[1:] != (height, width):
         raise DataError(
             f"{annotations.image_path(index).absolute()}: the picture is {image.shape[2]} x {image.shape[1]}, but "
-            f"{annotations.path} says width {width}, height {height}: correct the entry of image "
-            f"{annotations.image_ids[index]}"
+            f"{annotations.path} says width {width}, height {height}: {_advice(annotations, index, image)}"
         )
     return image
+
+
+def _advice(annotations: Annotations, index: int, image: Tensor) -> str:
+    """What to do about a picture [3, H, W] whose size is not the annotation file's."""
+    is_turned = orientation(annotations.image_path(index).read_bytes()) in TRANSPOSED
+    if is_turned and tuple(image.shape[1:]) == tuple(annotations.sizes[index]):
+        if annotations.upright:
+            return "it is the stored picture's size, which --orientation stored reads"
+        return "it is the size of the picture turned by its orientation tag, which --orientation upright reads"
+    return f"correct the entry of image {annotations.image_ids[index]}"
 
 
 def resize(image: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """The one place that picks a pipeline."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
+from src.errors import DataError
 from src.precision import image_dtype
 
 from .batch import Batch
@@ -34,6 +35,21 @@ class TrainLoader(Protocol):
     def close(self) -> None: ...
 
 
+class Trial(Protocol):
+    """Tries pictures as a pipeline decodes them."""
+
+    def faults(self, indices: Sequence[int]) -> list[DataError]: ...
+
+
+def make_trial(pipeline: str, annotations: Annotations, *, device: torch.device, num_threads: int) -> Trial | None:
+    """Tries whether `--data_pipeline` can train on pictures that `read_image` reads; None where it reads by that."""
+    if pipeline == "no_dali":
+        return None
+    from .dali_trial import DaliTrial
+
+    return DaliTrial(annotations, device=device, num_threads=num_threads)
+
+
 def make_train_loader(
     pipeline: str,
     annotations: Annotations,
@@ -58,4 +74,4 @@ def make_train_loader(
     return DaliTrainLoader(annotations, num_threads=num_workers, **options)
 
 
-__all__ = ["PIPELINES", "EvaluationLoader", "TrainLoader", "make_train_loader"]
+__all__ = ["PIPELINES", "EvaluationLoader", "TrainLoader", "Trial", "make_train_loader", "make_trial"]

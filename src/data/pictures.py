@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.Image import DecompressionBombError
@@ -28,7 +26,9 @@ from torchvision.transforms.v2 import functional as F
 
 from src.errors import DataError, UserError
 
-from .images import ORIENTATION_TAG, decode, orientation, turned
+from .images import decode
+from .orientation import ORIENTATION_TAG, orientation, turned
+from .png import pixels
 
 BEGINNINGS = {  # of files by kind, as regular expressions
     "JPEG": rb"\xff\xd8\xff",
@@ -157,24 +157,21 @@ def _by_pillow(path: Path, reader: type[ImageFile]) -> Tensor:
 
 def _pixels(picture: ImageFile) -> Tensor:
     """[3, H, W] uint8 RGB.  Raises ValueError for pixels that are no colours, measurements for example."""
-    if picture.mode.startswith("I;16"):  # grey of 16 bits
-        grey = (np.asarray(picture) >> 8).astype(np.uint8)
-        return torch.from_numpy(grey).expand(3, -1, -1)
     if picture.mode in ("I", "F"):
         raise ValueError("its pixels are numbers of 32 bits, no colours")
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    return pixels(picture)
 
 
-def decode_within(path: Path, longest: int, *, own: bool) -> Tensor:
+def decode_within(path: Path, longest: int, *, own: bool, upright: bool = False) -> Tensor:
     """The picture in a file, made smaller where a side is longer than `longest` pixels; [3, H, W] uint8 RGB.
 
-    own: as `decode_any` reads it, otherwise as `decode` does, as it is stored.  A JPEG is made smaller while it is
-    decoded, in a fraction of the time and the memory.  Raises DataError.
+    own: as `decode_any` reads it, otherwise as `decode` does, turned only where `upright` says so.
+    A JPEG is made smaller while it is decoded, in a fraction of the time and the memory.  Raises DataError.
     """
-    smaller = _smaller_jpeg(path, longest, upright=own) if kind_of(path) == "JPEG" else None
+    smaller = _smaller_jpeg(path, longest, upright=own or upright) if kind_of(path) == "JPEG" else None
     if smaller is not None:
         return smaller
-    image = decode_any(path) if own else decode(path)
+    image = decode_any(path) if own else decode(path, upright=upright)
     height, width = image.shape[1:]
     scale = longest / max(height, width)
     if scale >= 1:

@@ -84,7 +84,8 @@ def _example(validation: Annotations, results: Results, index: int) -> Example:
     own = results.image_ids == validation.image_ids[index]
     found = results.boxes[own].copy()
     found[:, 2:] += found[:, :2]
-    image = decode_within(validation.image_path(index), PANEL, own=False).permute(1, 2, 0).numpy()
+    path, upright = validation.image_path(index), validation.upright
+    image = decode_within(path, PANEL, own=False, upright=upright).permute(1, 2, 0).numpy()
     scale = np.tile(np.array(image.shape[1::-1]) / validation.sizes[index], 2)  # of the shown image's pixels, [4]
     return Example(
         image=image,

@@ -62,6 +62,7 @@ def score_checkpoint(
     data: Path,
     output: Path,
     *,
+    upright: bool,
     backbone: str,
     batch_size: int,
     num_workers: int,
@@ -71,10 +72,10 @@ def score_checkpoint(
 ) -> float | None:
     """Tells the 12 figures of a checkpoint and mAP by category, and leaves files in `output`; mAP, None: not defined.
 
-    backbone: that of a checkpoint which does not say.
+    upright: see `read_annotations`.  backbone: that of a checkpoint which does not say.
     """
     state = processes.broadcast_object(load_checkpoint(checkpoint) if processes.is_main else None)
-    validation = read_labelled(*locations(data, "val"), state, source=checkpoint)
+    validation = read_labelled(*locations(data, "val"), state, source=checkpoint, upright=upright)
     check_images_exist(validation)
     make_folder(output)  # before the work, not after it
     tell_data(report, validation, half=half, device=processes.device)

@@ -110,17 +110,18 @@ def known_categories(state: dict) -> tuple[Category, ...]:
     return tuple(Category(label, name) for label, name in enumerate(names, 1))
 
 
-def read_labelled(path: Path, image_folder: Path, state: dict, *, source: Path) -> Annotations:
+def read_labelled(path: Path, image_folder: Path, state: dict, *, source: Path, upright: bool = False) -> Annotations:
     """A validation file's annotations, labelled as the checkpoint's network was trained.
 
-    A published checkpoint is taken to follow the order of the file's own categories.  Raises DataError or UserError
-    where the categories are not the checkpoint's.
+    A published checkpoint is taken to follow the order of the file's own categories.  upright: see `read_annotations`.
+    Raises DataError or UserError where the categories are not the checkpoint's.
     """
     if "categories" in state:
-        return read_annotations(path, image_folder, categories=known_categories(state), categories_of=str(source))
+        known = known_categories(state)
+        return read_annotations(path, image_folder, categories=known, categories_of=str(source), upright=upright)
     if not label_count(state["model"]):
         raise UserError(f"{source}: holds no SSD300 network (it has no label heads, conf.0 and so on)")
-    annotations = read_annotations(path, image_folder)
+    annotations = read_annotations(path, image_folder, upright=upright)
     difference = _difference(state, annotations.categories)
     if difference is not None:
         raise UserError(f"{source}: its categories are not those of {path}: {difference}")

@@ -347,3 +347,38 @@ def test_the_clean_file_reads_as_itself(coco128, tmp_path):
     assert again.boxes.tolist() == annotations.boxes.tolist()
     assert again.labels.tolist() == annotations.labels.tolist()
     assert np.diff(again.first_box).tolist() == [n for n in np.diff(annotations.first_box) if n]
+
+
+def test_boxes_that_cvat_turns_are_told(tmp_path):
+    """They are trained as they stand; attributes of other programs are of any type."""
+    given = [{"occluded": False, "rotation": 0.0}, {"rotation": 30.5}, None, [1, "rotation"], {"rotation": "left"}, {},
+             {"rotation": -3}]  # fmt: skip
+    entries = [annotation(1 + number % 4, attributes=attributes) for number, attributes in enumerate(given)]
+    annotations = read(tmp_path, content([*entries, annotation(1)]))
+    (warning,) = annotations.warnings
+    assert warning.endswith(
+        "2 of 8 annotations trained upright: their `attributes.rotation` is not 0, which boxes cannot have "
+        "(annotation ids 2, 7)"
+    )
+    assert len(annotations.boxes) == 8
+
+
+def test_whole_numbers_may_be_written_as_fractions(tmp_path):
+    """As pandas writes a column in which some are missing."""
+    images = [{**image, "id": float(image["id"]), "width": 160.0, "height": 120.0} for image in IMAGES]
+    entries = [annotation(2.0, category_id=2.0, id=9007199254740993, iscrowd=1.0), annotation(1, id=4, iscrowd=0.0)]
+    categories = [{**category, "id": float(category["id"])} for category in CATEGORIES]
+    text = json.dumps(content(entries, images=images, categories=categories), indent=1)
+    text = text.replace("9007199254740993", "9007199254740993.00")  # which a float would not hold
+    annotations = read(tmp_path, text)
+    assert annotations.image_ids.tolist() == [1, 2, 3, 4]
+    assert annotations.sizes.tolist() == [[160, 120]] * 4
+    assert [category.id for category in annotations.categories] == [1, 2]
+    assert annotations.annotation_ids.tolist() == [4, 9007199254740993]
+    assert (annotations.labels.tolist(), annotations.crowd.tolist()) == ([1, 2], [False, True])
+
+
+@pytest.mark.parametrize("wrong", [1.5, 1e300, "1"])
+def test_what_a_whole_number_would_lose_is_refused(tmp_path, wrong):
+    message = error_of(tmp_path, content([annotation(1.0), annotation(wrong)]))
+    assert f"image_id is {json.dumps(wrong)} in annotations[1] (id 2)" in message

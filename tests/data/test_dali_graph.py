@@ -181,7 +181,7 @@ def test_a_picture_without_augmentation_is_pillows(tmp_path, save, mode):
     content = np.frombuffer((tmp_path / "picture").read_bytes(), np.uint8)
 
     def graph():
-        return (decode_and_resize(given([content]), None, None, on_gpu=False),)
+        return (decode_and_resize(given([content]), None, None, on_gpu=False, upright=False),)
 
     (resized,) = run(graph, 1)
     expected = np.asarray(

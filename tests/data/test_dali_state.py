@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,12 @@ def test_a_state_of_other_settings(tmp_path, what):
     (warning,) = ours.warnings
     assert what in warning and "afresh" in warning and "\n" not in warning
     assert all_same(epoch(ours, 2), epoch(loader(data), 2))
+
+
+def test_a_state_of_the_other_orientation(tmp_path):
+    data = small(tmp_path)
+    with pytest.raises(UserError, match=r"^cannot continue inside epoch 0: .* orientation upright \(now stored\): "):
+        loader(data).load_state_dict(loader(replace(data, upright=True)).state_dict(), epoch=0, iteration=1)
 
 
 def test_a_state_of_other_annotations_or_the_other_pipeline(tmp_path):

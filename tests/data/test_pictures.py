@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from src.data.images import ORIENTATION_TAG, decode
+from src.data.images import decode
+from src.data.orientation import ORIENTATION_TAG
 from src.data.pictures import decode_any, decode_within, find_images
 from src.errors import DataError, UserError
 from tests.datasets import write_image

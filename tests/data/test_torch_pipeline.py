@@ -3,7 +3,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from src.data.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from src.data.coco import read_annotations
@@ -201,19 +201,3 @@ def test_orientation_tag_is_ignored(tmp_path):
     path = tmp_path / "turned.jpg"
     Image.new("RGB", (80, 60), "red").save(path, exif=exif)
     assert decode(path).shape == (3, 60, 80)
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_a_picture_is_turned_upright_as_pillow_turns_it(tmp_path, suffix):
-    coarse = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-    picture = Image.fromarray(coarse).resize((80, 60), Image.Resampling.BICUBIC)
-    for orientation in (None, *range(10)):
-        path = tmp_path / f"{orientation}.{suffix}"
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        picture.save(path, **({} if orientation is None else {"exif": exif}))
-        with Image.open(path) as opened:
-            expected = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"), np.int16)
-        actual = decode(path, upright=True).permute(1, 2, 0).numpy().astype(np.int16)
-        assert actual.shape == expected.shape
-        assert np.abs(actual - expected).max() <= 2, orientation

@@ -163,13 +163,15 @@ def warnings_of(capsys) -> list[str]:
 def test_settings_that_alter_the_run_are_named_in_one_warning_and_hold(runs, data, tmp_path, capsys):
     other = small(tmp_path / "data", 6)
     changed = ["--seed", "1", "-b", "3", "--lr", "0.5", "--momentum", "0.8", "--wd", "0.25", "--warmup", "0"]
+    changed += ["--orientation", "upright"]
     inside = runs("no_dali", True) / INSIDE
     output = tmp_path / "run"
     status, _ = idle_run(other, output, *flags("no_dali", True), *changed, "--resume", str(inside))
     assert status == main.DONE
     (warning,) = warnings_of(capsys)
     for name in ("--seed (0 -> 1)", "--batch-size (2 -> 3)", "--learning-rate (0.16 -> 0.5)", "the training data",
-                 "--momentum (0.9 -> 0.8)", "--weight-decay (0.0005 -> 0.25)", "--warmup (4 -> 0)"):  # fmt: skip
+                 "--momentum (0.9 -> 0.8)", "--weight-decay (0.0005 -> 0.25)", "--warmup (4 -> 0)",
+                 "--orientation (stored -> upright)"):  # fmt: skip
         assert name in warning
     assert "fp16" not in warning and "pipeline" not in warning and "processes" not in warning
     groups = state_of(output)["optimizer"]["param_groups"]
