@@ -3,6 +3,9 @@
     read -> draw a window -> decode the window -> resize -> flip
        boxes -> draw a window -> flip -> match to the default boxes
 
+A GPU decodes the whole picture and takes the window of that: nvImageCodec 0.9 fails on windows (its issue 55), and the
+JPEG hardware of a GPU decodes whole pictures only.
+
 Colour is drawn here and changed in batch.py, as for the other pipeline: one formula, and on a CPU the faster one.
 
 Shapes: A = 8,732 default boxes, G ground-truth boxes of an image (it varies); a node stands for a batch of samples.
@@ -23,7 +26,8 @@ except Exception as error:  # absent, no wheel for this system, or a library tha
     raise UserError(f"DALI cannot be used here ({str(error).splitlines()[0]}): use --data_pipeline no_dali") from None
 
 PREFETCH = 2  # batches prepared ahead
-VERSION = 2  # counted up when the operators change, because what a checkpoint holds belongs to them
+# Of the graph on each device, counted up when its operators change: what a checkpoint holds belongs to them.
+VERSIONS = {"cpu": 2, "cuda": 3}
 OUTPUTS = ("images", "boxes", "labels", "ids", "sizes")  # what training takes, beside "colour" where it augments
 
 
@@ -135,12 +139,24 @@ def random_window(boxes: DataNode, labels: DataNode) -> tuple:
 
 def decode_and_resize(files: DataNode, anchor: DataNode | None, shape: DataNode | None, *, on_gpu: bool) -> DataNode:
     """The window of the picture, or all of it without one, at 300 x 300; HWC uint8 RGB."""
-    options = {"device": "mixed" if on_gpu else "cpu", "adjust_orientation": False}
-    if anchor is None:
-        images = fn.decoders.image(files, **options)
-    else:
-        images = fn.decoders.image_slice(files, anchor, shape, **options)
+    images = (decode_on_gpu if on_gpu else decode_on_cpu)(files, anchor, shape)
     return fn.resize(images, size=[IMAGE_SIZE, IMAGE_SIZE])
+
+
+def decode_on_cpu(files: DataNode, anchor: DataNode | None, shape: DataNode | None) -> DataNode:
+    """The window of the picture, HWC uint8 RGB, of which little more than the window is decoded."""
+    if anchor is None:
+        return fn.decoders.image(files, adjust_orientation=False)
+    return fn.decoders.image_slice(files, anchor, shape, adjust_orientation=False)
+
+
+def decode_on_gpu(
+    files: DataNode, anchor: DataNode | None, shape: DataNode | None, *, device: str = "mixed"
+) -> DataNode:
+    """The same pixels, HWC uint8 RGB, cut out of the whole picture.  device: for tests."""
+    # Colours smoothed as libjpeg does it, which decodes the images of the evaluation.
+    images = fn.decoders.image(files, device=device, adjust_orientation=False, jpeg_fancy_upsampling=True)
+    return images if anchor is None else fn.slice(images, anchor, shape)
 
 
 def match_default_boxes(boxes: DataNode, labels: DataNode, *, on_gpu: bool) -> tuple:

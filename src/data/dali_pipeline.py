@@ -21,7 +21,7 @@ from src.output import writing
 from .augment import colour_matrix
 from .batch import Batch, coloured, normalise
 from .coco import Annotations, write_clean_file
-from .dali_graph import OUTPUTS, PREFETCH, VERSION, Settings, dali, make_pipeline
+from .dali_graph import OUTPUTS, PREFETCH, VERSIONS, Settings, dali, make_pipeline
 from .images import is_text, read_image
 
 
@@ -124,7 +124,7 @@ class DaliTrainLoader:
             "augmentation": self.augment,
             "device": self.device.type,
             "DALI": dali.__version__,
-            "version of the graph": VERSION,
+            "version of the graph": VERSIONS[self.device.type],
             "images": self.num_images,
             "annotations": self.annotations.digest,
         }
