@@ -213,12 +213,17 @@ class DaliTrainLoader:
             read_image(self.annotations, index)  # raises: boxes were scaled by the annotation file's sizes
         images = images.permute(0, 3, 1, 2)
         if self.augment:
-            matrices = torch.from_numpy(colour_matrix(*colour[0].numpy().T)).to(self.device, non_blocking=True)
-            images = coloured(images, matrices, self.dtype)
+            images = coloured(images, self._on_device(colour_matrix(*colour[0].numpy().T)), self.dtype)
         else:
             images = normalise(images, self.dtype)
         # The graph matches to the default boxes in reverse order.
         return Batch(images, boxes.flip(1), labels.flip(1))
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":  # which copies without holding up the host from pinned memory alone
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     # --- a broken image ---
 
