@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import torch
 
 from src.data.sample import draw_dataset
-from src.distributed import configure
+from src.devices import configure
 
 from . import annotations, evaluation, loaders, step
 from .table import table
