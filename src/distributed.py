@@ -201,7 +201,9 @@ class Processes:
             dist.destroy_process_group()
         elif self.device.type == "cuda":
             # That might wait for ranks which are gone.  Left as it is, NCCL prints a warning when the process ends.
-            dist.group.WORLD._get_backend(self.device).abort()
+            group = dist.group.WORLD
+            assert group is not None
+            group._get_backend(self.device).abort()
 
     def _wait(self, key: str) -> None:
         # Polling, because a wait inside the store would hold back signals.
