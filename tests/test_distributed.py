@@ -20,6 +20,7 @@ from src.devices import card
 from src.distributed import Processes, StopNotice, Terminated
 from src.errors import UserError
 from src.flags import parse_args
+from src.launchers import Place
 from src.ssd.loss import MultiBoxLoss
 from tests import process_checks
 from tests.launch import TORCHRUN, command, launch
@@ -272,8 +273,8 @@ def test_every_way_out_ends_nccls_group(monkeypatch, error, device, ended):
     processes = Processes(0, 1, torch.device(device), torch.distributed.HashStore())
     processes.world_size = 2
     monkeypatch.setattr(distributed, "dist", group)
-    monkeypatch.setattr(distributed, "_join", lambda *place: processes)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "find_place", lambda local_rank: Place(0, 2, 0))
+    monkeypatch.setattr(distributed, "_join", lambda device, place: processes)
     with pytest.raises(type(error)) if error else nullcontext(), distributed.start(0, torch.device(device)):
         if error:
             raise error

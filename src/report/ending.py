@@ -33,7 +33,7 @@ def fail(error: Exception, processes: Processes) -> int:
     if processes.world_size > 1:  # a launcher that has seen another process end does not wait for the message
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     lost = processes.is_lost(error)
-    error = error if lost else explained(error)
+    error = error if lost or is_setup_error(error) else explained(error)
     if lost and processes.stopped_elsewhere() is not None:
         return TERMINATED
     if processes.report_failure():
