@@ -1,6 +1,8 @@
 # make demo   draws sample data, trains and evaluates on it, and leaves checkpoints and pictures in demo/
 # make pictures   runs the demo and makes README.rst's pictures of its pictures
-# make test   runs every test
+# make test   runs every test on the CPU, whether there is a GPU or not
+# make test-gpu   runs the tests that need a GPU
+# make gpu    runs those and the CUDA benchmarks, and leaves the card, versions and figures in gpu.json
 # make lint   checks style and types
 # All make .venv first; PYTHON names the interpreter that it is made with.
 
@@ -13,7 +15,7 @@ DEMO_FLAGS = --data $(DEMO)/data --output $(DEMO)/run --backbone resnet18 --back
 	--epochs 10 --batch-size 8 --eval-batch-size 16 --num-workers 2 --lr 0.08 --warmup 40 --multistep 8 \
 	--evaluation 4 9 --target 0.3
 
-.PHONY: venv demo pictures test lint clean
+.PHONY: venv demo pictures test test-gpu gpu lint clean
 
 venv: $(INSTALLED)
 
@@ -34,10 +36,16 @@ pictures: demo
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
+test-gpu: venv
+	$(BIN)/python -m pytest -q -m gpu
+
+gpu: venv
+	$(BIN)/python -m pytest -q -m gpu; tested=$$?; $(BIN)/python -m benchmarks --gpu --json gpu.json && exit $$tested
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) gpu.json

@@ -22,6 +22,7 @@ from src.check import check
 from src.data.coco import Annotations
 from src.data.dataset import read_dataset
 from src.data.loaders import TrainLoader, make_train_loader, make_trial
+from src.devices import configure
 from src.distributed import Processes, StopNotice, Terminated
 from src.errors import TrainingBreakdownError, UserError
 from src.evaluation.evaluate import IOU_THRESHOLD, MAX_DETECTIONS
@@ -30,7 +31,7 @@ from src.evaluation.validation import make_evaluation, score_checkpoint
 from src.flags import Flags, parse_args
 from src.output import reserved
 from src.report import mlperf
-from src.report.ending import BAD_INPUT, DONE, INTERRUPTED, TERMINATED, fail, meets_target
+from src.report.ending import BAD_INPUT, DONE, INTERRUPTED, TERMINATED, fail, meets_target, told_at_once
 from src.report.report import NullReport, Report
 from src.report.start import Continued, start_report, tell_data, tell_start
 from src.ssd.model import SSD300, feature_channels
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with distributed.start(flags.local_rank) as processes:
             try:
-                distributed.configure(processes.device)
+                processes.check_devices()
+                configure(processes.device)
                 return train(flags, processes) if flags.mode == "training" else work(flags, processes)
             except Exception as error:
                 return fail(error, processes)
@@ -92,6 +94,7 @@ def train(flags: Flags, processes: Processes) -> int:
             checkpoint=flags.checkpoint, backbone_weights=flags.backbone_weights, processes=processes,
         )  # fmt: skip
         loader = stack.enter_context(closing(loader_maker(flags, processes)(training)))
+        stack.enter_context(told_at_once(processes))
         trainer = make_trainer(flags, processes, model)
         position, warnings = start_position(trainer, loader, schedule, identity, before, rank=processes.rank)
         report: Report | NullReport = NullReport()
@@ -191,7 +194,7 @@ def work(flags: Flags, processes: Processes) -> int:
             torch.manual_seed(flags.seed)
             model = SSD300(flags.backbone, len(training.categories) + 1)
             trainer = make_trainer(flags, processes, model.to(processes.device).to(memory_format=torch.channels_last))
-            with closing(loader_maker(flags, processes)(training)) as loader:
+            with closing(loader_maker(flags, processes)(training)) as loader, told_at_once(processes):
                 benchmark(
                     trainer, loader, training, backbone=flags.backbone, batch_size=flags.batch_size, report=report
                 )

@@ -19,13 +19,13 @@ if __name__ == "__main__":
 import torch
 
 from src.data.sample import draw_dataset
-from src.distributed import configure
+from src.devices import configure
 
 from . import annotations, evaluation, loaders, step
+from .machine import describe, fitting_batch
 from .table import table
 
 DRAWN_IMAGES = 256  # where no --data is given
-GPU_BATCH = 128
 
 
 def cpu_benchmarks(data: Path) -> dict[str, Callable[[], list[dict]]]:
@@ -40,10 +40,12 @@ def cpu_benchmarks(data: Path) -> dict[str, Callable[[], list[dict]]]:
 
 
 def gpu_benchmarks(data: Path) -> dict[str, Callable[[], list[dict]]]:
-    cuda = torch.device("cuda")
+    """The same with batches that the GPU's memory holds: the step is measured in float32 too, a run with --fp16."""
+    cuda = torch.device("cuda", torch.cuda.current_device())
+    free, _ = torch.cuda.mem_get_info(cuda)
     return {
-        "step": lambda: step.run(cuda, batch_size=GPU_BATCH),
-        "run": lambda: step.whole_run(data, cuda, batch_size=GPU_BATCH),
+        "step": lambda: step.run(cuda, batch_size=fitting_batch(free, "float32")),
+        "run": lambda: step.whole_run(data, cuda, batch_size=fitting_batch(free, "--fp16")),
         "evaluation": lambda: evaluation.run(device=cuda),
     }
 
@@ -54,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="loaders, step, run, evaluation, annotations; all")
     parser.add_argument("--data", type=Path, default=None, help="a folder in the COCO 2017 layout; drawn if left out")
     parser.add_argument("--gpu", action="store_true", help="the CUDA set: step, run, evaluation")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the rows there, too")
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help="write the rows and the machine there, too"
+    )
     args = parser.parse_args(argv)
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu: there is no GPU here")
@@ -74,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += chosen[name]()
     print(table(rows))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        machine = describe(torch.device("cuda" if args.gpu else "cpu"))
+        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
     return 0
 
 

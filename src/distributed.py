@@ -5,7 +5,6 @@ One process without a launcher opens no port and no group: every method then wor
 
 import io
 import os
-import re
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -19,11 +18,14 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from .devices import Card, card, choose_device, refuse_shared
 from .errors import UserError
+from .group_errors import is_loss, reason
 from .launchers import Place, find_place
 
 GROUP_TIMEOUT = 120  # seconds after which a rank that does not answer is taken for lost
 GROUP_TIMEOUT_VARIABLE = "SSD300_GROUP_TIMEOUT"
+NCCL_PATIENCE = 2  # times that limit is NCCL's, which ends a process without a word: gloo's must be over before
 PATIENCE = 15  # times that limit is how much longer than another a rank may take for its share of an evaluation
 WAIT_LIMIT = 6 * 3600  # seconds that ranks wait for work that only rank 0 does (scoring, writing, fetching weights)
 POLL = 0.05  # seconds between looks at the store
@@ -53,6 +55,7 @@ class Processes:
             self.host_group = _gloo_group(_group_timeout())
             self.patient_group = _gloo_group(PATIENCE * _group_timeout())
         self.failed = False  # whether the group is not to be trusted any more
+        self._reported = False  # whether this rank has told of its failure
         self._messages = 0
 
     @property
@@ -65,6 +68,13 @@ class Processes:
         """The store of several processes."""
         assert self.store is not None
         return self.store
+
+    def check_devices(self) -> None:
+        """Raises UserError, on all ranks, where two of them compute on one GPU."""
+        if self.world_size > 1:
+            cards: list[Card | None] = [None] * self.world_size
+            dist.all_gather_object(cards, card(self.device), group=self.host_group)
+            refuse_shared(cards)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over all processes, the model itself where there is one process."""
@@ -137,11 +147,13 @@ class Processes:
         return dist.all_reduce(number, dist.ReduceOp.MAX, group=self.host_group, async_op=True)
 
     def report_failure(self) -> bool:
-        """Records that this rank fails; True where no other has failed before: that one tells why, once.
+        """Records that this rank fails; True where none has failed before: that one tells why, once.
 
         It calls `told` afterwards; the others come back when it has, because a launcher ends all when one is gone.
         """
-        self.failed = True
+        if self._reported:
+            return False
+        self.failed = self._reported = True
         if self.world_size == 1:
             return True
         try:
@@ -180,11 +192,18 @@ class Processes:
                 self._shared.set(key, str(self.rank))
 
     def is_lost(self, error: Exception) -> bool:
-        """Whether the error says that another rank is gone; gloo raises plain RuntimeErrors."""
-        if self.world_size == 1:
-            return False
-        marks = ("gloo", "Gloo", "Connection closed by peer", "NCCL", "TCPStore")
-        return isinstance(error, (LostRankError, dist.DistError)) or any(mark in str(error) for mark in marks)
+        """Whether the error says that another rank is gone."""
+        return self.world_size > 1 and (isinstance(error, LostRankError) or is_loss(error))
+
+    def leave(self) -> None:
+        """Ends the group."""
+        if not self.failed:
+            dist.destroy_process_group()
+        elif self.device.type == "cuda":
+            # That might wait for ranks which are gone.  Left as it is, NCCL prints a warning when the process ends.
+            group = dist.group.WORLD
+            assert group is not None
+            group._get_backend(self.device).abort()
 
     def _wait(self, key: str) -> None:
         # Polling, because a wait inside the store would hold back signals.
@@ -205,43 +224,26 @@ def start(local_rank: int, device: torch.device | None = None) -> Iterator[Proce
     rank where there are GPUs, else the CPU.  Raises UserError where the group cannot be formed.
     """
     place = find_place(local_rank)
-    device = device or _device(place.local_rank)
+    device = device or choose_device(place.local_rank)
     if place.world_size == 1:
         yield Processes(0, 1, device, None)
         return
     processes = _join(device, place)
     try:
         yield processes
-    except (KeyboardInterrupt, Terminated):
-        processes.report_stop()
+    except BaseException as error:
+        processes.failed = True
+        if isinstance(error, (KeyboardInterrupt, Terminated)):
+            processes.report_stop()
         raise
-    if not processes.failed:  # a broken group might wait for the ranks that are gone
-        dist.destroy_process_group()
+    finally:
+        processes.leave()
 
 
 def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)  # it is a number only for a rank that is not in it
     return group
-
-
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; start at most that "
-            "many processes (--nproc_per_node)"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def configure(device: torch.device) -> None:
-    """Lets a GPU choose its fastest convolutions, and TF32 where float32 is asked for."""
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
 
 
 def _join(device: torch.device, place: Place) -> Processes:
@@ -256,7 +258,7 @@ def _join(device: torch.device, place: Place) -> Processes:
             store=dist.PrefixStore("group", store),
             rank=rank,
             world_size=world_size,
-            timeout=timeout,
+            timeout=NCCL_PATIENCE * timeout if device.type == "cuda" else timeout,
         )
         return Processes(rank, world_size, device, dist.PrefixStore("run", store))
     except (ValueError, RuntimeError, LostRankError) as error:
@@ -283,12 +285,6 @@ def count_start(store: dist.Store, rank: int, timeout: timedelta) -> int:
             return number
         time.sleep(POLL)
     raise LostRankError(f"rank 0 has not started for {timeout.total_seconds():g} s")
-
-
-def reason(error: Exception) -> str:
-    """The sentence of a library's message that says what happened, without the place in its source."""
-    line = (str(error).splitlines() or [repr(error)])[0]
-    return re.sub(r"^(\[[^\]]*\.\w+:\d+\]\s*)+", "", line).split(". ")[0].rstrip(".")
 
 
 def _group_timeout() -> timedelta:

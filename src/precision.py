@@ -1,5 +1,8 @@
 """Half precision and where it pays: `python -m src.precision` prints `--fp16` where this machine computes in it."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 SLOW_HALF = "--fp16: this CPU has no bfloat16 arithmetic, so it computes in float32"
@@ -10,7 +13,7 @@ def half_is_fast(device: torch.device) -> bool:
     return device.type == "cuda" or any(_cpu_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _cpu_capabilities() -> dict[str, bool]:
+def _cpu_capabilities() -> Mapping[str, Any]:
     """What torch says of the processor; an older one has no `get_capabilities`."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()

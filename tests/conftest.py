@@ -16,10 +16,20 @@ HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    hide_gpus(config.getoption("markexpr"))
+
+
+def hide_gpus(markers: str) -> None:
+    """Tests are of the CPU on every machine, with the processes that they start, but for those of `-m gpu`."""
+    if markers != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def _cuda_or_skip(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs CUDA")
+        pytest.skip("needs CUDA (make test-gpu)")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ FOLDER holds the data sets that `write_data` makes; every process leaves rank-K.
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -86,18 +87,33 @@ def step_batch(default_boxes: np.ndarray) -> Batch:
 
 def train_steps(processes: Processes, folder: Path) -> str:
     """Trains on this rank's share of the fixed batch; a digest of the weights, which rank 0 leaves in weights.pt."""
-    network = small_network()
+    network = small_network().to(processes.device)
     optimizer = make_optimizer(network, momentum=0.9, weight_decay=5e-4)
-    trainer = Trainer(network, optimizer=optimizer, device=CPU, half=False, processes=processes)
+    trainer = Trainer(network, optimizer=optimizer, device=processes.device, half=False, processes=processes)
     share = STEP_BATCH // processes.world_size
     schedule = Schedule(base=2.6e-3, images=share * processes.world_size, warmup=0, multistep=())
     rows = slice(processes.rank * share, (processes.rank + 1) * share)
-    batch = Batch(*(part[rows] for part in step_batch(np.load(folder / "default_boxes.npy"))))
+    whole = step_batch(np.load(folder / "default_boxes.npy"))
+    batch = Batch(*(part[rows].to(processes.device) for part in whole))
     for step in range(STEPS):
         trainer.step(batch, schedule.learning_rate(0, step))
+    network.cpu()
     if processes.is_main:
         torch.save(network.state_dict(), folder / "weights.pt")
-    return digest(torch.cat([tensor.flatten().double() for tensor in network.state_dict().values()]))
+    return digest_of(network.state_dict().values())
+
+
+def shared_buffers(processes: Processes) -> str:
+    """A digest of the batch-norm statistics that every rank has after they were shared, each other ones before."""
+    network = small_network().to(processes.device)
+    network.body[1].running_mean.fill_(processes.rank)
+    processes.share_buffers(network)
+    assert not network.body[1].running_mean.any()
+    return digest_of(network.cpu().buffers())
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    return digest(torch.cat([tensor.flatten().double() for tensor in tensors]))
 
 
 def digest(tensor: Tensor) -> str:
@@ -153,7 +169,8 @@ def evaluation(annotations: Annotations, processes: Processes) -> Evaluation:
 def main(folder: Path, local_rank: int) -> None:
     torch.set_num_threads(1)
     with distributed.start(local_rank) as processes:
-        report = {"local_rank": local_rank, "world_size": processes.world_size}
+        report = {"local_rank": local_rank, "world_size": processes.world_size, "device": str(processes.device)}
+        report["buffers"] = shared_buffers(processes)
         if STEP_BATCH % processes.world_size == 0:
             report["weights"] = train_steps(processes, folder)
         report["images"] = {

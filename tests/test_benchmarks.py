@@ -3,12 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import learning, loaders, sharing, step
+from benchmarks import learning, loaders, machine, sharing, step
 from benchmarks.table import cost, speed, table
 from src.data.coco import locations, read_annotations
 from src.evaluation.scoring import Results
@@ -70,6 +71,28 @@ def test_a_repeated_data_set_has_each_image_as_often(data, tmp_path):
     annotations = read_annotations(*locations(step.repeated(data, 9, tmp_path), "train"))
     assert len(annotations) == len(annotations.boxes) == 12
     assert len({annotations.image_path(index).resolve() for index in range(12)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "float32", "half"), [(80, 128, 128), (24, 64, 128), (16, 32, 64), (8, 16, 32), (2, 2, 2)]
+)
+def test_a_batch_fits_the_card(gibibytes, float32, half):
+    """By 228 and 117 MiB an image."""
+    assert machine.fitting_batch(gibibytes * 2**30, "float32") == float32
+    assert machine.fitting_batch(gibibytes * 2**30, "--fp16") == half
+
+
+def test_figures_come_with_card_driver_and_versions(monkeypatch):
+    card = SimpleNamespace(name="NVIDIA H100", total_memory=2**34, major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(machine.collect_env, "get_nvidia_driver_version", lambda run: "580.1")
+    found = json.loads(json.dumps(machine.describe(torch.device("cuda", 0))))
+    assert found["device"] == "NVIDIA H100"
+    assert found["memory (MiB)"] == 16384
+    assert found["compute capability"] == "9.0"
+    assert found["driver"] == "580.1"
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert machine.describe(CPU).keys() == {"device", "versions"}
 
 
 def test_a_goal_is_the_least_ratio_of_a_speed_and_the_greatest_of_a_cost():

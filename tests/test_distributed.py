@@ -6,17 +6,21 @@ import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from src import distributed
+from src.devices import card
 from src.distributed import Processes, StopNotice, Terminated
 from src.errors import UserError
 from src.flags import parse_args
+from src.launchers import Place
 from src.ssd.loss import MultiBoxLoss
 from tests import process_checks
 from tests.launch import TORCHRUN, command, launch
@@ -151,6 +155,19 @@ def test_the_variable_wins_over_the_flag(no_launcher, monkeypatch, variable, fla
         assert processes.device == torch.device("cuda", expected)
 
 
+@pytest.mark.parametrize("local_rank", ["0", "5"])
+def test_the_only_gpu_that_a_process_sees_is_its_own_whatever_its_rank(no_launcher, monkeypatch, local_rank):
+    """As srun --gpus-per-task=1 has it, and CUDA_VISIBLE_DEVICES set for each process."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with distributed.start(0) as processes:
+        assert processes.device == torch.device("cuda", 0)
+    assert taken == [0]
+
+
 def test_more_processes_than_gpus_is_an_error(no_launcher, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -218,11 +235,92 @@ def test_every_restart_on_the_same_store_has_its_number():
         distributed.count_start(store, 2, timedelta(seconds=0.1))
 
 
-def test_a_librarys_message_is_cut_to_what_happened():
-    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [10.0.0.2]:37. This is"
-    assert distributed.reason(RuntimeError(gloo)) == "Connection closed by peer [10.0.0.2]:37"
-    assert distributed.reason(RuntimeError("Timed out.\nframe #0")) == "Timed out"
-    assert distributed.reason(RuntimeError()) == "RuntimeError()"
+class FakeGroup:
+    """A process group of GPUs, which notes how it is ended."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+        self.WORLD = self
+        self.DistError = torch.distributed.DistError
+
+    def _get_backend(self, device: torch.device) -> "FakeGroup":
+        assert device.type == "cuda"
+        return self
+
+    def abort(self) -> None:
+        self.ended.append("aborted")
+
+    def destroy_process_group(self) -> None:
+        self.ended.append("destroyed")
+
+
+@pytest.mark.parametrize(
+    ("error", "device", "ended"),
+    [
+        (None, "cuda", ["destroyed"]),
+        (None, "cpu", ["destroyed"]),
+        (Terminated(), "cuda", ["aborted"]),
+        (KeyboardInterrupt(), "cuda", ["aborted"]),
+        (ZeroDivisionError(), "cuda", ["aborted"]),
+        (Terminated(), "cpu", []),  # gloo would wait for ranks that are gone, and prints nothing
+    ],
+    ids=repr,
+)
+def test_every_way_out_ends_nccls_group(monkeypatch, error, device, ended):
+    """Where it is not ended, NCCL prints a warning when the process ends."""
+    group = FakeGroup()
+    group.group = group
+    processes = Processes(0, 1, torch.device(device), torch.distributed.HashStore())
+    processes.world_size = 2
+    monkeypatch.setattr(distributed, "dist", group)
+    monkeypatch.setattr(distributed, "find_place", lambda local_rank: Place(0, 2, 0))
+    monkeypatch.setattr(distributed, "_join", lambda device, place: processes)
+    with pytest.raises(type(error)) if error else nullcontext(), distributed.start(0, torch.device(device)):
+        if error:
+            raise error
+    assert group.ended == ended
+    assert processes.store.check([distributed.STOPPED]) == isinstance(error, (Terminated, KeyboardInterrupt))
+
+
+@pytest.mark.parametrize(("device", "factor"), [("cpu", 1), ("cuda", 2)])
+def test_nccls_limit_is_longer_than_the_one_that_is_told_of(monkeypatch, device, factor):
+    """NCCL's watchdog ends the process without the program's message."""
+    made = []
+
+    def begin(**options) -> None:
+        made.append(options)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", begin)
+    monkeypatch.setattr(
+        torch.distributed, "rendezvous", lambda *_, **options: iter([(torch.distributed.HashStore(), 0, 2)])
+    )
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="enough"), distributed.start(0, torch.device(device)):
+        pass
+    assert made[0]["timeout"] == factor * timedelta(seconds=distributed.GROUP_TIMEOUT)
+    assert ("nccl" in made[0]["backend"]) == (device == "cuda")
+
+
+def test_two_ranks_on_one_gpu_are_told_so(monkeypatch):
+    """Both know, and say the same."""
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU-{device.index}", name="H100")
+    )
+    own = card(torch.device("cuda", 0))
+    processes = Processes(1, 1, torch.device("cuda", 0), None)
+    processes.check_devices()  # one process has no group to ask
+    processes.world_size = 2
+
+    def gather(found: list, mine, group) -> None:
+        found[:] = [own, mine]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(UserError, match=r"^ranks 0 and 1 are on one GPU, H100 \(GPU-0\) of .+: start one process for"):
+        processes.check_devices()
+    processes.device = torch.device("cuda", 1)
+    processes.check_devices()
 
 
 @pytest.fixture

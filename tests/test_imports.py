@@ -17,7 +17,7 @@ ORDER = (
     ("report", "weights"),
     ("data",),
     ("ssd", "distributed", "errand", "output", "precision"),
-    ("launchers",),
+    ("devices", "group_errors", "launchers"),
     ("errors", "surroundings"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -3,13 +3,16 @@
     read -> draw a window -> decode the window -> resize -> flip
        boxes -> draw a window -> flip -> match to the default boxes
 
+A GPU decodes the whole picture and takes the window of that: nvImageCodec 0.9 fails on windows (its issue 55), and the
+JPEG hardware of a GPU decodes whole pictures only.
+
 Colour is drawn here and changed in batch.py, as for the other pipeline: one formula, and on a CPU the faster one.
 
 Shapes: A = 8,732 default boxes, G ground-truth boxes of an image (it varies); a node stands for a batch of samples.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -25,10 +28,9 @@ except Exception as error:  # absent, no wheel for this system, or a library tha
     raise UserError(f"DALI cannot be used here ({str(error).splitlines()[0]}): use --data_pipeline no_dali") from None
 
 PREFETCH = 2  # batches prepared ahead
-VERSION = 2  # counted up when the operators change, because what a checkpoint holds belongs to them
+# Of the graph on each device, counted up when its operators change: what a checkpoint holds belongs to them.
+VERSIONS = {"cpu": 2, "cuda": 3}
 OUTPUTS = ("images", "boxes", "labels", "ids", "sizes")  # what training takes, beside "colour" where it augments
-
-
 FILES = "files"  # the input of `make_decoder`'s pipeline
 
 
@@ -84,8 +86,8 @@ def make_decoder(*, batch_size: int, device_id: int | None, upright: bool) -> da
     with pipeline:
         files = fn.external_source(name=FILES, dtype=types.UINT8, ndim=1)
         sizes = fn.peek_image_shape(files, adjust_orientation=upright)
-        options = decoder_options(on_gpu=device_id is not None, upright=upright)
-        pipeline.set_outputs(sizes, fn.decoders.image(files, **options))
+        decode = decode_on_cpu if device_id is None else decode_on_gpu
+        pipeline.set_outputs(sizes, decode(files, upright=upright))
     pipeline.build()
     return pipeline
 
@@ -170,20 +172,35 @@ def random_window(boxes: DataNode, labels: DataNode) -> tuple:
 def decode_and_resize(
     files: DataNode, anchor: DataNode | None, shape: DataNode | None, *, on_gpu: bool, upright: bool
 ) -> DataNode:
-    """The window of the picture, or all of it without one, at 300 x 300; HWC uint8 RGB.
-
-    upright: the window is one of the picture turned by its orientation tag.
-    """
-    options = decoder_options(on_gpu=on_gpu, upright=upright)
-    if anchor is None:
-        images = fn.decoders.image(files, **options)
-    else:
-        images = fn.decoders.image_slice(files, anchor, shape, **options)
+    """The window of the picture, or all of it without one, at 300 x 300; HWC uint8 RGB."""
+    images = (decode_on_gpu if on_gpu else decode_on_cpu)(files, anchor, shape, upright=upright)
     return fn.resize(images, size=[IMAGE_SIZE, IMAGE_SIZE])
 
 
-def decoder_options(*, on_gpu: bool, upright: bool) -> dict[str, Any]:
-    return {"device": "mixed" if on_gpu else "cpu", "adjust_orientation": upright}
+def decode_on_cpu(
+    files: DataNode, anchor: DataNode | None = None, shape: DataNode | None = None, *, upright: bool = False
+) -> DataNode:
+    """The window of the picture, HWC uint8 RGB, of which little more than the window is decoded.
+
+    upright: the window is one of the picture turned by its orientation tag.
+    """
+    if anchor is None:
+        return fn.decoders.image(files, adjust_orientation=upright)
+    return fn.decoders.image_slice(files, anchor, shape, adjust_orientation=upright)
+
+
+def decode_on_gpu(
+    files: DataNode,
+    anchor: DataNode | None = None,
+    shape: DataNode | None = None,
+    *,
+    upright: bool = False,
+    device: str = "mixed",
+) -> DataNode:
+    """The same pixels, HWC uint8 RGB, cut out of the whole picture.  device: for tests."""
+    # Colours smoothed as libjpeg does it, which decodes the images of the evaluation.
+    images = fn.decoders.image(files, device=device, adjust_orientation=upright, jpeg_fancy_upsampling=True)
+    return images if anchor is None else fn.slice(images, anchor, shape)
 
 
 def match_default_boxes(boxes: DataNode, labels: DataNode, *, on_gpu: bool) -> tuple:

@@ -21,7 +21,7 @@ from src.output import writing
 from .augment import colour_matrix
 from .batch import Batch, coloured, normalise
 from .coco import Annotations, write_clean_file
-from .dali_graph import OUTPUTS, PREFETCH, VERSION, Settings, cause, dali, device_index, make_pipeline
+from .dali_graph import OUTPUTS, PREFETCH, VERSIONS, Settings, cause, dali, device_index, make_pipeline
 from .dali_trial import DaliTrial, wrong_size
 from .images import is_text, read_image
 
@@ -126,7 +126,7 @@ class DaliTrainLoader:
             "orientation": "upright" if self.annotations.upright else "stored",
             "device": self.device.type,
             "DALI": dali.__version__,
-            "version of the graph": VERSION,
+            "version of the graph": VERSIONS[self.device.type],
             "images": self.num_images,
             "annotations": self.annotations.digest,
         }
@@ -214,12 +214,17 @@ class DaliTrainLoader:
             raise wrong_size(self.annotations, index)
         images = images.permute(0, 3, 1, 2)
         if self.augment:
-            matrices = torch.from_numpy(colour_matrix(*colour[0].numpy().T)).to(self.device, non_blocking=True)
-            images = coloured(images, matrices, self.dtype)
+            images = coloured(images, self._on_device(colour_matrix(*colour[0].numpy().T)), self.dtype)
         else:
             images = normalise(images, self.dtype)
         # The graph matches to the default boxes in reverse order.
         return Batch(images, boxes.flip(1), labels.flip(1))
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":  # which copies without holding up the host from pinned memory alone
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     # --- a broken image ---
 

@@ -3,16 +3,29 @@
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from src.data.workers import explained
-from src.distributed import Processes, reason
+from src.distributed import Processes
 from src.errors import TrainingBreakdownError, UserError
+from src.group_errors import advice, is_setup_error, reason
 
 from .report import NullReport, Report
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143  # exit statuses
+
+
+@contextmanager
+def told_at_once(processes: Processes) -> Iterator[None]:
+    """What fails inside is told of before anything outside is closed, which may wait for a GPU that hangs."""
+    try:
+        yield
+    except Exception as error:
+        fail(error, processes)
+        raise
 
 
 def fail(error: Exception, processes: Processes) -> int:
@@ -20,7 +33,7 @@ def fail(error: Exception, processes: Processes) -> int:
     if processes.world_size > 1:  # a launcher that has seen another process end does not wait for the message
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     lost = processes.is_lost(error)
-    error = error if lost else explained(error)
+    error = error if lost or is_setup_error(error) else explained(error)
     if lost and processes.stopped_elsewhere() is not None:
         return TERMINATED
     if processes.report_failure():
@@ -38,9 +51,11 @@ def _tell(error: Exception, processes: Processes, *, lost: bool) -> None:
     elif isinstance(error, (UserError, TrainingBreakdownError)):
         print(f"main.py: error: {who}{error}", file=sys.stderr)
     elif _is_out_of_memory(error):
-        advice = "lower --batch-size, --eval-batch-size or --num-workers, or use --fp16"
+        remedy = "lower --batch-size, --eval-batch-size or --num-workers, or use --fp16"
         detail = (str(error).splitlines() or ["MemoryError"])[0]
-        print(f"main.py: error: {who}out of memory ({detail}): {advice}", file=sys.stderr)
+        print(f"main.py: error: {who}out of memory ({detail}): {remedy}", file=sys.stderr)
+    elif is_setup_error(error):
+        print(f"main.py: error: {who}NCCL cannot work here ({reason(error)}){advice(error)}", file=sys.stderr)
     else:
         print(f"main.py: error: {who}a fault of the program:", file=sys.stderr)
         traceback.print_exception(error)

@@ -1,3 +1,6 @@
+import io
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,14 @@ pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
 from nvidia import dali
 
 from src.data.augment import colour_matrix
-from src.data.dali_graph import decode_and_resize, match_default_boxes
+from src.data.dali_graph import (
+    Settings,
+    decode_and_resize,
+    decode_on_cpu,
+    decode_on_gpu,
+    match_default_boxes,
+    training_graph,
+)
 from src.ssd.default_boxes import default_boxes, default_boxes_ltrb, match
 from tests.dali_loaders import epoch, loader, read
 from tests.datasets import annotation, write_coco
@@ -15,6 +25,7 @@ from tests.datasets import annotation, write_coco
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOLERANCE = 0.02
 DRAWS = 40
+WINDOWS = 25  # of a picture
 
 
 def run(graph, batch_size: int, device: str = "cpu") -> list[torch.Tensor]:
@@ -188,3 +199,71 @@ def test_a_picture_without_augmentation_is_pillows(tmp_path, save, mode):
         Image.open(tmp_path / "picture").convert("RGB").resize((300, 300), Image.Resampling.BILINEAR), np.float32
     )
     assert np.abs(resized[0].numpy() - expected).mean() < 0.5
+
+
+# --- the graph on a GPU ----------------------------------------------------------------------------------------------
+
+
+def encoded(size: tuple[int, int], mode: str = "RGB", **save) -> np.ndarray:
+    """The bytes of a file with noise of that size, its worst case for a decoder of windows."""
+    noise = np.random.default_rng(size).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(buffer, **save)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        {"format": "JPEG"},
+        {"format": "JPEG", "subsampling": 0, "progressive": True},
+        {"format": "JPEG", "mode": "L"},
+        {"format": "JPEG", "mode": "CMYK"},
+        {"format": "PNG"},
+    ],
+    ids=str,
+)
+def test_a_window_of_the_whole_picture_is_the_window_that_a_cpu_decodes(save):
+    """Bit for bit, so that a GPU, which takes the first, crops the pixels that a CPU does."""
+    rng = np.random.default_rng(0)
+    sizes = (320, 240), (165, 251), (127, 9), (17, 23), (4, 5)
+    contents = [content for size in sizes for content in [encoded(size, **save)] * WINDOWS]
+    sides = rng.uniform(0.3, 1, (len(contents), 2)).astype(np.float32)
+    corners = (rng.random(sides.shape) * (1 - sides)).astype(np.float32)
+    sides[::WINDOWS], corners[::WINDOWS] = 1, 0  # no crop
+
+    def graph():
+        files, corner, side = given(contents), given(list(corners)), given(list(sides))
+        return decode_on_cpu(files, corner, side), decode_on_gpu(files, corner, side, device="cpu")
+
+    pipeline = dali.Pipeline(batch_size=len(contents), num_threads=2, device_id=None, exec_dynamic=True)
+    with pipeline:
+        pipeline.set_outputs(*graph())
+    ours, whole = pipeline.run()
+    for number in range(len(contents)):
+        assert np.array_equal(ours.at(number), whole.at(number)), (number, corners[number], sides[number])
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("device_id", [None, 0])
+def test_operators_are_on_their_devices(tmp_path, device_id, augment):
+    """Defined, not built, which needs a driver."""
+    settings = Settings(2, device_id, 2, augment, seed=0, order_seed=0, rank=0, world_size=1, upright=False)
+    with dali.Pipeline(batch_size=2, num_threads=2, device_id=device_id, exec_dynamic=True):
+        nodes = training_graph(settings, tmp_path / "annotations.json", tmp_path, ["a.jpg"])
+    found, waiting = set(), [node.source for node in nodes.values()]
+    while waiting:
+        operator = waiting.pop()
+        found |= {(re.sub(r"^_+|_\d+$", "", operator.name), output.device) for output in operator.outputs}
+        waiting += [node.source for node in operator.inputs]
+    on_cpu = {"reader", "PeekImageShape", "ArithmeticGenericOp"}
+    on_device = {"Image", "Resize", "BoxEncoder", "Cast"}
+    if augment:
+        on_cpu |= {"RandomBBoxCrop", "CoinFlip", "BbFlip", "Uniform", "Stack"}
+        on_device |= {"Flip"}
+    if augment and device_id is None:
+        on_device = on_device - {"Image"} | {"ImageSlice"}
+    if augment and device_id is not None:
+        on_device |= {"Slice"}
+    device = "cpu" if device_id is None else "gpu"
+    assert found == {(name, "cpu") for name in on_cpu} | {(name, device) for name in on_device}

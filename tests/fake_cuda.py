@@ -1,0 +1,227 @@
+"""A GPU that is not there: the program's CUDA code run on tensors that say they are on cuda:0.
+
+Their values lie in the host's memory and every operator is computed by the CPU's kernel, so results can be compared
+with the CPU's. What a real GPU would have done beside that is recorded: the host waiting for it, copies between the two
+memories, tensors of both in one operator. What stays unseen: kernels that CUDA has not, other rounding, waits inside
+kernels that WAITING does not name, other threads (a DataLoader's workers and its pinning thread).
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torchvision  # noqa: F401 (registers its operators)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
+aten = torch.ops.aten
+# The host has to know a value, or how many there are, before it can go on.
+WAITING = {
+    aten._local_scalar_dense.default,
+    aten.bincount.default,
+    aten.equal.default,
+    aten.masked_select.default,
+    aten.nonzero.default,
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+    torch.ops.torchvision.nms.default,
+}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+COPYING = {aten._to_copy.default, aten.copy_.default}
+# Modules of the program that keep tensors of a device from call to call.
+CACHING = ("src.data.", "src.evaluation.", "src.ssd.", "src.training.")
+
+
+class Event(NamedTuple):
+    """What an operator did beside computing."""
+
+    kind: str  # "wait": the host waits for the GPU; "copy in": from pinned memory, without waiting; "mixed" tensors
+    what: str  # the operator, or "copy in" and "copy out" where a copy makes the host wait; with types and shapes
+
+    def __repr__(self) -> str:
+        return f"{self.kind}: {self.what}"
+
+
+class GpuTensor(Tensor):
+    """A tensor that says it is on cuda:0; `held` has its values."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "GpuTensor":
+        return Tensor._make_wrapper_subclass(
+            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=GPU
+        )
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    def __repr__(self) -> str:
+        return f"GpuTensor({self.dtype} {list(self.shape)})"
+
+    def tolist(self) -> list:
+        return self.cpu().tolist()  # torch's own is not for subclasses
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+        raise AssertionError(f"{operator} outside of FakeGpu")
+
+
+class FakeGpu(TorchDispatchMode):
+    """Inside it cuda:0 can be used; `events` has what happened on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+        self._pinned: dict[int, torch.UntypedStorage] = {}  # by address; held, so that no other gets the address
+
+    def kinds(self, first: int = 0) -> set[str]:
+        """The kinds of the events from the one of that number on."""
+        return {event.kind for event in self.events[first:]}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if operator._can_decompose():  # in inference mode, where autograd does not take it apart
+            with self:
+                return operator.decompose(*args, **kwargs)
+        if operator is aten.is_pinned.default:
+            return self._is_pinned(args[0])
+        if operator is aten._pin_memory.default:
+            return self._pin(args[0].clone())
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_gpu = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
+        asked = kwargs.get("device")
+        to_gpu = bool(on_gpu) if asked is None else asked.type == "cuda"
+        if operator is aten.copy_.default:
+            to_gpu = isinstance(args[0], GpuTensor)
+        self._record(operator, args, kwargs, tensors, on_gpu, to_gpu)
+        if asked is not None:
+            kwargs["device"] = CPU
+        pin = kwargs.pop("pin_memory", False)
+        result = operator(*tree_map(_held, args), **tree_map(_held, kwargs))
+        if not to_gpu:
+            return self._pin(result) if pin else result
+        known = {id(tensor.held): tensor for tensor in on_gpu}  # an operator in place gives its argument
+        return tree_map(lambda one: known[id(one)] if id(one) in known else _on_gpu(one), result)
+
+    def _record(self, operator, args, kwargs, tensors: list, on_gpu: list, to_gpu: bool) -> None:
+        if operator in COPYING:
+            self._record_copy(operator, args, kwargs, to_gpu)
+        elif on_gpu and len(on_gpu) < len(tensors):
+            strangers = [tensor for tensor in tensors if not isinstance(tensor, GpuTensor)]
+            if any(tensor.dim() for tensor in strangers) and operator not in INDEXING:
+                raise RuntimeError(f"{operator}: expected all tensors on one device, found cuda:0 and cpu")
+            self.events.append(Event("mixed", _described(str(operator), *strangers)))
+        masks = operator in INDEXING and any(_is_mask(index) for index in args[1])
+        if on_gpu and (operator in WAITING or masks):
+            self.events.append(Event("wait", _described(str(operator), *on_gpu)))
+
+    def _record_copy(self, operator, args, kwargs, to_gpu: bool) -> None:
+        source = args[1] if operator is aten.copy_.default else args[0]
+        if isinstance(source, GpuTensor) == to_gpu:
+            return
+        without_waiting = kwargs.get("non_blocking") or (operator is aten.copy_.default and args[2:] == (True,))
+        if to_gpu and without_waiting and self._is_pinned(source):
+            self.events.append(Event("copy in", _described("", source)))
+        else:
+            self.events.append(Event("wait", _described("copy in" if to_gpu else "copy out", source)))
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        return not isinstance(tensor, GpuTensor) and tensor.untyped_storage().data_ptr() in self._pinned
+
+    def _pin(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self._pinned[storage.data_ptr()] = storage
+        return tensor
+
+
+def _held(one):
+    return one.held if isinstance(one, GpuTensor) else one
+
+
+def _on_gpu(one):
+    return GpuTensor(one) if isinstance(one, Tensor) else one
+
+
+def _is_mask(index) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _described(what: str, *tensors: Tensor) -> str:
+    parts = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in tensors]
+    return " ".join(filter(None, [what.removesuffix(".default"), *parts]))
+
+
+@contextmanager
+def fake_gpu() -> Iterator[FakeGpu]:
+    """The program finds one GPU inside, and its tensors can be made and computed with."""
+    # Where there is no GPU, this lets autograd ask for the stream of a tensor on one; it stays so in this process.
+    torch._C._ensureCUDADeviceGuardSet()
+    gpu = FakeGpu()
+    there = {
+        "_lazy_init": lambda: None,
+        "current_device": lambda: GPU.index,
+        "current_stream": lambda device=None: None,
+        "device_count": lambda: 1,
+        "get_device_capability": lambda device=None: (9, 0),
+        "get_device_name": lambda device=None: "a GPU that is not there",
+        "is_available": lambda: True,
+        "is_current_stream_capturing": lambda: False,
+        "max_memory_allocated": lambda device=None: 0,
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: gpu.events.append(Event("wait", "synchronize")),
+    }
+    overwrite, lift = torch.__future__.get_overwrite_module_params_on_conversion(), torch._C._only_lift_cpu_tensors()
+    with ExitStack() as stack:
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # `Module.to` makes new parameters
+        stack.callback(torch._C._set_only_lift_cpu_tensors, lift)
+        torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device=...)` copies through the mode
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # its operators are CUDA's alone
+        stack.callback(_forget_tensors)
+        _forget_tensors()
+        stack.enter_context(mock.patch.multiple(torch.cuda, **there))
+        stack.enter_context(
+            mock.patch.multiple(torch.accelerator, is_available=lambda: True, current_accelerator=lambda: GPU)
+        )
+        stack.enter_context(mock.patch.object(Tensor, "backward", backward))
+        yield stack.enter_context(gpu)
+
+
+def _forget_tensors() -> None:
+    """Empties the program's caches, which may hold tensors of a device."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(CACHING):
+            for function in vars(module).values():
+                if hasattr(function, "cache_clear"):
+                    function.cache_clear()
+
+
+@torch.no_grad()
+def backward(loss: Tensor) -> None:
+    """`Tensor.backward` in Python: autograd's own engine wants a CUDA context.  Adds to the leaves' gradients."""
+    pending = {loss.grad_fn: [torch.ones_like(loss)]}
+    while pending:
+        # An operator is recorded after all whose results it takes, so the latest has all its gradients.
+        node = max(pending, key=lambda one: one._sequence_nr())
+        gradients = node(*pending.pop(node))
+        for gradient, (following, number) in zip(_as_tuple(gradients), node.next_functions, strict=True):
+            if following is None or gradient is None:
+                continue
+            inputs = following._input_metadata
+            gradient = gradient.sum_to_size(inputs[number].shape).to(inputs[number].dtype)
+            assert gradient.device == inputs[number].device, following
+            if hasattr(following, "variable"):
+                leaf = following.variable
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+                continue
+            arrived = pending.setdefault(following, [None] * len(inputs))
+            arrived[number] = gradient if arrived[number] is None else arrived[number] + gradient
+
+
+def _as_tuple(gradients: Tensor | tuple | None) -> tuple:
+    return gradients if isinstance(gradients, tuple) else (gradients,)
