@@ -105,7 +105,8 @@ def test_a_run_that_is_killed_stopped_and_restarted_ends_with_the_weights_of_the
     line.insert(line.index("--standalone"), "--max-restarts=1")
     stopped = launch(line, FAULT=fault)
     assert stopped.returncode != 0
-    (lost,) = told(stopped.stderr)
+    afresh, lost = told(stopped.stderr)
+    assert afresh == f"main.py: warning: --resume: there is no {tmp_path / 'last.pt'}, so the run starts afresh"
     assert lost.startswith("main.py: error: rank 0: lost touch with rank 1 (")
     assert f"Continued from {tmp_path / 'last.pt'}: epoch 2, iteration 6" in stopped.stdout
     assert f"--resume continues from {tmp_path / 'last.pt'}" in stopped.stdout.splitlines()[-1]

@@ -110,7 +110,7 @@ def odd_starts(
     if missing is not None:
         warnings.append(f"--resume: there is no {missing}, so the run starts afresh")
     iterations = epochs * length
-    if schedule.warmup >= iterations:
+    if schedule.warmup > iterations:
         rate = f"{schedule.learning_rate(0, iterations - 1):.3g} of {schedule.peak:.3g}"
         warnings.append(
             f"--warmup {schedule.warmup}: the run has {iterations} iterations, so the learning rate gets to {rate}"
