@@ -14,7 +14,7 @@ from src.data.coco import Annotations, read_annotations
 from src.data.images import decode, read_image, resize
 from src.data.torch_pipeline import EvaluationLoader
 from src.errors import DataError
-from tests.both_pipelines import CPU, error_line, train_loader
+from tests.both_pipelines import CPU, train_loader
 from tests.datasets import annotation, write_annotations, write_image
 from tests.example_run import metrics
 from tests.stopped_runs import flags, idle_run
@@ -130,7 +130,7 @@ def test_a_damaged_tag_leaves_the_picture_as_it_is(tmp_path):
 def test_every_mode_heeds_it(tmp_path, capsys):
     data = write_turned(tmp_path, [(6, "jpg"), (8, "jpg")])
     assert idle_run(data, tmp_path, *flags("no_dali", False), "--evaluation") == (2, 0)
-    assert error_line(capsys).endswith("--orientation upright reads")
+    assert capsys.readouterr().err.endswith("--orientation upright reads\n")
     upright = (*flags("no_dali", False), "--orientation", "upright")
     assert idle_run(data, tmp_path, *upright, "--evaluation", "0") == (0, 2)
     assert [entry["kind"] for entry in metrics(tmp_path)].count("evaluation") == 1
