@@ -191,7 +191,7 @@ class DaliTrainLoader:
         """How the settings that a state was taken under differ from these, in words."""
         if "fingerprint" not in state:
             return "--data_pipeline no_dali"
-        theirs, ours = state["fingerprint"], self.fingerprint()
+        theirs, ours = {"orientation": "stored"} | state["fingerprint"], self.fingerprint()  # older ones do not say it
         changed = [key for key in ours if theirs.get(key) != ours[key]]
         return ", ".join(f"{key} {theirs.get(key)} (now {ours[key]})" for key in changed)
 

@@ -19,6 +19,8 @@ from .checkpoint import TRAINING_DATA, Checkpoint, Identity, Position
 from .run import LAST
 from .step import Schedule, Trainer
 
+BEFORE_THE_FLAG = {"--compile": False, "--orientation": "stored"}  # what runs did that were written before it was there
+
 
 def resumed_file(resume: Path | bool | None, output: Path) -> Path | None:
     """The checkpoint that --resume continues, None for a new run: without a file last.pt, where there is one."""
@@ -77,6 +79,7 @@ def start_position(
 
 def _changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The settings that differ from those a checkpoint was written under, as "name (old -> new)"."""
+    before = BEFORE_THE_FLAG | before
     changed = [name for name, value in now.items() if before.get(name) != value]
     return [name if name == TRAINING_DATA else f"{name} ({before.get(name)} -> {now[name]})" for name in changed]
 

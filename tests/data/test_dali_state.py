@@ -88,6 +88,16 @@ def test_a_state_of_the_other_orientation(tmp_path):
         loader(data).load_state_dict(loader(replace(data, upright=True)).state_dict(), epoch=0, iteration=1)
 
 
+def test_a_state_from_before_pictures_could_be_turned(tmp_path):
+    ours = loader(small(tmp_path))
+    whole = epoch(ours, 0)
+    state = {**loader(small(tmp_path)).state_dict()}
+    state["fingerprint"] = {name: value for name, value in state["fingerprint"].items() if name != "orientation"}
+    ours.load_state_dict(state, epoch=0, iteration=0)
+    assert ours.warnings == []
+    assert all_same(epoch(ours, 0), whole)
+
+
 def test_a_state_of_other_annotations_or_the_other_pipeline(tmp_path):
     ours, other = loader(small(tmp_path / "a")), loader(small(tmp_path / "b", seed=1))
     with pytest.raises(UserError, match="annotations"):

@@ -178,6 +178,17 @@ def test_settings_that_alter_the_run_are_named_in_one_warning_and_hold(runs, dat
     assert [(group["momentum"], group["weight_decay"]) for group in groups] == [(0.8, 0.25), (0.8, 0.0)]
 
 
+def test_a_checkpoint_from_before_a_flag_needs_no_warning(runs, data, tmp_path, capsys):
+    state = torch.load(runs("dali", True) / INSIDE)
+    for name in ("--orientation", "--compile"):
+        del state["settings"][name]
+    for own in state["pipeline"]:
+        del own["fingerprint"]["orientation"]
+    torch.save(state, tmp_path / "old.pt")
+    assert idle_run(data, tmp_path, *flags("dali", True), "--resume", str(tmp_path / "old.pt"))[0] == main.DONE
+    assert warnings_of(capsys) == []
+
+
 def test_flags_that_do_not_alter_the_run_need_no_warning(runs, data, tmp_path, capsys):
     boundary = runs("dali", True) / BOUNDARY
     more = ["--num-workers", "2", "--epochs", "3", "--ebs", "3", "--backbone-weights", "imagenet"]
