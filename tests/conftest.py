@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ SHARED = HERE.parents[1] / "shared"
 
 def pytest_configure(config: pytest.Config) -> None:
     hide_gpus(config.getoption("markexpr"))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose children would ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def hide_gpus(markers: str) -> None:
