@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from src import __version__
 from src.data.batch import IMAGENET_MEAN, IMAGENET_STD, normalise
 from src.data.coco import Category, locations
-from src.data.images import decode, resize
+from src.data.images import resize
+from src.data.pictures import decode_any, find_images
 from src.output import make_folder, replacing
 from src.report.report import Report
 from src.ssd.default_boxes import IMAGE_SIZE, VARIANCES, default_boxes
@@ -22,7 +23,6 @@ from src.weights.files import load_checkpoint
 from .evaluate import Detections, find
 from .exportable import ExportableDetector, fused
 from .exported import METADATA, load_trained, require, trained_detector
-from .predict import find_images
 
 DETECTOR, NETWORK, PROGRAM, DEFAULT_BOXES = "detector.onnx", "network.onnx", "detector.pt2", "default_boxes.json"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -54,7 +54,7 @@ def read_pictures(data: Path) -> Tensor:
     """The first images of `data` for the network, [P, 3, 300, 300] uint8."""
     annotations, folder = locations(data, "val")
     images = find_images(folder if annotations.is_file() else data)
-    return torch.stack([resize(decode(path)) for path in images[:COMPARED]])
+    return torch.stack([resize(decode_any(path)) for path in images.files[:COMPARED]])
 
 
 def exported_files(trained: nn.Module, categories: Sequence[Category]) -> dict[str, bytes]:

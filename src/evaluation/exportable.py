@@ -31,6 +31,10 @@ def fused(network: nn.Module) -> nn.Module:
 class ExportableDetector(WholeDetector):
     """Finds what `normalise`, the network and `detect` find, without a Python branch or loop that depends on values."""
 
+    scale: Tensor  # [3, 1, 1], as the next
+    shift: Tensor
+    defaults: Tensor  # [A, 4] cxcywh
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
@@ -41,7 +45,8 @@ class ExportableDetector(WholeDetector):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pixels = images.to(torch.float32, memory_format=torch.channels_last) * self.scale - self.shift
-        return select(*candidates(*self.network(pixels), self.defaults))
+        offsets, logits = self.network(pixels)
+        return select(*candidates(offsets, logits, self.defaults))
 
 
 def candidates(offsets: Tensor, logits: Tensor, defaults: Tensor) -> tuple[Tensor, Tensor]:

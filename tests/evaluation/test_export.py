@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from src.evaluation.export import Difference, compare
 from src.evaluation.exportable import candidates, fused, select
 from src.evaluation.exported import load_trained, trained_detector
 from src.evaluation.onnx_graph import detections, detector_graph, network_graph, with_metadata
-from src.evaluation.predict import find_images
 from src.ssd.default_boxes import default_boxes
 from src.ssd.model import SSD300
 from tests.datasets import annotation, write_coco, write_image
@@ -176,7 +176,7 @@ def files(tmp_path_factory) -> Files:
 def test_photographs(files, coco128, name):
     state = load_trained(files.exported / name)
     detector = trained_detector(state, backbone="", num_categories=2, source=files.exported / name, device=CPU)
-    paths = find_images(coco128 / "train2017")[:32]
+    paths = sorted((coco128 / "train2017").glob("*.jpg"))[:32]
     images = torch.stack([resize(decode(path)) for path in paths])
     with torch.inference_mode():
         expected, _ = find(files.model, normalise(images), device=CPU)
@@ -252,8 +252,8 @@ def alone(code: str, folder: Path, *, without: tuple[str, ...]) -> str:
 
 
 def test_the_code_in_the_readme_finds_what_the_program_finds_without_torch(files, tmp_path):
-    (code,) = re.findall(r"^ +import json\n(?:^(?: .*)?\n)*", (HERE / "README.rst").read_text(), re.MULTILINE)
-    code = "\n".join(line[code.index("import") :] for line in code.splitlines())
+    (code,) = re.findall(r"^ {6}import json\n(?:(?: {6}.*)?\n)*", (HERE / "README.rst").read_text(), re.MULTILINE)
+    code = textwrap.dedent(code)
     (tmp_path / "exported").symlink_to(files.exported)
     write_image(tmp_path / "photograph.jpg", 300, 300, seed=5, format="png")  # no resizing, no decoder's freedom
     printed = alone(code, tmp_path, without=("torch", "torchvision", "src"))
