@@ -15,7 +15,7 @@ from src.data.coco import Category, locations
 from src.data.images import resize
 from src.data.pictures import decode_any, find_images
 from src.output import make_folder, replacing
-from src.report.report import Report
+from src.report.report import NullReport, Report
 from src.ssd.default_boxes import IMAGE_SIZE, VARIANCES, default_boxes
 from src.weights.detector import known_categories, trained_model
 from src.weights.files import load_checkpoint
@@ -32,7 +32,7 @@ MATCHED = 1e-2  # of the image, and in score: a detection of both is no further 
 TOLERATED = 1e-4  # difference in boxes and scores without a warning
 
 
-def export(checkpoint: Path, data: Path, output: Path, *, backbone: str, report: Report) -> None:
+def export(checkpoint: Path, data: Path, output: Path, *, backbone: str, report: Report | NullReport) -> None:
     """Writes a checkpoint's detector into `output` as files that other programs run, compared with it on pictures.
 
     data: an image, a folder of images, or a data set, whose validation images are taken.  backbone: that of a
@@ -100,7 +100,7 @@ def program_file(network: nn.Module, metadata: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def tell_differences(trained: nn.Module, pictures: Tensor, output: Path, report: Report) -> None:
+def tell_differences(trained: nn.Module, pictures: Tensor, output: Path, report: Report | NullReport) -> None:
     """A line for each file: how large it is, and how far what it gives is from what the trained network gives."""
     normalised = normalise(pictures)
     with torch.inference_mode():
