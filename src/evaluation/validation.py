@@ -72,7 +72,8 @@ def score_checkpoint(
 ) -> float | None:
     """Tells the 12 figures of a checkpoint and mAP by category, and leaves files in `output`; mAP, None: not defined.
 
-    checkpoint: or an exported file.  upright: see `read_annotations`.  backbone: that of a checkpoint which does not say.
+    checkpoint: or an exported file.  upright: see `read_annotations`.
+    backbone: that of a checkpoint which does not say.
     """
     state = processes.broadcast_object(load_trained(checkpoint) if processes.is_main else None)
     validation = read_labelled(*locations(data, "val"), state, source=checkpoint, upright=upright)
