@@ -26,6 +26,7 @@ from src.devices import configure
 from src.distributed import Processes, StopNotice, Terminated
 from src.errors import TrainingBreakdownError, UserError
 from src.evaluation.evaluate import IOU_THRESHOLD, MAX_DETECTIONS
+from src.evaluation.export import export
 from src.evaluation.predict import predict_folder
 from src.evaluation.validation import make_evaluation, score_checkpoint
 from src.flags import Flags, parse_args
@@ -40,7 +41,7 @@ from src.training.run import LAST, Run
 from src.training.start import odd_starts, resumed_file, start_position, starting_model
 from src.training.step import Schedule, Trainer, make_optimizer
 
-ONE_PROCESS = {"check": ", which uses all cores", "benchmark": ""}  # modes that work on one, and why
+ONE_PROCESS = {"check": ", which uses all cores", "benchmark": "", "export": ""}  # modes that work on one, and why
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,6 +208,9 @@ def work(flags: Flags, processes: Processes) -> int:
                 report=report,
             )  # fmt: skip
             return meets_target(accuracy, flags.target, report)
+        if flags.mode == "export":
+            export(flags.checkpoint, flags.data, flags.output, backbone=flags.backbone, report=report)
+            return DONE
         predict_folder(
             flags.data, flags.output, checkpoint=flags.checkpoint, backbone=flags.backbone,
             batch_size=flags.eval_batch_size, half=flags.fp16, processes=processes, report=report,

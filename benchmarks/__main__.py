@@ -21,7 +21,7 @@ import torch
 from src.data.sample import draw_dataset
 from src.devices import configure
 
-from . import annotations, evaluation, loaders, step
+from . import annotations, evaluation, export, loaders, step
 from .machine import describe, fitting_batch
 from .table import table
 
@@ -35,6 +35,7 @@ def cpu_benchmarks(data: Path) -> dict[str, Callable[[], list[dict]]]:
         "step": step.run,
         "run": lambda: step.whole_run(data),
         "evaluation": evaluation.run,
+        "export": export.run,
         "annotations": annotations.run,
     }
 
@@ -53,7 +54,9 @@ def gpu_benchmarks(data: Path) -> dict[str, Callable[[], list[dict]]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is asked for; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="loaders, step, run, evaluation, annotations; all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="loaders, step, run, evaluation, export, annotations; all"
+    )
     parser.add_argument("--data", type=Path, default=None, help="a folder in the COCO 2017 layout; drawn if left out")
     parser.add_argument("--gpu", action="store_true", help="the CUDA set: step, run, evaluation")
     parser.add_argument(

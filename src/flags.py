@@ -16,7 +16,7 @@ LARGEST = 2**31 - 1  # of whole numbers; DALI counts in 32 bits
 EVALUATION_EPOCHS = [3, 21, 31, 37, 42, 48, 53, 59, 64]
 MULTISTEP_EPOCHS = [43, 54]
 ORIENTATIONS = ("stored", "upright")
-MODES = ("training", "evaluation", "prediction", "check", "benchmark")
+MODES = ("training", "evaluation", "prediction", "check", "benchmark", "export")
 
 ALTERING = ("batch-size", "seed", "learning-rate", "momentum", "weight-decay", "warmup", "multistep", "fp16", "compile",
             "data_pipeline", "orientation")  # flags under whose other values a run is another one  # fmt: skip
@@ -139,7 +139,9 @@ def _add_modes(group: Group) -> None:
     group.add_argument(
         "--mode", choices=MODES, default="training",
         help="evaluation: score a checkpoint. prediction: --data is an image or a folder of images. check: read every "
-        "image and annotation and report what is wrong. benchmark: time training steps and print images/s",
+        "image and annotation and report what is wrong. benchmark: time training steps and print images/s. export: "
+        "write a checkpoint as files that other programs run, and how far they are from it on some images of --data "
+        "(an image, a folder or a data set)",
     )  # fmt: skip
     group.add_argument(
         "--target", type=_fraction, default=None, metavar="MAP", help="exit status 1 when the final mAP is below it"
@@ -162,7 +164,8 @@ def _add_weights(group: Group) -> None:
     )  # fmt: skip
     group.add_argument(
         "--checkpoint", type=_path, default=None, metavar="FILE",
-        help="the weights to use, in every mode; training starts at epoch 0 with them (fine-tuning)",
+        help="the weights to use, in every mode; training starts at epoch 0 with them (fine-tuning). Modes evaluation "
+        "and prediction take an exported file, too",
     )  # fmt: skip
     group.add_argument(
         "--resume", nargs="?", type=_path, const=True, default=None, metavar="FILE",
@@ -229,7 +232,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Flags:
     """The flags, checked against each other; exits with status 2 and one line where they are bad."""
     parser = make_parser()
     flags = Flags(**vars(parser.parse_args(argv)))
-    if flags.mode in ("evaluation", "prediction") and flags.checkpoint is None:
+    if flags.mode in ("evaluation", "prediction", "export") and flags.checkpoint is None:
         parser.error(f"--mode {flags.mode} needs --checkpoint FILE")
     if flags.checkpoint is not None and flags.resume not in (None, True):
         parser.error("--checkpoint starts a run with its weights, --resume FILE continues one: give one of them")

@@ -190,7 +190,7 @@ def collate_evaluation(samples: list) -> tuple[Tensor, Tensor] | UserError:
 class EvaluationLoader:
     """This process's share of the images, each exactly once: (images [N, 3, 300, 300] normalised, indices [N]).
 
-    Its workers stay for the next pass, until `close`.
+    With `normalised` off the images are uint8.  Its workers stay for the next pass, until `close`.
     """
 
     def __init__(
@@ -202,8 +202,10 @@ class EvaluationLoader:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        normalised: bool = True,
     ) -> None:
         self.device = device
+        self.normalised = normalised
         share = range(rank, len(annotations), world_size)
         batches = [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
         workers = min(num_workers, len(batches))
@@ -215,7 +217,8 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, indices in guarded(self.loader):
-            yield normalise(images.to(self.device, non_blocking=True)), indices
+            images = images.to(self.device, non_blocking=True)
+            yield normalise(images) if self.normalised else images, indices
 
     def close(self) -> None:
         """Ends the worker processes."""

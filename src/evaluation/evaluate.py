@@ -40,6 +40,14 @@ class Detections(NamedTuple):
     scores: Tensor  # [D] float32
 
 
+class WholeDetector(nn.Module):
+    """A detector that is handed images as they are, and has all that follows the network inside.
+
+    `forward(images [N, 3, 300, 300] uint8 RGB)` gives boxes [N, 200, 4] float32 ltrb, labels [N, 200] int64 and scores
+    [N, 200] float32, best first; boxes, labels and scores of 0 fill up what was not found.
+    """
+
+
 def finite_boxes(offsets: Tensor, logits: Tensor) -> Tensor:
     """Which default boxes' outputs hold neither NaN nor infinity; [N, A] bool.
 
@@ -82,7 +90,7 @@ def detect(
     while waiting:  # a detection depends on better candidates alone: the best suffice as long as they yield enough
         rows = torch.tensor(waiting, device=offsets.device)
         chosen = _best(keys[rows], first[rows], scores, label, tried, max_candidates)
-        boxes = _decoded(offsets[rows], defaults, box[chosen.places])
+        boxes = decoded(offsets[rows], defaults, box[chosen.places])
         for row, detections in zip(waiting, _suppressed(boxes, chosen, iou_threshold), strict=True):
             found[row] = Detections(*(part[:max_detections] for part in detections))
         waiting = [row for row in waiting if len(found[row].scores) < max_detections and tried < candidates[row]]
@@ -128,7 +136,7 @@ def _rank_in_class(labels: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, place - torch.searchsorted(ordered, ordered))
 
 
-def _decoded(offsets: Tensor, defaults: Tensor, box: Tensor) -> Tensor:
+def decoded(offsets: Tensor, defaults: Tensor, box: Tensor) -> Tensor:
     """Boxes ltrb of the default boxes `box` [N, T], within reach; [N, T, 4].  offsets [N, 4, A]."""
     chosen = offsets.gather(2, box[:, None].expand(-1, 4, -1)).transpose(1, 2).float()
     return box_convert(decode(chosen, defaults[box]), "cxcywh", "xyxy").clamp(-REACH, REACH)
@@ -142,6 +150,42 @@ def _suppressed(boxes: Tensor, candidates: _Candidates, iou_threshold: float) ->
     for row, count in enumerate((candidates.scores > 0).sum(dim=1).tolist()):
         keep = nms(shifted[row, :count], scores[row, :count], iou_threshold)
         yield Detections(boxes[row, keep], candidates.labels[row, keep], candidates.scores[row, keep])
+
+
+@torch.no_grad()
+def find(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    device: torch.device,
+    half: bool = False,
+    defaults: Tensor | None = None,
+    watch: Stopwatch | None = None,
+) -> tuple[list[Detections], int]:
+    """The detections of each image, and how many default boxes' outputs were not finite.
+
+    model: a network, for which the images [N, 3, 300, 300] on the device are normalised, or a WholeDetector, for which
+    they are uint8; that one does not tell of its outputs, so they count as finite.  defaults as for `detect`.
+    """
+    watch = watch or Stopwatch()
+    if isinstance(model, WholeDetector):
+        found = filled(*model(images))
+        watch.lap("network")
+        return found, 0
+    with autocast(device, half):
+        offsets, logits = model(images)
+    usable = finite_boxes(offsets, logits)
+    broken = int((~usable).sum())  # waits for a GPU, so that the network's time is told apart
+    watch.lap("network")
+    return detect(offsets, logits, defaults=defaults, usable=usable), broken
+
+
+def filled(boxes: Tensor, labels: Tensor, scores: Tensor) -> list[Detections]:
+    """What a WholeDetector found in each image, without the rows of 0."""
+    counts = (scores > 0).sum(dim=1).tolist()
+    return [
+        Detections(*(part[:count] for part in row)) for *row, count in zip(boxes, labels, scores, counts, strict=True)
+    ]
 
 
 class Evaluation(NamedTuple):
@@ -184,8 +228,9 @@ def evaluate(
     """Detects in every image of every rank's loader and scores all together, each rank some of the categories.
 
     model: without the wrapper of several processes; its batch-norm buffers must be the same on all ranks.
-    loader: gives images [N, 3, 300, 300] on the device and their indices [N] in the annotations.  half: autocast, as
-    in training.  progress: `Report.progress` or the like.  helpers: processes that may score beside a lone one.
+    loader: gives images [N, 3, 300, 300] as `find` wants them and their indices [N] in the annotations.
+    half: autocast, as in training.  progress: `Report.progress` or the like.
+    helpers: processes that may score beside a lone one.
     All ranks must call this, and get the same scores.
     """
     dist = dist or Processes(0, 1, device, None)
@@ -213,12 +258,8 @@ def _detect_all(
     parts = []
     for images, indices in loader:
         watch.lap("loading")
-        with autocast(device, half):
-            offsets, logits = model(images)
-        usable = finite_boxes(offsets, logits)
-        broken += int((~usable).sum())  # waits for a GPU, so that the network's time is told apart
-        watch.lap("network")
-        found = detect(offsets, logits, defaults=defaults, usable=usable)
+        found, not_finite = find(model, images, device=device, half=half, defaults=defaults, watch=watch)
+        broken += not_finite
         parts.append(to_results(found, indices.cpu().numpy(), annotations))
         bar.update()
         watch.lap("detections")

@@ -21,15 +21,13 @@ from src.data.pictures import decode_any, decode_within, find_images, size_of
 from src.distributed import Processes
 from src.errors import UserError
 from src.output import make_folder
-from src.precision import autocast
 from src.report.plots import draw_prediction
 from src.report.report import RESULTS, NullReport, Report, holds_run
-from src.ssd.default_boxes import default_boxes
 from src.ssd.model import folded
-from src.weights.detector import known_categories, trained_model
-from src.weights.files import load_checkpoint
+from src.weights.detector import known_categories
 
-from .evaluate import Detections, detect, evaluating, finite_boxes
+from .evaluate import Detections, WholeDetector, evaluating, find
+from .exported import load_trained, trained_detector
 from .gallery import warn_of_non_finite
 from .scoring import DECIMALS, write_list
 
@@ -75,7 +73,7 @@ def predict_folder(
     backbone: that of a checkpoint which does not say.  Each process draws its share of the images, rank 0 lists all.
     Raises UserError at the end, on rank 0, where images could not be read.
     """
-    state = processes.broadcast_object(load_checkpoint(checkpoint) if processes.is_main else None)
+    state = processes.broadcast_object(load_trained(checkpoint) if processes.is_main else None)
     categories = known_categories(state)
     own_output, images = processes.broadcast_object(
         (_output_folder(data, output), find_images(data, leave_out=output)) if processes.is_main else None
@@ -83,7 +81,7 @@ def predict_folder(
     device = processes.device
     if own_output != output:
         report.note(f"{output} holds a run, whose files stay: the predictions go to {own_output}")
-    model = trained_model(state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=device)
+    model = trained_detector(state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=device)
     done = predict(
         model, images.files, categories, own_output, batch_size=batch_size, device=device, half=half,
         folder=images.folder, progress=report.progress, dist=processes,
@@ -132,6 +130,7 @@ def predict(
 ) -> Prediction | None:
     """Draws the detections of each image into `output` (a.jpg gives a.jpg.png) and lists them in detections.json.
 
+    model: as for `find`.
     categories: the k-th belongs to label k.  folder: which the images are in or below, and from which on they are
     named; left out, their names are the files'.  progress: `Report.progress` or the like.
     An image that cannot be read is left out.  dist: every process of it must call this, with the same images; each
@@ -152,7 +151,9 @@ def predict(
             whole = [(number, *read) for number, read in read_ones if not isinstance(read, UserError)]
             if whole:
                 numbers, sizes, resized = zip(*whole, strict=True)
-                detections, broken = _detect(network, torch.stack(resized), device=device, half=half)
+                pixels = torch.stack(resized).to(device)
+                inputs = pixels if isinstance(model, WholeDetector) else normalise(pixels)
+                detections, broken = find(network, inputs, device=device, half=half)
                 non_finite += broken
                 for number, size, detected in zip(numbers, sizes, detections, strict=True):
                     path = images[number]
@@ -220,14 +221,6 @@ def _read(path: Path, room: _Room) -> _Read | UserError:
         except UserError as error:
             return error
         return _Read((image.shape[2], image.shape[1]), resize(image))
-
-
-def _detect(model: nn.Module, images: Tensor, *, device: torch.device, half: bool) -> tuple[list[Detections], int]:
-    with autocast(device, half):
-        offsets, logits = model(normalise(images.to(device)))
-    usable = finite_boxes(offsets, logits)
-    defaults = default_boxes().to(device)
-    return detect(offsets, logits, defaults=defaults, usable=usable), int((~usable).sum())
 
 
 def _draw(

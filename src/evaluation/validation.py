@@ -12,10 +12,10 @@ from src.distributed import Processes
 from src.output import make_folder
 from src.report.report import NullReport, Report
 from src.report.start import tell_data
-from src.weights.detector import read_labelled, trained_model
-from src.weights.files import load_checkpoint
+from src.weights.detector import read_labelled
 
-from .evaluate import evaluate
+from .evaluate import WholeDetector, evaluate
+from .exported import load_trained, trained_detector
 from .gallery import leave_evaluation, tell_figures, tell_oddities
 from .meanwhile import FilesMeanwhile
 
@@ -38,7 +38,7 @@ def make_evaluation(
 
     The files are made while training goes on; the next evaluation and the end wait for them.
     """
-    loader = _loader(validation, batch_size=batch_size, num_workers=num_workers, processes=processes)
+    loader = _loader(model, validation, batch_size=batch_size, num_workers=num_workers, processes=processes)
     with closing(loader), FilesMeanwhile(output, report) as files:  # the workers stay from one evaluation to the next
 
         def evaluate_epoch(epoch: int) -> Figures:
@@ -72,17 +72,18 @@ def score_checkpoint(
 ) -> float | None:
     """Tells the 12 figures of a checkpoint and mAP by category, and leaves files in `output`; mAP, None: not defined.
 
-    upright: see `read_annotations`.  backbone: that of a checkpoint which does not say.
+    checkpoint: or an exported file.  upright: see `read_annotations`.
+    backbone: that of a checkpoint which does not say.
     """
-    state = processes.broadcast_object(load_checkpoint(checkpoint) if processes.is_main else None)
+    state = processes.broadcast_object(load_trained(checkpoint) if processes.is_main else None)
     validation = read_labelled(*locations(data, "val"), state, source=checkpoint, upright=upright)
     check_images_exist(validation)
     make_folder(output)  # before the work, not after it
     tell_data(report, validation, half=half, device=processes.device)
-    model = trained_model(
+    model = trained_detector(
         state, backbone=backbone, num_categories=len(validation.categories), source=checkpoint, device=processes.device
     )
-    loader = _loader(validation, batch_size=batch_size, num_workers=num_workers, processes=processes)
+    loader = _loader(model, validation, batch_size=batch_size, num_workers=num_workers, processes=processes)
     with closing(loader):
         found = evaluate(
             model, loader, validation, device=processes.device, half=half, dist=processes, progress=report.progress,
@@ -94,8 +95,10 @@ def score_checkpoint(
     return found.scores.figures["mAP"]
 
 
-def _loader(validation: Annotations, *, batch_size: int, num_workers: int, processes: Processes) -> EvaluationLoader:
+def _loader(
+    model: nn.Module, validation: Annotations, *, batch_size: int, num_workers: int, processes: Processes
+) -> EvaluationLoader:
     return EvaluationLoader(
         validation, batch_size=batch_size, num_workers=num_workers, device=processes.device,
-        rank=processes.rank, world_size=processes.world_size,
+        rank=processes.rank, world_size=processes.world_size, normalised=not isinstance(model, WholeDetector),
     )  # fmt: skip

@@ -101,7 +101,7 @@ def _heads(channels: tuple[int, ...], values: int) -> nn.ModuleList:
 def _predict(heads: nn.ModuleList, features: list[Tensor], values: int) -> Tensor:
     """Every head's output viewed as [N, values, cells x boxes] and concatenated; [N, values, A]."""
     outputs = [head(feature) for head, feature in zip(heads, features, strict=True)]
-    return torch.cat([output.reshape(len(output), values, -1) for output in outputs], dim=2)
+    return torch.cat([output.reshape(output.shape[0], values, -1) for output in outputs], dim=2)
 
 
 def folded(model: nn.Module) -> nn.Module:

@@ -1,0 +1,43 @@
+"""The exported files beside the program's own evaluation, on the CPU: `python -m benchmarks export`."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from src.data.batch import normalise
+from src.data.coco import Category
+from src.evaluation.evaluate import find
+from src.evaluation.export import DETECTOR, PROGRAM, exported_files
+from src.evaluation.exported import trained_detector
+from src.ssd.default_boxes import IMAGE_SIZE
+from src.ssd.model import SSD300
+
+from . import table
+from .evaluation import CPU, LABELS, alternately
+
+BATCH = 8
+REPEATS = 3
+GOAL = 1.0  # not slower than the evaluation
+
+
+def run(*, backbone: str = "resnet50", labels: int = LABELS, batch_size: int = BATCH) -> list[dict]:
+    """A row for each file: from pixels to detections, images a second, medians."""
+    torch.manual_seed(0)
+    network = SSD300(backbone, labels).to(memory_format=torch.channels_last).eval()
+    images = torch.randint(0, 256, (batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
+    files = exported_files(network, [Category(label, f"category {label}") for label in range(1, labels)])
+    rows = []
+    for name in (DETECTOR, PROGRAM):
+        state = {"exported": files[name]}
+        exported = trained_detector(state, backbone="", num_categories=0, source=Path(name), device=CPU)
+        with torch.inference_mode():
+            ours, evaluation = alternately(
+                partial(find, exported, images, device=CPU),
+                lambda: find(network, normalise(images), device=CPU),
+                CPU,
+                repeats=REPEATS,
+            )
+        told = f"{name} beside the evaluation, {backbone}, batch {batch_size} (images/s)"
+        rows.append(table.speed(told, batch_size / ours, batch_size / evaluation, GOAL))
+    return rows
