@@ -25,7 +25,6 @@ from src.data.loaders import TrainLoader, make_train_loader, make_trial
 from src.devices import configure
 from src.distributed import Processes, StopNotice, Terminated
 from src.errors import TrainingBreakdownError, UserError
-from src.evaluation.evaluate import IOU_THRESHOLD, MAX_DETECTIONS
 from src.evaluation.export import export
 from src.evaluation.predict import predict_folder
 from src.evaluation.validation import make_evaluation, score_checkpoint
@@ -35,6 +34,7 @@ from src.report import mlperf
 from src.report.ending import BAD_INPUT, DONE, INTERRUPTED, TERMINATED, fail, meets_target, told_at_once
 from src.report.report import NullReport, Report
 from src.report.start import Continued, start_report, tell_data, tell_start
+from src.ssd.detect import IOU_THRESHOLD, MAX_DETECTIONS
 from src.ssd.model import SSD300, feature_channels
 from src.training.checkpoint import TRAINING_DATA, Identity, read_run
 from src.training.run import LAST, Run

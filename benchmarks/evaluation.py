@@ -19,9 +19,10 @@ from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
 from src.data.coco import Annotations, read_annotations
-from src.evaluation.evaluate import detect, to_results
+from src.evaluation.evaluate import to_results
 from src.evaluation.scoring import Results, score, write_results
 from src.ssd.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES
+from src.ssd.detect import detect
 from src.ssd.model import SSD300, folded
 
 from . import sharing, table

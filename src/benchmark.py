@@ -16,10 +16,11 @@ import torch
 from src.data.batch import Batch
 from src.data.coco import Annotations
 from src.data.loaders import TrainLoader
-from src.evaluation.evaluate import detect, evaluating
+from src.evaluation.evaluate import evaluating
 from src.report.report import NullReport, Report
 from src.report.start import device_name, tell_data
 from src.ssd.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES, default_boxes
+from src.ssd.detect import detect
 from src.training.step import Trainer
 
 from .precision import autocast, image_dtype

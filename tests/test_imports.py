@@ -18,7 +18,7 @@ ORDER = (
     ("data",),
     ("ssd", "distributed", "errand", "output", "precision"),
     ("devices", "group_errors", "launchers"),
-    ("errors", "surroundings"),
+    ("errors", "surroundings", "version"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 

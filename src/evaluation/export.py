@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from src import __version__
 from src.data.batch import IMAGENET_MEAN, IMAGENET_STD, normalise
 from src.data.coco import Category, locations
 from src.data.images import resize
@@ -17,10 +16,12 @@ from src.data.pictures import decode_any, find_images
 from src.output import make_folder, replacing
 from src.report.report import NullReport, Report
 from src.ssd.default_boxes import IMAGE_SIZE, VARIANCES, default_boxes
+from src.ssd.detect import Detections
+from src.version import VERSION
 from src.weights.detector import known_categories, trained_model
 from src.weights.files import load_checkpoint
 
-from .evaluate import Detections, find
+from .evaluate import find
 from .exportable import ExportableDetector, fused
 from .exported import METADATA, load_trained, require, trained_detector
 
@@ -65,7 +66,7 @@ def exported_files(trained: nn.Module, categories: Sequence[Category]) -> dict[s
         "categories": json.dumps([category._asdict() for category in categories], ensure_ascii=False),
         "mean": json.dumps(IMAGENET_MEAN),
         "deviation": json.dumps(IMAGENET_STD),
-        "version": __version__,
+        "version": VERSION,
     }
     network = fused(trained)
     graph = network_graph(network)

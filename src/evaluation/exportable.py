@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from src.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from src.ssd.default_boxes import default_boxes
-from src.ssd.model import folded
-
-from .evaluate import (
+from src.ssd.detect import (
     IOU_THRESHOLD,
     MAX_CANDIDATES,
     MAX_DETECTIONS,
@@ -19,6 +17,7 @@ from .evaluate import (
     decoded,
     finite_boxes,
 )
+from src.ssd.model import folded
 
 PLACE = 2.0**-45  # a place among the default boxes behind a score; scores above the threshold lie 2^-28 apart
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from src.errors import UserError
+from src.ssd.detect import WholeDetector
 from src.weights.detector import trained_model
 from src.weights.files import load_checkpoint
-
-from .evaluate import WholeDetector
 
 ONNX, PROGRAM = ".onnx", ".pt2"  # suffixes
 METADATA = "metadata.json"  # in a .pt2 file: what an .onnx file has as its metadata

@@ -14,8 +14,7 @@ from torch import nn
 
 from src.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from src.ssd.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES, VARIANCES, default_boxes
-
-from .evaluate import IOU_THRESHOLD, MAX_CANDIDATES, MAX_DETECTIONS, REACH, SCORE_THRESHOLD
+from src.ssd.detect import IOU_THRESHOLD, MAX_CANDIDATES, MAX_DETECTIONS, REACH, SCORE_THRESHOLD
 
 OPSET = 20
 MEAN, DEVIATION = (np.array(values, np.float32).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -23,10 +23,11 @@ from src.errors import UserError
 from src.output import make_folder
 from src.report.plots import draw_prediction
 from src.report.report import RESULTS, NullReport, Report, holds_run
+from src.ssd.detect import Detections, WholeDetector
 from src.ssd.model import folded
 from src.weights.detector import known_categories
 
-from .evaluate import Detections, WholeDetector, evaluating, find
+from .evaluate import evaluating, find
 from .exported import load_trained, trained_detector
 from .gallery import warn_of_non_finite
 from .scoring import DECIMALS, write_list

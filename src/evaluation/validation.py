@@ -12,9 +12,10 @@ from src.distributed import Processes
 from src.output import make_folder
 from src.report.report import NullReport, Report
 from src.report.start import tell_data
+from src.ssd.detect import WholeDetector
 from src.weights.detector import read_labelled
 
-from .evaluate import WholeDetector, evaluate
+from .evaluate import evaluate
 from .exported import load_trained, trained_detector
 from .gallery import leave_evaluation, tell_figures, tell_oddities
 from .meanwhile import FilesMeanwhile

@@ -1,4 +1,4 @@
-"""Detections against the oracle and against a plain loop; evaluation as a whole."""
+"""Evaluation as a whole."""
 
 from types import SimpleNamespace
 
@@ -10,175 +10,16 @@ from torchvision.ops import box_convert, box_iou
 
 from src.data.coco import read_annotations
 from src.data.torch_pipeline import EvaluationLoader
-from src.evaluation.evaluate import Detections, detect, evaluate, finite_boxes, to_results
+from src.evaluation.evaluate import evaluate, to_results
 from src.evaluation.scoring import METRIC_NAMES
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, default_boxes_ltrb, encode
+from src.ssd.detect import Detections
 from src.ssd.model import SSD300
 from tests.datasets import annotation, write_coco
 from tests.ranks import Ranks
+from tests.recipes import quiet_output
 
 CPU = torch.device("cpu")
-ORACLE_CASES = {  # seed, sigma, background
-    "few": (101, 1.0, 9.0),
-    "full": (102, 1.0, 6.0),
-    "confident": (103, 4.0, 12.0),
-    "crowded": (104, 4.0, 8.0),
-    "nothing": (105, 1.0, 14.0),
-}
-
-
-def oracle_output(case: str) -> tuple[torch.Tensor, torch.Tensor]:
-    seed, sigma, background = ORACLE_CASES[case]
-    rng = np.random.default_rng(seed)
-    offsets = rng.standard_normal((4, NUM_DEFAULT_BOXES), dtype=np.float32)
-    logits = np.float32(sigma) * rng.standard_normal((81, NUM_DEFAULT_BOXES), dtype=np.float32)
-    logits[0] += np.float32(background)
-    return torch.from_numpy(offsets)[None], torch.from_numpy(logits)[None]
-
-
-def random_output(images: int, labels: int, *, seed: int = 0, sigma: float = 4.0, background: float = 8.0):
-    generator = torch.Generator().manual_seed(seed)
-    offsets = torch.randn(images, 4, NUM_DEFAULT_BOXES, generator=generator)
-    logits = sigma * torch.randn(images, labels, NUM_DEFAULT_BOXES, generator=generator)
-    logits[:, 0] += background
-    return offsets, logits
-
-
-def quiet_output(images: int = 1, labels: int = 3):
-    """Default boxes that detect nothing, for a test to write into."""
-    logits = torch.zeros(images, labels, NUM_DEFAULT_BOXES)
-    logits[:, 0] = 20
-    return torch.zeros(images, 4, NUM_DEFAULT_BOXES), logits
-
-
-def in_comparable_order(boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Best first; runs of scores that differ by less than 1e-6 sorted by label and box."""
-    run = np.cumsum(-np.diff(scores, prepend=scores[:1]) >= 1e-6)
-    return np.lexsort((*boxes.T[::-1], labels, run))
-
-
-@pytest.mark.parametrize("case", ORACLE_CASES)
-def test_detections_are_the_published_models(oracle, case):
-    expected = oracle("decode.npz")
-    (found,) = detect(*oracle_output(case))
-    boxes, labels, scores = (part.numpy() for part in found)
-    expected = [expected[f"{case}_{part}"] for part in ("ltrb", "labels", "scores")]
-    ours, theirs = in_comparable_order(boxes, labels, scores), in_comparable_order(*expected)
-    assert np.array_equal(labels[ours], expected[1][theirs])
-    np.testing.assert_allclose(boxes[ours], expected[0][theirs], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(scores[ours], expected[2][theirs], rtol=0, atol=1e-5)
-    assert (found.labels.dtype, found.boxes.dtype, found.scores.dtype) == (torch.int64, torch.float32, torch.float32)
-
-
-def loop_over_classes(offsets, logits, *, max_candidates: int = 200) -> list[tuple[int, float, int]]:
-    """The detections of one image the slow way: (label, score, default box), best first."""
-    scores = logits.double().softmax(0).numpy()
-    defaults = default_boxes().double()
-    centre = defaults[:, :2] + offsets[:2].T.double() * 0.1 * defaults[:, 2:]
-    size = defaults[:, 2:] * torch.exp(offsets[2:].T.double() * 0.2)
-    boxes = torch.cat((centre - size / 2, centre + size / 2), 1)
-    found = []
-    for label in range(1, len(scores)):
-        candidates = [box for box in np.argsort(-scores[label], kind="stable") if scores[label, box] > 0.05]
-        kept = []
-        overlap = box_iou(boxes[candidates[:max_candidates]], boxes[candidates[:max_candidates]]).numpy()
-        for i in range(len(overlap)):
-            if not any(overlap[i, j] > 0.5 for j in kept):
-                kept.append(i)
-        found += [(label, scores[label, candidates[i]], candidates[i]) for i in kept]
-    return sorted(found, key=lambda detection: -detection[1])[:200]
-
-
-@pytest.mark.parametrize(
-    ("labels", "sigma", "background", "scale"),
-    [
-        (2, 1.0, 0.0, 0.0),  # one class, 8,732 candidates, of which 200 may compete
-        (2, 2.0, 3.0, 1.0),
-        (6, 2.0, 0.0, 0.0),  # boxes that suppress each other: more candidates must be tried to fill 200
-        (21, 3.0, 4.0, 0.3),
-        (81, 1.0, 7.0, 1.0),
-    ],
-)
-def test_detections_are_those_of_a_loop_over_the_classes(labels, sigma, background, scale):
-    offsets, logits = random_output(1, labels, sigma=sigma, background=background)
-    offsets *= scale
-    (found,) = detect(offsets, logits)
-    expected = loop_over_classes(offsets[0], logits[0])
-    assert found.labels.tolist() == [label for label, _, _ in expected]
-    np.testing.assert_allclose(found.scores, [score for _, score, _ in expected], rtol=1e-5)
-
-
-def test_a_batch_of_crowded_images_gives_exactly_what_one_at_a_time_gives():
-    offsets, logits = (torch.cat([part.roll(97 * turn, dims=2) for turn in range(16)]) for part in random_output(2, 81))
-    together = detect(offsets, logits)
-    for image, found in enumerate(together):
-        (alone,) = detect(offsets[image : image + 1], logits[image : image + 1])
-        assert all(torch.equal(*pair) for pair in zip(found, alone, strict=True))
-
-
-def test_boxes_of_one_class_suppress_each_other_and_those_of_two_classes_do_not():
-    offsets, logits = quiet_output()
-    first, second = 4000, 4001  # the target: the same box from two default boxes
-    for box in (first, second):
-        target = torch.tensor([0.5, 0.5, 0.2, 0.3])
-        offsets[0, :, box] = encode(target, default_boxes()[box])
-    logits[0, 1, first], logits[0, 1, second], logits[0, 2, second] = 22, 21, 21
-    (found,) = detect(offsets, logits)
-    assert found.labels.tolist() == [1, 2]
-    softmax = torch.tensor([[20.0, 22, 0], [20, 21, 21]]).softmax(1)
-    torch.testing.assert_close(found.scores, torch.stack((softmax[0, 1], softmax[1, 2])))
-    torch.testing.assert_close(found.boxes, torch.tensor([[0.4, 0.35, 0.6, 0.65]]).expand(2, 4), rtol=0, atol=1e-6)
-
-
-def test_scores_at_the_threshold_are_left_out():
-    offsets, logits = quiet_output(labels=2)
-    for box, score in ((100, 0.0499), (5000, 0.0501)):
-        logits[0, :, box] = torch.tensor([1 - score, score]).log()
-    (found,) = detect(offsets, logits)
-    np.testing.assert_allclose(found.scores, [0.0501], rtol=1e-4)
-    torch.testing.assert_close(found.boxes[0], default_boxes_ltrb()[5000], rtol=0, atol=1e-6)
-
-
-def test_half_precision_output_is_computed_in_float32():
-    offsets, logits = (part.bfloat16() for part in random_output(2, 21, background=12.0))
-    for half, full in zip(detect(offsets, logits), detect(offsets.float(), logits.float()), strict=True):
-        assert all(torch.equal(*pair) for pair in zip(half, full, strict=True))
-        assert half.scores.dtype == torch.float32
-
-
-def test_nothing_is_detected_in_no_image_and_in_nothing_but_background():
-    offsets, logits = quiet_output(images=2)
-    for found in detect(offsets, logits):
-        assert [tuple(part.shape) for part in found] == [(0, 4), (0,), (0,)]
-    assert detect(offsets[:0], logits[:0]) == []
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("where", ["offsets", "logits"])
-def test_output_that_is_not_finite_detects_nothing_and_harms_no_other(value, where):
-    offsets, logits = quiet_output()
-    logits[0, 1, [10, 6000, 8000]] = 25
-    before = detect(offsets, logits)[0]
-    (offsets if where == "offsets" else logits)[0, 2, 6000] = value
-    (found,) = detect(offsets, logits)
-    assert len(before.scores) == 3
-    expected = {tuple(box) for box in default_boxes_ltrb()[[10, 8000]].numpy().round(4).tolist()}
-    assert {tuple(box) for box in found.boxes.numpy().round(4).tolist()} == expected
-    assert (~finite_boxes(offsets, logits)).nonzero().tolist() == [[0, 6000]]
-
-
-def test_output_of_nothing_but_nan_detects_nothing():
-    offsets, logits = (torch.full_like(part, float("nan")) for part in quiet_output(images=2))
-    assert [len(found.scores) for found in detect(offsets, logits)] == [0, 0]
-    assert int((~finite_boxes(offsets, logits)).sum()) == 2 * NUM_DEFAULT_BOXES
-
-
-def test_a_box_too_large_for_floats_stays_finite_and_suppresses_no_other():
-    offsets, logits = quiet_output()
-    logits[0, 1, [100, 8000]] = 25
-    offsets[0, 2:, 100] = 1e4
-    (found,) = detect(offsets, logits)
-    assert len(found.scores) == 2 and found.boxes.isfinite().all()
 
 
 def test_results_have_the_files_ids_and_pixels(tmp_path):
@@ -304,16 +145,3 @@ def test_the_network_itself_on_real_files_in_half_precision(annotations):
     assert set(evaluation.results.image_ids) <= set(annotations.image_ids)
     assert np.isfinite(evaluation.results.boxes).all()
     assert 0 <= evaluation.scores.figures["mAP"] < 0.5
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("sigma", "background"), [(1.0, 9.0), (1.0, 6.0), (4.0, 8.0)])
-def test_detections_on_cuda_are_those_on_the_cpu(sigma, background):
-    offsets, logits = random_output(4, 81, sigma=sigma, background=background)
-    on_cuda = detect(offsets.cuda(), logits.cuda())
-    for ours, expected in zip(on_cuda, detect(offsets, logits), strict=True):
-        ours, expected = (tuple(part.cpu().numpy() for part in found) for found in (ours, expected))
-        left, right = in_comparable_order(*ours), in_comparable_order(*expected)
-        assert np.array_equal(ours[1][left], expected[1][right])
-        np.testing.assert_allclose(ours[0][left], expected[0][right], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(ours[2][left], expected[2][right], rtol=0, atol=1e-5)

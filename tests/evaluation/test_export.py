@@ -16,21 +16,22 @@ import torch
 from torch import Tensor, nn
 
 import main
-import src
 from benchmarks import export as benchmark
 from src.data.batch import normalise
 from src.data.images import decode, resize
 from src.errors import UserError
-from src.evaluation.evaluate import Detections, detect, filled, find
+from src.evaluation.evaluate import find
 from src.evaluation.export import Difference, compare
 from src.evaluation.exportable import candidates, fused, select
 from src.evaluation.exported import load_trained, trained_detector
 from src.evaluation.onnx_graph import detections, detector_graph, network_graph, with_metadata
 from src.ssd.default_boxes import default_boxes
+from src.ssd.detect import Detections, detect, filled
 from src.ssd.model import SSD300
 from tests.datasets import annotation, write_coco, write_image
-from tests.evaluation.test_evaluate import ORACLE_CASES, oracle_output, quiet_output, random_output
 from tests.narrow import narrow_network
+from tests.recipes import quiet_output
+from tests.ssd.test_detect import ORACLE_CASES, oracle_output, random_output
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parents[2]
@@ -216,7 +217,7 @@ def test_the_files_hold_what_other_programs_need(files):
         assert json.loads(metadata["categories"]) == [{"id": 3, "name": "square"}, {"id": 90, "name": "disc"}]
         assert json.loads(metadata["mean"]) == [0.485, 0.456, 0.406]
         assert json.loads(metadata["deviation"]) == [0.229, 0.224, 0.225]
-        assert metadata["version"] == src.__version__
+        assert metadata["version"] == VERSION
         assert str(HERE).encode() not in (files.exported / name).read_bytes()
     assert str(HERE).encode() not in (files.exported / "detector.pt2").read_bytes()
     boxes = json.loads((files.exported / "default_boxes.json").read_text())
@@ -224,7 +225,7 @@ def test_the_files_hold_what_other_programs_need(files):
 
 
 def test_the_version_is_the_projects():
-    assert re.search(r'^version = "(.+)"$', (HERE / "pyproject.toml").read_text(), re.MULTILINE)[1] == src.__version__
+    assert re.search(r'^version = "(.+)"$', (HERE / "pyproject.toml").read_text(), re.MULTILINE)[1] == VERSION
 
 
 def test_the_network_file_gives_offsets_and_logits(files):

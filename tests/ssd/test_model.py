@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from src.evaluation.evaluate import detect
+from src.ssd.detect import detect
 from src.ssd.model import BACKBONES, SSD300, folded
 from tests.recipes import fill_weights, images
 
