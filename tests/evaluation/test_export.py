@@ -28,6 +28,7 @@ from src.evaluation.onnx_graph import detections, detector_graph, network_graph,
 from src.ssd.default_boxes import default_boxes
 from src.ssd.detect import Detections, detect, filled
 from src.ssd.model import SSD300
+from src.version import VERSION
 from tests.datasets import annotation, write_coco, write_image
 from tests.narrow import narrow_network
 from tests.recipes import quiet_output
