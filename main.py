@@ -77,7 +77,9 @@ def train(flags: Flags, processes: Processes) -> int:
     with ExitStack() as stack:
         stop = stack.enter_context(closing(StopNotice(processes)))
         epochs = [epoch for epoch in flags.evaluation_epochs if epoch < flags.epochs]
-        training, validation = read_dataset(flags.data, evaluating=bool(epochs), upright=flags.upright)
+        training, validation = read_dataset(
+            flags.data, evaluating=bool(epochs), upright=flags.upright, tell=print if processes.is_main else None
+        )
         schedule = Schedule(
             base=flags.learning_rate,
             images=flags.batch_size * processes.world_size,
@@ -191,7 +193,7 @@ def work(flags: Flags, processes: Processes) -> int:
                 make_trial=partial(make_trial, flags.data_pipeline, device=processes.device), report=report,
             )  # fmt: skip
         if flags.mode == "benchmark":
-            training, _ = read_dataset(flags.data, evaluating=False, upright=flags.upright)
+            training, _ = read_dataset(flags.data, evaluating=False, upright=flags.upright, tell=report.note)
             torch.manual_seed(flags.seed)
             model = SSD300(flags.backbone, len(training.categories) + 1)
             trainer = make_trainer(flags, processes, model.to(processes.device).to(memory_format=torch.channels_last))

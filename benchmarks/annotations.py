@@ -7,8 +7,10 @@ and measures what is done with it before the first batch.  Every measurement has
 import argparse
 import json
 import multiprocessing
+import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +19,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from src.data.coco import Annotations, check_images_exist, read_annotations, write_clean_file
+from src.data.coco import Annotations, check_images_exist, read_annotations
+from src.data.dali_files import write_clean_file
 
 from . import table
 
@@ -30,11 +33,16 @@ POLYGONS = 2000  # different ones
 REPEATS = 3
 
 T = TypeVar("T")
-MEGABYTE = 1e6
+MEGABYTE, GIGABYTE = 1e6, 1e9
+WATCH_EVERY = 0.02  # s
 
 READING_GOAL = 0.1  # of json.load's time
 READING_LIMIT = 2.5  # s
 PEAK_LIMIT, KEPT_LIMIT, WORKER_LIMIT = 1000.0, 100.0, 10.0  # MB
+
+TEN_TIMES_DISK, TEN_TIMES_MEMORY = 12, 8  # GB that must be free
+TEN_TIMES_GOAL = 12.0  # times the seconds for COCO's number
+TEN_TIMES_LIMIT = 1200.0  # MB
 
 
 class Cost(NamedTuple):
@@ -54,7 +62,7 @@ def run(*, images: int = IMAGES) -> list[dict]:
         costs = [first] + [in_new_process(cost, read_annotations, file, image_folder) for _ in range(REPEATS - 1)]
         reading = Cost(*(statistics.median(figures) for figures in zip(*costs, strict=True)))
         size = f"{file.stat().st_size / MEGABYTE:.0f} MB of annotations"
-        return [
+        rows = [
             table.cost(f"reading {size}, beside json.load (processor s)", reading.seconds, whole.seconds, READING_GOAL),
             table.cost("  the same, beside the limit (processor s)", reading.seconds, READING_LIMIT, 1.0),
             table.cost("  at its peak, beside the limit (MB)", reading.peak, PEAK_LIMIT, 1.0),
@@ -68,6 +76,24 @@ def run(*, images: int = IMAGES) -> list[dict]:
             ),
             *start_rows(file, image_folder),
         ]
+    return rows + (ten_times_rows(reading.seconds) if images == IMAGES else [])
+
+
+def ten_times_rows(seconds: float, *, images: int = 10 * IMAGES) -> list[dict]:
+    """What reading ten times as many takes, beside `seconds` for COCO's number; a line alone where there is no room."""
+    with tempfile.TemporaryDirectory(prefix="ssd300-") as folder:
+        disk, memory = shutil.disk_usage(folder).free / GIGABYTE, available() / GIGABYTE
+        if disk < TEN_TIMES_DISK or memory < TEN_TIMES_MEMORY:
+            print(f"ten times COCO: left out, {disk:.0f} GB of disk and {memory:.0f} GB of memory are free: it takes "
+                  f"{TEN_TIMES_DISK} and {TEN_TIMES_MEMORY}")  # fmt: skip
+            return []
+        file = Path(folder) / "instances.json"
+        write_annotation_file(file, images)
+        own, needed = in_new_process(own_peak, file)
+    return [
+        table.cost("reading ten times COCO, beside COCO (processor s)", needed, seconds, TEN_TIMES_GOAL),
+        table.cost("  memory of its own at its peak, beside the limit (MB)", own, TEN_TIMES_LIMIT, 1.0),
+    ]
 
 
 def start_rows(file: Path, image_folder: Path) -> list[dict]:
@@ -99,8 +125,33 @@ def cost(function: Callable, *arguments: object) -> Cost:
     return Cost(seconds, resident("VmHWM"), kept)
 
 
+def own_peak(file: Path) -> tuple[float, float]:
+    """MB that reading made this process own at most, pages of files left out, and its seconds of the processor."""
+    peak, done = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(WATCH_EVERY):
+            peak = max(peak, resident("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.process_time()
+    read_annotations(file, file.parent)
+    seconds = time.process_time() - start
+    done.set()
+    watcher.join()
+    return peak, seconds
+
+
+def available() -> float:
+    """Bytes of memory that can be had (proc_meminfo(5))."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
 def resident(field: str) -> float:
-    """VmRSS, or VmHWM for the most there has been, of this process in MB (proc_pid_status(5))."""
+    """VmRSS, RssAnon (no files) or VmHWM (the most there has been) of this process in MB (proc_pid_status(5))."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) * 1024 / MEGABYTE
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import learning, loaders, machine, sharing, step
+from benchmarks import annotations, learning, loaders, machine, sharing, step
 from benchmarks.table import cost, speed, table
 from src.data.coco import locations, read_annotations
 from src.evaluation.scoring import Results
@@ -39,6 +39,18 @@ def test_a_whole_run_has_a_row_a_pipeline(data, monkeypatch):
     rows = step.whole_run(data, CPU, backbone="resnet18", batch_size=2)
     assert [row["goal"] for row in rows] == [step.GOAL_WHOLE] * 2
     assert all(row["ours"] > 0 and row["yardstick"] > 0 for row in rows)
+
+
+def test_ten_times_coco_is_read_where_there_is_room(monkeypatch, capsys):
+    monkeypatch.setattr(annotations, "in_new_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(annotations, "WATCH_EVERY", 1e-4)
+    monkeypatch.setattr(annotations, "TEN_TIMES_DISK", 0)
+    monkeypatch.setattr(annotations, "TEN_TIMES_MEMORY", 0)
+    seconds, memory = annotations.ten_times_rows(1.0, images=50)
+    assert seconds["ours"] > 0 and memory["ours"] > 1 and capsys.readouterr().out == ""
+    monkeypatch.setattr(annotations, "TEN_TIMES_MEMORY", 10**6)
+    assert annotations.ten_times_rows(1.0, images=50) == []
+    assert capsys.readouterr().out.startswith("ten times COCO: left out, ")
 
 
 def test_learning_trains_and_scores(data, monkeypatch):

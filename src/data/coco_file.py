@@ -1,37 +1,58 @@
-"""A COCO annotation file decoded into typed entries; an error names the file, the entry, the field and what to do.
+"""A COCO annotation file's lists as typed entries, a piece at a time, so that no list is ever whole in memory.
 
-msgspec checks types while it reads and skips what is not asked for (segmentations, captions, licences). What it
-refuses is looked at a second time, slowly, for a message that a user can act on.
+msgspec checks types while it reads and skips what is not asked for (segmentations, captions, licences).  It cannot stop
+in the middle of a list, so the text is cut between two entries and a piece is decoded as a list of its own.  Where a
+`}, {` is such a cut cannot be seen from nearby, as it may stand in a text or in an entry's own list; but JSON leaves
+no choice: a piece that starts with an entry and is a whole list, once brackets are put around it, ends with one.
 """
 
-import json
 import mmap
 import re
+from collections.abc import Iterator
+from functools import cache
+from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NoReturn
+from typing import Annotated, BinaryIO, NamedTuple, NoReturn
 
 import msgspec
 from msgspec import DecodeError, Meta, Raw, Struct, ValidationError
 
 from src.errors import DataError
 
-LONGEST_SIDE = 2**24  # pixels; up to there float32 tells whole numbers apart
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+from .coco_faults import (
+    BYTE_ORDER_MARK,
+    LARGEST_ID,
+    LEAST_ID,
+    LONGEST_SIDE,
+    SPACE,
+    WANTED,
+    Array,
+    Excerpt,
+    Object,
+    after_space,
+    end_of,
+    raise_malformed,
+    raise_missing,
+    raise_not_utf8,
+    raise_too_deep,
+    raise_wrong_entry,
+    raise_wrong_outline,
+    value_end,
+    without_empty_fractions,
+    without_nan,
+)
+
+PIECE = 2**24  # bytes of the file decoded at once
+TRIES = 8  # places to cut that are tried before a piece is made twice as large
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 NO_ATTRIBUTES = Raw()
 
-Id = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Id = Annotated[int, Meta(ge=LEAST_ID, le=LARGEST_ID)]
 Side = Annotated[int, Meta(ge=1, le=LONGEST_SIDE)]
 
 
-class Box(Struct, array_like=True, forbid_unknown_fields=True, gc=False):
-    """`bbox`, in pixels."""
-
-    x: float
-    y: float
-    width: float
-    height: float
+Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 
 
 class ImageEntry(Struct, gc=False):
@@ -56,54 +77,25 @@ class CategoryEntry(Struct, gc=False):
     name: str
 
 
-class Content(Struct):
-    """What is read of an annotation file."""
-
-    images: list[ImageEntry]
-    annotations: list[AnnotationEntry]
-    categories: list[CategoryEntry]
-
-
-class _TupleEntry(AnnotationEntry, gc=False):
-    bbox: tuple[float, float, float, float]  # type: ignore[assignment]  # the same numbers in another form
-
-
-class _TupleContent(Content):
-    annotations: list[_TupleEntry]  # type: ignore[assignment]
-
-
-class _Parts(Struct):
-    """The same as Content, not looked into."""
-
-    images: Raw = Raw(b"[]")
-    annotations: Raw = Raw(b"[]")
-    categories: Raw = Raw(b"[]")
-
-
-ID = f"a whole number of at most 64 bits ({-(2**63)} to {2**63 - 1})"
-SIDE = f"in pixels, a whole number from 1 to {LONGEST_SIDE}"
-WANTED = {
-    "images": {
-        "id": ID,
-        "file_name": "text that is not empty, the picture's path below the image folder",
-        "width": f"the picture's width {SIDE}",
-        "height": f"the picture's height {SIDE}",
-    },
-    "annotations": {
-        "id": ID,
-        "image_id": "the id of an entry of `images`, " + ID,
-        "category_id": "the id of an entry of `categories`, " + ID,
-        "bbox": "four finite numbers, [x, y, width, height] in pixels",
-        "area": "a finite number",
-        "iscrowd": "0 or 1",
-    },
-    "categories": {"id": ID, "name": "text"},
+DECODERS: dict[str, msgspec.json.Decoder] = {
+    "images": msgspec.json.Decoder(list[ImageEntry]),
+    "annotations": msgspec.json.Decoder(list[AnnotationEntry]),
+    "categories": msgspec.json.Decoder(list[CategoryEntry]),
 }
 
 
-def decode_file(path: Path) -> Content:
-    """The entries of an annotation file; numbers are finite and ids fit int64.
+class Piece(NamedTuple):
+    """Some entries of one of the file's lists."""
 
+    part: str  # which: a key of WANTED
+    first: int  # how many entries of the list came before; 0: the list begins
+    entries: list
+
+
+def pieces(path: Path) -> Iterator[Piece]:
+    """The file's images, annotations and categories; numbers are finite and ids fit int64.
+
+    Annotations come after the images, whatever the file's order; a list that begins again replaces what was there.
     A byte-order mark is passed over, as are NaN and Infinity in fields that are not read.  Raises DataError.
     """
     try:
@@ -115,12 +107,11 @@ def decode_file(path: Path) -> Content:
         ) from None
     except OSError as error:
         raise DataError(f"{path.absolute()}: the annotation file cannot be read ({error.strerror})") from None
-    start = len(BYTE_ORDER_MARK) if data[:3] == BYTE_ORDER_MARK else 0
     if data[:2] in UTF16_MARKS:
         raise DataError(f"{path}: is UTF-16 text: save it as UTF-8")
     if not bytes(data[:4096]).strip():
         raise DataError(f"{path}: is empty: it must be a COCO annotation file")
-    return _decode(path, memoryview(data)[start:], start)
+    yield from _Reader(path, memoryview(data)).pieces()
 
 
 def _mapped(stream: BinaryIO) -> mmap.mmap | bytes:
@@ -131,136 +122,193 @@ def _mapped(stream: BinaryIO) -> mmap.mmap | bytes:
         return stream.read()
 
 
-def _decode(path: Path, data: memoryview, start: int) -> Content:
-    """Decodes `data`, which begins `start` bytes into the file."""
+KEY = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*")' + SPACE + b":" + SPACE, re.DOTALL)
+FIRST_KEY = re.compile(SPACE + rb"\{" + SPACE + rb'("[^"\\]{0,99}")')
+
+
+class _Reader:
+    """Goes through the file's outermost object, a value after another."""
+
+    def __init__(self, path: Path, data: memoryview) -> None:
+        self.path = path
+        self.data = data
+        self.start = len(BYTE_ORDER_MARK) if data[:3] == BYTE_ORDER_MARK else 0
+        self.place = self.start  # of the next byte to be read
+
+    def pieces(self) -> Iterator[Piece]:
+        places: dict[str, int] = {}
+        late: int | None = None  # where annotations begin that are still to be read
+        self._pass_space()
+        self._take(b"{")
+        for key in self._keys():
+            place = self.place
+            if key == "annotations" and "images" not in places:
+                late = place
+            if key not in WANTED or late == place:
+                self._skip()
+            else:
+                yield from self._list(key)
+                if key == "images":  # the boxes depend on them
+                    late = places.get("annotations")
+                elif key == "annotations":
+                    late = None
+            if key in WANTED:
+                places[key] = place
+        for part in WANTED:
+            if part not in places:
+                raise_missing(self.path, part)
+        if late is not None:
+            self.place = late
+            yield from self._list("annotations")
+
+    def _keys(self) -> Iterator[str]:
+        """The outermost object's keys; before the next is taken, `place` must have been moved past the value."""
+        if not self._next_is(b"}"):
+            while True:
+                key = KEY.match(self.data, self.place)
+                if not key:
+                    self._raise_outline()
+                self.place = key.end()
+                try:
+                    name = msgspec.json.decode(key[1], type=str)
+                except DecodeError:
+                    self._raise_outline()
+                except UnicodeDecodeError:
+                    name = ""  # none of ours
+                yield name
+                self._pass_space()
+                if not self._next_is(b","):
+                    break
+                self._take(b",")
+        self._take(b"}")
+        if self.place < len(self.data):
+            self._raise_outline()
+
+    def _next_is(self, byte: bytes) -> bool:
+        return self.data[self.place : self.place + 1] == byte
+
+    def _take(self, byte: bytes) -> None:
+        if not self._next_is(byte):
+            self._raise_outline()
+        self.place += 1
+        self._pass_space()
+
+    def _pass_space(self) -> None:
+        self.place = after_space(self.data, self.place)
+
+    def _skip(self) -> None:
+        """Moves past a value that is not looked into."""
+        end = value_end(self.data, self.place)
+        if end is None:
+            self._raise_outline()
+        self.place = end
+
+    def _list(self, part: str) -> Iterator[Piece]:
+        if not self._next_is(b"["):
+            self._raise_no_list(part)
+        self.place += 1
+        first, ended = 0, False
+        while not ended:
+            entries, ended = self._next_entries(part, first)
+            yield Piece(part, first, entries)
+            first += len(entries)
+
+    def _next_entries(self, part: str, first: int) -> tuple[list, bool]:
+        """Some more entries of a list, and whether they are its last; moves past them."""
+        for end, following in self._cuts():
+            text = b"".join((b"[", self.data[self.place : end], b"" if following is None else b"]"))
+            entries, length = self._decoded(part, first, text, whole=following is None)
+            if entries is not None and length is None and following is not None:
+                self.place = following
+                return entries, False
+            if entries is not None:
+                self.place += (length or len(text)) - 1
+                return entries, True
+        raise AssertionError  # what reaches to the end of the file is decoded or refused
+
+    def _cuts(self) -> Iterator[tuple[int, int | None]]:
+        """Where a piece may end and the next begin, which remains to be seen; at last the file's end and None."""
+        first_key = FIRST_KEY.match(self.data, self.place)  # entries mostly begin alike
+        likely = _between(first_key[1] if first_key else b"")
+        length = PIECE
+        while self.place + length < len(self.data):
+            window = self.place + length, self.place + 2 * length
+            places = islice(likely.finditer(self.data, *window), TRIES)
+            for place in chain(places, islice(_between(b"").finditer(self.data, *window), 1)):
+                yield place.start() + 1, place.end()
+            length *= 2
+        yield len(self.data), None
+
+    def _decoded(self, part: str, first: int, text: bytes, *, whole: bool) -> tuple[list | None, int | None]:
+        """The entries that `text` holds, and its length up to the list's end where that is in it.
+
+        None where it is cut in a wrong place; whole: it is not, as it reaches to the end of the file.
+        """
+        readable: bytes | bytearray = text
+        try:
+            try:
+                return _entries(DECODERS[part], text)
+            except DecodeError as error:
+                readable = without_empty_fractions(without_nan(text, max(0, _refused(error) - 1)), text)
+                return _entries(DECODERS[part], readable)
+        except ValidationError as error:
+            raise_wrong_entry(self.path, part, first, Excerpt(text, readable), str(error))
+        except DecodeError as error:
+            if not whole and not 0 <= _refused(error) < len(text) - 1:
+                return None, None
+            raise_malformed(self.path, self.data, self.place - 1, str(error))
+        except UnicodeDecodeError as error:
+            raise_not_utf8(self.path, self.data, self.place - 1 + readable.find(error.object) + error.start)
+        except RecursionError:
+            raise_too_deep(self.path)
+
+    def _raise_no_list(self, part: str) -> NoReturn:
+        end = value_end(self.data, self.place)
+        if end is None:
+            self._raise_outline()
+        try:
+            msgspec.json.decode(without_nan(self.data[self.place : end], 0), type=Array)
+        except ValidationError as error:
+            raise_wrong_outline(self.path, part, str(error))
+        raise AssertionError(f"{self.path}: a list was taken for none at byte {self.place}")
+
+    def _raise_outline(self) -> NoReturn:
+        """Raises DataError for what is wrong outside the lists."""
+        text = self.data[self.start :]
+        try:
+            try:
+                msgspec.json.decode(text, type=Object)
+            except DecodeError as error:
+                msgspec.json.decode(without_nan(text, max(0, _refused(error) - 1)), type=Object)
+        except ValidationError as error:
+            raise_wrong_outline(self.path, None, str(error))
+        except DecodeError as error:
+            raise_malformed(self.path, self.data, self.start, str(error))
+        except UnicodeDecodeError as error:
+            raise_not_utf8(self.path, self.data, self.start + bytes(text).find(error.object) + error.start)
+        except RecursionError:
+            raise_too_deep(self.path)
+        raise AssertionError(f"{self.path}: what msgspec reads was refused at byte {self.place}")
+
+
+@cache
+def _between(key: bytes) -> re.Pattern[bytes]:
+    """What stands between the braces of two entries, the second of which begins with this key."""
+    return re.compile(rb"\}" + SPACE + b"," + SPACE + rb"(?=\{" + SPACE + re.escape(key) + b")")
+
+
+def _entries(decoder: msgspec.json.Decoder, text: bytes | bytearray) -> tuple[list, int | None]:
+    """The entries of the list that `text` begins with, and its length where more follows it."""
     try:
-        return msgspec.json.decode(data, type=Content)
-    except (DecodeError, UnicodeDecodeError, RecursionError) as error:
-        place = re.search(r"\(byte (\d+)\)", str(error))
-    return _decode_carefully(path, data, start, int(place[1]) if place else 0)
-
-
-# --- what is wrong, and where ----------------------------------------------------------------------------------------
-
-TEXT_OR_NAN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|NaN|-?Infinity', re.DOTALL)
-NO_NUMBER = b'"?"'
-
-
-def _without_nan(data: memoryview, first: int) -> bytearray:
-    """`data` with a text of the same length in place of NaN and Infinity, which Python writes and JSON has not.
-
-    first: where the first can be; not inside a text.
-    """
-    readable = bytearray(data)
-    if b"NaN" in readable or b"Infinity" in readable:
-        for token in TEXT_OR_NAN.finditer(data, first):
-            start, end = token.span()
-            if data[start] != ord('"'):
-                readable[start:end] = NO_NUMBER.ljust(end - start)
-    return readable
-
-
-# No text can hold this: the quotes in it would be written \".
-FRACTION_OF_NOTHING = re.compile(rb'"(?:id|image_id|category_id|width|height|iscrowd)"\s*:\s*-?\d+(\.0+)(?=[\s,}])')
-
-
-def _without_empty_fractions(readable: bytearray, data: memoryview) -> bytearray:
-    """`readable` with 1 in place of 1.0 where a whole number is wanted: some programs write all numbers so."""
-    for found in FRACTION_OF_NOTHING.finditer(data):
-        start, end = found.span(1)
-        readable[start:end] = b" " * (end - start)
-    return readable
-
-
-def _decode_carefully(path: Path, data: memoryview, start: int, refused: int) -> Content:
-    """Decodes what holds NaN or 1.0 for 1; raises DataError for what is wrong.
-
-    refused: the byte that the decoder refused, 0 where it has not told; of -Infinity it is the second one.
-    """
-    readable = _without_empty_fractions(_without_nan(data, max(0, refused - 1)), data)
-    try:
-        return msgspec.json.decode(readable, type=Content)
-    except ValidationError as error:
-        _raise_located(path, data, readable, _with_place(readable, error))
+        return decoder.decode(text), None
     except DecodeError as error:
-        _raise_malformed(path, data, start, str(error))
-    except UnicodeDecodeError as error:
-        offset = readable.find(error.object) + error.start
-        _raise_malformed(path, data, start, f"text that is not UTF-8 (byte {offset})")
-    except RecursionError:
-        raise DataError(f"{path}: is nested too deeply for a COCO annotation file") from None
+        length = end_of(error)
+        if length is None:
+            raise
+        return decoder.decode(memoryview(text)[:length]), length
 
 
-def _with_place(readable: bytearray, error: ValidationError) -> str:
-    """What the decoder says; of a box with too many numbers it tells the place only when that is a tuple."""
-    try:
-        msgspec.json.decode(readable, type=_TupleContent)
-    except ValidationError as placed:
-        return str(placed)
-    return str(error)
-
-
-def _raise_located(path: Path, data: memoryview, readable: bytearray, problem: str) -> NoReturn:
-    """Raises DataError for what the decoder said, such as: Expected `int`, got `str` - at `$.images[0].id`."""
-    problem, _, place = problem.partition(" - at `$")
-    missing = re.search(r"missing required field `(\w+)`", problem)
-    steps = re.findall(r"\w+", place) + ([missing[1]] if missing else [])
-    if len(steps) < 2:
-        _raise_wrong_outline(path, steps[0] if steps else None, problem)
-    part, index = steps[0], int(steps[1])
-    field = steps[2] if len(steps) > 2 else None
-    entry = _entry(data, readable, part, index)
-    name = describe(part, index, entry)
-    if not field:
-        raise DataError(f"{path}: {name} must be an object with {', '.join(WANTED[part])}")
-    wanted = WANTED[part][field]
-    if missing:
-        raise DataError(f"{path}: {name} has no {field}: it must be {wanted}")
-    value = f" is {_short(entry[field])}" if isinstance(entry, dict) and field in entry else ""
-    raise DataError(f"{path}: {field}{value} in {name}: it must be {wanted}")
-
-
-def _raise_wrong_outline(path: Path, part: str | None, problem: str) -> NoReturn:
-    if "missing" in problem:
-        raise DataError(f"{path}: has no `{part}`: it must be a COCO file of instances")
-    found = problem.rpartition("got ")[2].strip("`")
-    if part:
-        raise DataError(f"{path}: `{part}` is of type {found}: it must be a list of objects")
-    raise DataError(f"{path}: is of type {found}: it must be an object with {', '.join(WANTED)}")
-
-
-def describe(part: str, index: int, entry: Any) -> str:
-    """An entry's position, with its id and file name where it has them: images[3] (id 7, file_name a.jpg)."""
-    known = [f"{key} {_short(entry[key])}" for key in ("id", "file_name") if isinstance(entry, dict) and key in entry]
-    return f"{part}[{index}]" + (f" ({', '.join(known)})" if known else "")
-
-
-def _entry(data: memoryview, readable: bytearray, part: str, index: int) -> Any:
-    """An entry as Python's JSON reader has it, which knows NaN; None where it cannot be had."""
-    try:
-        parts = msgspec.json.decode(readable, type=_Parts)
-        entry = bytes(msgspec.json.decode(getattr(parts, part), type=list[Raw])[index])
-        start = readable.find(entry)
-        return json.loads(bytes(data[start : start + len(entry)]))
-    except (ValueError, IndexError, RecursionError):
-        return None
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _raise_malformed(path: Path, data: memoryview, start: int, problem: str) -> NoReturn:
-    """Raises DataError for what the decoder said, such as: JSON is malformed: trailing characters (byte 51)."""
-    found = re.search(r"(.*) \(byte (\d+)\)", problem)
-    if not found:
-        raise DataError(f"{path}: ends in the middle of its JSON text ({len(data) + start} bytes): copy it again")
-    offset = int(found[2])
-    before = bytes(data[:offset])
-    line = before.count(b"\n") + 1
-    column = offset - (before.rfind(b"\n") + 1) + 1
-    around = bytes(data[max(0, offset - 40) : offset + 20]).decode(errors="replace")
-    raise DataError(
-        f"{path}: {found[1]} at line {line}, column {column} (byte {offset + start}), around {_short(around)}"
-    )
+def _refused(error: DecodeError) -> int:
+    """The byte that the decoder refused, -1 where it has not told; of -Infinity it is the second one."""
+    place = re.search(r"\(byte (\d+)\)", str(error))
+    return int(place[1]) if place else -1

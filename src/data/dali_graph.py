@@ -50,9 +50,9 @@ class Settings(NamedTuple):
 
 def make_pipeline(
     settings: Settings,
-    annotation_file: Path,
+    annotations: Path,
     image_folder: Path,
-    file_names: list[str],
+    file_names: list[str] | None,
     *,
     outputs: tuple[str, ...] = OUTPUTS,
     checkpoint: bytes | None = None,
@@ -72,7 +72,7 @@ def make_pipeline(
         checkpoint=checkpoint,
     )
     with pipeline:
-        nodes = training_graph(settings, annotation_file, image_folder, file_names)
+        nodes = training_graph(settings, annotations, image_folder, file_names)
         pipeline.set_outputs(*(nodes[name] for name in outputs))
     pipeline.build()
     return pipeline
@@ -105,13 +105,14 @@ def cause(error: Exception) -> str:
     return lines[0].rstrip(" :") if lines else type(error).__name__
 
 
-def training_graph(settings: Settings, annotation_file: Path, image_folder: Path, file_names: list[str]) -> dict:
+def training_graph(settings: Settings, annotations: Path, image_folder: Path, file_names: list[str] | None) -> dict:
     """The graph's nodes by name.
 
-    annotation_file: `coco.write_clean_file`'s.  file_names: in the order of the first pass over them.
+    annotations: the folder of `dali_files.write_reader_files`, and no file_names; or `write_clean_file`'s file, and the
+    file names in the order of the first pass over them.
     """
     on_gpu = settings.device_id is not None
-    files, boxes, labels, ids = read(settings, annotation_file, image_folder, file_names)
+    files, boxes, labels, ids = read(settings, annotations, image_folder, file_names)
     sizes = fn.peek_image_shape(files, adjust_orientation=settings.upright)  # [3] height, width, 3
     nodes = {"ids": ids, "sizes": sizes}  # ids: [1]
     anchor = shape = None
@@ -129,21 +130,21 @@ def training_graph(settings: Settings, annotation_file: Path, image_folder: Path
     return nodes
 
 
-def read(settings: Settings, annotation_file: Path, image_folder: Path, file_names: list[str]) -> tuple:
+def read(settings: Settings, annotations: Path, image_folder: Path, file_names: list[str] | None) -> tuple:
     """The next samples of this process: the file's bytes, boxes [G, 4] ltrb in 0..1, labels [G], image id [1].
 
     Every pass after the first is shuffled anew over all processes.  Each has as many batches, all full: the last is
     filled up with repeats.
     """
+    source: dict = {"preprocessed_annotations": str(annotations)}  # whose boxes are ready
+    if file_names is not None:
+        source = {"annotations_file": str(annotations), "images": file_names, "ltrb": True, "ratio": True}
+        source["size_threshold"] = 0.0  # every box: they are clean
     files, boxes, labels, ids = fn.readers.coco(
         name="reader",
-        annotations_file=str(annotation_file),
+        **source,
         file_root=str(image_folder),
-        images=file_names,
-        ltrb=True,
-        ratio=True,
         image_ids=True,
-        size_threshold=0.0,  # every box: they are clean
         shard_id=settings.rank,
         num_shards=settings.world_size,
         shuffle_after_epoch=True,

@@ -1,6 +1,6 @@
 """The DALI training pipeline (`--data_pipeline dali`): the loader around the graph of dali_graph.py.
 
-The graph gets the cleaned annotations as a small COCO file of our own. DALI keeps its own generators, so the position
+The graph gets the cleaned annotations in files of our own. DALI keeps its own generators, so the position
 of this pipeline is DALI's checkpoint, kept beside the settings for which alone it is valid.
 """
 
@@ -20,7 +20,8 @@ from src.output import writing
 
 from .augment import colour_matrix
 from .batch import Batch, coloured, normalise
-from .coco import Annotations, write_clean_file
+from .coco import Annotations
+from .dali_files import write_clean_file, write_reader_files
 from .dali_graph import OUTPUTS, PREFETCH, VERSIONS, Settings, cause, dali, device_index, make_pipeline
 from .dali_trial import DaliTrial, wrong_size
 from .images import is_text, read_image
@@ -141,15 +142,13 @@ class DaliTrainLoader:
         if not is_text(self.annotations.image_folder):
             read_image(self.annotations, int(self.images[0]))  # raises: DALI would not name the path
         with tempfile.TemporaryDirectory(prefix="ssd300-") as folder:
-            annotation_file = Path(folder, "annotations.json")
-            with writing(annotation_file):
-                write_clean_file(self.annotations, annotation_file)
+            annotations, names = self._write_annotations(Path(folder))
             try:
                 return make_pipeline(
                     self._settings(),
-                    annotation_file,
+                    annotations,
                     self.annotations.image_folder,
-                    self._first_order(),
+                    names,
                     outputs=outputs,
                     checkpoint=checkpoint,
                 )
@@ -169,11 +168,20 @@ class DaliTrainLoader:
             upright=self.annotations.upright,
         )
 
-    def _first_order(self) -> list[str]:
-        """The file names in the order of the first pass; at least one a process, which is what DALI wants."""
+    def _write_annotations(self, folder: Path) -> tuple[Path, list[str] | None]:
+        """What the graph reads, written into the folder, and the file names where it must be told of their order."""
+        order = self._first_order()
+        with writing(folder):
+            if write_reader_files(self.annotations, order, folder):
+                return folder, None
+            annotation_file = folder / "annotations.json"
+            write_clean_file(self.annotations, annotation_file)
+        return annotation_file, [self.annotations.file_name(index) for index in order.tolist()]
+
+    def _first_order(self) -> np.ndarray:
+        """The images in the order of the first pass; at least one a process, which is what DALI wants."""
         order = np.random.default_rng([self.seed, self._first_epoch]).permutation(self.images)
-        order = np.resize(order, max(len(order), self.world_size))
-        return [self.annotations.file_name(int(index)) for index in order]
+        return np.resize(order, max(len(order), self.world_size))
 
     def _position_of(self, epoch: int, iteration: int) -> int:
         return (epoch - self._first_epoch) * len(self) + iteration

@@ -30,6 +30,11 @@ class Sample(NamedTuple):
     image: int  # its index in the annotations
 
 
+def epoch_order(images: np.ndarray, *, seed: int, epoch: int, total: int) -> np.ndarray:
+    """An epoch's images in their order, lengthened to `total` by its own beginning; the same on every process."""
+    return np.resize(np.random.default_rng([seed, epoch]).permutation(images), total)
+
+
 class EpochSampler:
     """This process's batches of an epoch: lists of Sample, every batch full.
 
@@ -50,8 +55,7 @@ class EpochSampler:
 
     def __iter__(self) -> Iterator[list[Sample]]:
         total = len(self) * self.batch_size * self.world_size
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.images)
-        order = np.resize(order, total)
+        order = epoch_order(self.images, seed=self.seed, epoch=self.epoch, total=total)
         positions = np.arange(self.rank, total, self.world_size).reshape(-1, self.batch_size)
         for batch in positions[self.start :]:
             yield [Sample(self.epoch, int(position), int(order[position])) for position in batch]

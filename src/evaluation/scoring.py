@@ -20,7 +20,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import ArrayLike
 
 from src.data.coco import Annotations
-from src.data.coco_file import decode_file
+from src.data.coco_file import AnnotationEntry, pieces
 from src.errand import Errand, spare_cores
 from src.output import replacing
 
@@ -232,10 +232,10 @@ class _Boxes(NamedTuple):
 
 def _truth(annotations: Annotations, places: np.ndarray) -> _Boxes:
     """The boxes of the file as they stand there: those that training drops or clips count, as in every COCO scorer."""
-    entries = decode_file(annotations.path).annotations
+    entries = _annotation_entries(annotations.path)
     images = _find([entry.image_id for entry in entries], annotations.image_ids)
     entries = [entry for entry, image in zip(entries, images, strict=True) if image >= 0]
-    boxes = np.array([msgspec.structs.astuple(entry.bbox) for entry in entries]).reshape(-1, 4)
+    boxes = np.array([entry.bbox for entry in entries], np.float64).reshape(-1, 4)
     areas = [box.prod() if entry.area is None else entry.area for entry, box in zip(entries, boxes[:, 2:], strict=True)]
     return _Boxes(
         images=places[images[images >= 0]],
@@ -245,6 +245,14 @@ def _truth(annotations: Annotations, places: np.ndarray) -> _Boxes:
         crowd=np.array([int(bool(entry.iscrowd)) for entry in entries]),
         scores=np.zeros(len(entries)),
     )
+
+
+def _annotation_entries(path: Path) -> list[AnnotationEntry]:
+    entries: list[AnnotationEntry] = []
+    for part, first, some in pieces(path):
+        if part == "annotations":
+            entries[first:] = some
+    return entries
 
 
 def _labels(category_ids: ArrayLike, annotations: Annotations) -> np.ndarray:

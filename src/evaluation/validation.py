@@ -78,7 +78,7 @@ def score_checkpoint(
     """
     state = processes.broadcast_object(load_trained(checkpoint) if processes.is_main else None)
     validation = read_labelled(*locations(data, "val"), state, source=checkpoint, upright=upright)
-    check_images_exist(validation)
+    check_images_exist(validation, tell=report.note)
     make_folder(output)  # before the work, not after it
     tell_data(report, validation, half=half, device=processes.device)
     model = trained_detector(

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from src.data.coco import Category, check_images_exist, read_annotations, write_clean_file
+from src.data import coco
+from src.data.coco import Category, check_images_exist, read_annotations
+from src.data.dali_files import write_clean_file
 from src.errors import DataError
 from tests.annotation_files import IMAGES, LARGEST_ID, content, error_of, read, without
 from tests.datasets import CATEGORIES, annotation, write_annotations
@@ -300,6 +302,18 @@ def test_the_first_missing_image_is_named(tmp_path, missing):
     with pytest.raises(DataError) as caught:
         check_images_exist(annotations)
     assert str(folder / missing) in str(caught.value) and "image 3" in str(caught.value)
+
+
+def test_a_long_search_for_the_images_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco, "TELL_LOOKS", 2)
+    monkeypatch.setattr(coco, "TELL_EVERY", 0.0)
+    touch_images(tmp_path / "train2017", ["1.jpg", "2.jpg", "3.jpg", "4.jpg", "other.txt"])
+    annotations, lines = read(tmp_path, content()), []
+    check_images_exist(annotations, tell=lines.append)
+    assert lines == [f"Looking for the 4 images of {tmp_path / 'train2017'}: {found} files so far" for found in (2, 4)]
+    monkeypatch.setattr(coco, "TELL_EVERY", 60.0)
+    check_images_exist(annotations, tell=lines.append)
+    assert len(lines) == 2
 
 
 def test_a_missing_image_folder_is_named(tmp_path):

@@ -9,7 +9,8 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from src.data.coco import Annotations, read_annotations, write_clean_file
+from src.data.coco import Annotations, read_annotations
+from src.data.dali_files import write_clean_file
 from src.errors import DataError
 
 QUICKLY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True)
