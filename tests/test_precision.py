@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_bfloat16_is_computed_in_where_the_processor_has_it(monkeypatch, capabilities, fast):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert half_is_fast(CPU) is fast
     assert half_is_fast(torch.device("cuda"))
     with autocast(CPU, half=True):
