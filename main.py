@@ -165,21 +165,12 @@ def make_trainer(flags: Flags, processes: Processes, model: SSD300) -> Trainer:
 
 def mlperf_constants(flags: Flags, schedule: Schedule, images: int, evaluation_images: int) -> mlperf.Constants:
     return mlperf.Constants(
-        backbone=flags.backbone,
-        feature_channels=feature_channels(flags.backbone),
-        images=images,
-        batch_size=schedule.images,
-        batch_norm_span=flags.batch_size,
-        learning_rate=schedule.peak,
-        warmup=flags.warmup,
-        multistep=flags.multistep,
-        momentum=flags.momentum,
-        weight_decay=flags.weight_decay,
-        nms_threshold=IOU_THRESHOLD,
-        max_detections=MAX_DETECTIONS,
-        evaluation_images=evaluation_images,
+        backbone=flags.backbone, feature_channels=feature_channels(flags.backbone), images=images,
+        batch_size=schedule.images, batch_norm_span=flags.batch_size, learning_rate=schedule.peak,
+        warmup=flags.warmup, multistep=flags.multistep, momentum=flags.momentum, weight_decay=flags.weight_decay,
+        nms_threshold=IOU_THRESHOLD, max_detections=MAX_DETECTIONS, evaluation_images=evaluation_images,
         target=flags.target,
-    )
+    )  # fmt: skip
 
 
 def work(flags: Flags, processes: Processes) -> int:
