@@ -25,7 +25,7 @@ from .coco_images import Images
 from .coco_rows import CROWD, SOLID, Rows, listed, warnings_of
 from .columns import first_repeated
 
-BLOCK = 2**16  # images that are worked on together
+BLOCK = 2**16  # images or boxes that are worked on together
 TELL_EVERY = 5.0  # seconds
 TELL_LOOKS = 1000  # files between looks at the clock
 PLACE_BITS = 32  # of a row's place among the annotations, beside that of its image
@@ -214,7 +214,9 @@ def _by_image(image: np.ndarray, usable: np.ndarray) -> np.ndarray:
     The same as a stable argsort, but in place, and five times as fast.
     """
     order = np.flatnonzero(usable)
-    order |= image[order].astype(np.int64) << PLACE_BITS
+    for start in range(0, len(order), BLOCK):
+        block = order[start : start + BLOCK]
+        block |= image[block].astype(np.int64) << PLACE_BITS
     order.sort()
     order &= (1 << PLACE_BITS) - 1
     return order

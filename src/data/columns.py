@@ -5,7 +5,8 @@ from operator import attrgetter
 
 import numpy as np
 
-LARGEST_TABLE = 2**21  # entries; values that span more are searched for, six times as slowly
+LARGEST_TABLE = 2**21  # entries, and more where a tenth are in use; beyond, values are searched for, far more slowly
+SPARSEST_TABLE = 10  # entries a value
 
 
 def field(entries: Sequence, name: str, dtype: type) -> np.ndarray:
@@ -35,22 +36,22 @@ class Positions:
 
     def __init__(self, among: np.ndarray) -> None:
         """among: int64, whose values differ."""
-        self.among = among
         self.least, self.greatest = (int(among.min()), int(among.max())) if len(among) else (0, -1)
         self.table: np.ndarray | None = None
-        if self.greatest - self.least < LARGEST_TABLE:
-            self.table = np.full(self.greatest - self.least + 2, -1)  # the last: of what is beyond
+        if self.greatest - self.least < max(LARGEST_TABLE, SPARSEST_TABLE * len(among)):
+            self.table = np.full(self.greatest - self.least + 2, -1, np.int32)  # the last: of what is beyond
             self.table[among - self.least] = np.arange(len(among))
         else:
             self.order = np.argsort(among)
+            self.ordered = among[self.order]
 
     def of(self, values: np.ndarray) -> np.ndarray:
-        """Where each value stands; -1 where it does not.  int64."""
+        """Where each value stands; -1 where it does not."""
         if self.table is not None:
             inside = (values >= self.least) & (values <= self.greatest)
             return self.table[np.where(inside, values - self.least, -1)]
-        nearest = self.order[np.searchsorted(self.among, values, sorter=self.order).clip(max=len(self.among) - 1)]
-        return np.where(self.among[nearest] == values, nearest, -1)
+        nearest = np.searchsorted(self.ordered, values).clip(max=len(self.ordered) - 1)
+        return np.where(self.ordered[nearest] == values, self.order[nearest], -1)
 
 
 def first_repeated(values: np.ndarray) -> int | None:
