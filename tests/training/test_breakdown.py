@@ -150,7 +150,7 @@ def test_a_killed_worker_is_told_of(tmp_path, capsys):
             loader.set_epoch(1)
             list(loader)
     loader.close()
-    assert main.fail(raised.value, ALONE) == 2
+    assert main.fail(raised.value, Processes(0, 1, CPU, None)) == 2
     assert re.search(r"worker processes was killed \(.*--num-workers 0", error_line(capsys))
 
 
@@ -163,5 +163,5 @@ def test_a_killed_worker_is_told_of(tmp_path, capsys):
     ],
 )
 def test_too_little_memory_names_the_flags(error, capsys):
-    assert main.fail(error, ALONE) == 1
+    assert main.fail(error, Processes(0, 1, CPU, None)) == 1
     assert re.search(r"error: out of memory \(.*\): lower --batch-size", error_line(capsys))
