@@ -77,9 +77,9 @@ def _compiler_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise
-        raise UserError(
-            f"--compile: {str(error).splitlines()[0]}: a CPU needs a C++ compiler (g++), a GPU Triton; or leave it out"
-        ) from None
+        first, *others = filter(None, str(error).splitlines())
+        why = f"{first} {others[0]}" if first.endswith(":") and others else first  # older ones tell it below
+        raise UserError(f"--compile: {why}: a CPU needs a C++ compiler (g++), a GPU Triton; or leave it out") from None
 
 
 class Trainer:
