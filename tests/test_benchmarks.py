@@ -25,14 +25,21 @@ def data(tmp_path_factory) -> Path:
     return write_coco(tmp_path_factory.mktemp("data"), entries, images=4)
 
 
-def test_the_step_has_a_row_a_kind(monkeypatch):
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_step_has_a_row_a_kind_that_the_processor_computes(monkeypatch, capsys, fast):
     monkeypatch.setattr(step, "STEPS", {"cpu": 1})
+    monkeypatch.setattr(step, "half_is_fast", lambda device: fast)
     rows = step.run(backbone="resnet18", batch_size=2)
-    assert [row.keys() for row in rows] == [FIELDS] * 2
+    assert [row["goal"] for row in rows] == ([step.GOAL_FLOAT32, step.GOAL_HALF] if fast else [step.GOAL_PLAIN_CPU])
+    assert [row.keys() for row in rows] == [FIELDS] * len(rows)
     assert json.loads(json.dumps(rows)) == rows
-    assert len(table(rows).splitlines()) == 3
+    assert len(table(rows).splitlines()) == len(rows) + 1
+    left_out = "training step, resnet18, --fp16: left out, this CPU has no bfloat16 arithmetic\n"
+    assert capsys.readouterr().out == ("" if fast else left_out)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_whole_run_has_a_row_a_pipeline(data, monkeypatch):
     monkeypatch.setattr(step, "TRIALS", 1)
     monkeypatch.setattr(step, "BARE_STEPS", {"cpu": 1})
@@ -53,6 +60,7 @@ def test_ten_times_coco_is_read_where_there_is_room(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("ten times COCO: left out, ")
 
 
+@pytest.mark.usefixtures("narrow")
 def test_learning_trains_and_scores(data, monkeypatch):
     monkeypatch.setattr(learning, "ITERATIONS", 2)
     assert 0 <= learning.run(data, seed=1) <= 1

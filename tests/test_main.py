@@ -65,7 +65,9 @@ import sys
 import torch
 torch.cpu.get_capabilities = lambda: {"avx2": True}
 import main
-sys.exit(main.main(sys.argv[1:]))
+from tests.narrow import narrow_network
+with narrow_network():
+    sys.exit(main.main(sys.argv[1:]))
 """
 
 
