@@ -34,7 +34,7 @@ pictures: demo
 	$(BIN)/python docs/pictures.py $(DEMO)/run
 
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: venv
 	$(BIN)/python -m pytest -q -m gpu
