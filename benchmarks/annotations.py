@@ -131,8 +131,10 @@ def own_peak(file: Path) -> tuple[float, float]:
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(WATCH_EVERY):
+        while True:  # once at least, however soon the reading is over
             peak = max(peak, resident("RssAnon"))
+            if done.wait(WATCH_EVERY):
+                return
 
     watcher = threading.Thread(target=watch)
     watcher.start()
