@@ -17,6 +17,7 @@ import torch
 
 from src.data.coco import Annotations, locations, read_annotations
 from src.data.loaders import PIPELINES, EvaluationLoader, make_train_loader
+from src.devices import configure
 from src.distributed import Processes, StopNotice
 from src.evaluation.evaluate import evaluate
 from src.precision import half_is_fast
@@ -25,6 +26,7 @@ from src.training.step import REFERENCE_BATCH, Schedule, train_epoch
 
 from .step import make_trainer
 
+CPU = torch.device("cpu")
 IMAGES, BATCH, ITERATIONS, PEAK = 16, 8, 320, 0.02
 WARM_UP = 100  # iterations
 DECAYS = (0.9, 0.97)  # of the epochs: there the rate falls to a tenth
@@ -43,17 +45,17 @@ def take_images(source: Path, folder: Path) -> Path:
     return file
 
 
-def run(data: Path, *, pipeline: str = "no_dali", seed: int = 0) -> float:
+def run(data: Path, *, pipeline: str = "no_dali", seed: int = 0, device: torch.device = CPU) -> float:
     """Trains and scores; the mAP on the images trained on."""
     with tempfile.TemporaryDirectory() as folder:
         annotations = read_annotations(take_images(data, Path(folder)), locations(data, "train")[1])
-        return train_and_score(annotations, pipeline=pipeline, seed=seed)
+        return train_and_score(annotations, pipeline=pipeline, seed=seed, device=device)
 
 
-def train_and_score(annotations: Annotations, *, pipeline: str, seed: int) -> float:
+def train_and_score(annotations: Annotations, *, pipeline: str, seed: int, device: torch.device = CPU) -> float:
     """The mAP on the images of the annotations after training on them."""
-    cpu = torch.device("cpu")
-    trainer = make_trainer("resnet18", cpu, half=half_is_fast(cpu), labels=len(annotations.categories) + 1, seed=seed)
+    labels = len(annotations.categories) + 1
+    trainer = make_trainer("resnet18", device, half=half_is_fast(device), labels=labels, seed=seed)
     epochs = ITERATIONS * BATCH // IMAGES
     schedule = Schedule(
         base=PEAK * REFERENCE_BATCH / BATCH,
@@ -61,9 +63,9 @@ def train_and_score(annotations: Annotations, *, pipeline: str, seed: int) -> fl
         warmup=WARM_UP,
         multistep=tuple(round(share * epochs) for share in DECAYS),
     )
-    processes = Processes(0, 1, cpu, None)
+    processes = Processes(0, 1, device, None)
     loader = make_train_loader(
-        pipeline, annotations, batch_size=BATCH, num_workers=2, device=cpu, half=False, seed=seed
+        pipeline, annotations, batch_size=BATCH, num_workers=2, device=device, half=trainer.half, seed=seed
     )
     with closing(loader), closing(StopNotice(processes)) as stop, closing(Report(None, append=True)) as report:
         for epoch in range(epochs):
@@ -72,8 +74,8 @@ def train_and_score(annotations: Annotations, *, pipeline: str, seed: int) -> fl
                 trainer, loader, schedule, epoch=epoch, first_iteration=epoch * len(loader), start=0, stop=stop,
                 report=report,
             )  # fmt: skip
-    images = EvaluationLoader(annotations, batch_size=IMAGES, num_workers=0, device=cpu)
-    found = evaluate(trainer.model, images, annotations, device=cpu, half=trainer.half)
+    images = EvaluationLoader(annotations, batch_size=IMAGES, num_workers=0, device=device)
+    found = evaluate(trainer.model, images, annotations, device=device, half=trainer.half)
     print(", ".join(f"{name} {value:.4f}" for name, value in found.scores.figures.items() if value is not None))
     mean_precision = found.scores.figures["mAP"]
     assert mean_precision is not None  # the images have boxes
@@ -85,8 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="a folder in the COCO 2017 layout, such as coco128")
     parser.add_argument("--data_pipeline", choices=PIPELINES, default="no_dali")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gpu", action="store_true", help="train on the GPU, in float16")
     args = parser.parse_args(argv)
-    accuracy = run(args.data, pipeline=args.data_pipeline, seed=args.seed)
+    device = torch.device("cuda", 0) if args.gpu else CPU
+    configure(device)
+    accuracy = run(args.data, pipeline=args.data_pipeline, seed=args.seed, device=device)
     print(f"mAP on the {IMAGES} images trained on: {accuracy:.4f} (goal {GOAL})")
     return int(accuracy < GOAL)
 

@@ -81,8 +81,11 @@ class Processes:
         if self.world_size == 1:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        # Batch-norm buffers are taken from rank 0 where they matter (`share_buffers`), not in every iteration.
-        return DistributedDataParallel(model, device_ids=device_ids, forward_sync_buffers=False)
+        parallel = DistributedDataParallel(model, device_ids=device_ids)
+        # Batch-norm buffers are taken from rank 0 where they matter (`share_buffers`), not in every iteration. Said
+        # afterwards, because the argument for it has another name before torch 2.12, and the start does share them.
+        parallel.broadcast_buffers = False
+        return parallel
 
     def share_buffers(self, model: nn.Module) -> None:
         """Gives every rank the batch-norm statistics of rank 0: each has seen other images, but one model is scored."""

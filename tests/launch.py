@@ -36,7 +36,8 @@ def command(script: Sequence[str], *, processes: int = 2, launcher: Sequence[str
 @contextmanager
 def started(line: Sequence[str], **variables: str) -> Iterator[subprocess.Popen]:
     """The running launcher, its text in pipes; ended where it is still there afterwards."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **variables}
+    paths = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **variables}
     process = subprocess.Popen(
         list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=HERE
     )

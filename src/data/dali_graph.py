@@ -29,8 +29,10 @@ except Exception as error:  # absent, no wheel for this system, or a library tha
 
 PREFETCH = 2  # batches prepared ahead
 # Of the graph on each device, counted up when its operators change: what a checkpoint holds belongs to them.
-VERSIONS = {"cpu": 2, "cuda": 3}
-OUTPUTS = ("images", "boxes", "labels", "ids", "sizes")  # what training takes, beside "colour" where it augments
+VERSIONS = {"cpu": 2, "cuda": 4}
+OUTPUTS = ("images", "boxes", "labels", "ids", "sizes")  # what training takes
+AUGMENTED = ("colour",)  # beside them where it augments
+ON_GPU = ("ends",)  # and where a GPU decodes, which takes a file that was cut short as if it were whole
 FILES = "files"  # the input of `make_decoder`'s pipeline
 
 
@@ -127,6 +129,7 @@ def training_graph(settings: Settings, annotations: Path, image_folder: Path, fi
         nodes["colour"] = fn.stack(*(fn.random.uniform(range=limits) for limits in ssd.COLOUR))  # [4]
     nodes |= {"images": images, "true_boxes": boxes, "true_labels": labels}
     nodes["boxes"], nodes["labels"] = match_default_boxes(boxes, labels, on_gpu=on_gpu)
+    nodes["ends"] = ends(files)
     return nodes
 
 
@@ -153,6 +156,11 @@ def read(settings: Settings, annotations: Path, image_folder: Path, file_names: 
     )
     # Rounding takes some boxes 1e-7 beyond the image, which the window operator refuses.
     return files, math.clamp(boxes, 0.0, 1.0), labels, ids
+
+
+def ends(files: DataNode) -> DataNode:
+    """The first two and the last two bytes of each file, [4]."""
+    return fn.cat(files[:2], files[-2:])
 
 
 def random_window(boxes: DataNode, labels: DataNode) -> tuple:

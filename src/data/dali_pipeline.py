@@ -22,9 +22,22 @@ from .augment import colour_matrix
 from .batch import Batch, coloured, normalise
 from .coco import Annotations
 from .dali_files import write_clean_file, write_reader_files
-from .dali_graph import OUTPUTS, PREFETCH, VERSIONS, Settings, cause, dali, device_index, make_pipeline
+from .dali_graph import (
+    AUGMENTED,
+    ON_GPU,
+    OUTPUTS,
+    PREFETCH,
+    VERSIONS,
+    Settings,
+    cause,
+    dali,
+    device_index,
+    make_pipeline,
+)
 from .dali_trial import DaliTrial, wrong_size
 from .images import is_text, read_image
+
+JPEG = (0xFF, 0xD8), (0xFF, 0xD9)  # how such a file begins and ends
 
 
 class DaliTrainLoader:
@@ -60,6 +73,8 @@ class DaliTrainLoader:
         self.num_threads = max(1, num_threads)
         self.augment = augment
         self.warnings: list[str] = []
+        self._outputs = (*OUTPUTS, *(AUGMENTED if augment else ()), *(ON_GPU if device.type == "cuda" else ()))
+        self._whole: set[int] = set()  # images whose files end in an odd way and were read to their end
         self._pipeline: dali.Pipeline | None = None
         self._first_epoch = 0  # where the pipeline started
         self._position = 0  # batches handed out since
@@ -192,7 +207,7 @@ class DaliTrainLoader:
     def _start(self, epoch: int, checkpoint: bytes | None = None) -> dali.Pipeline:
         self.close()
         self._first_epoch, self._position = epoch, 0
-        self._pipeline = self.build((*OUTPUTS, "colour") if self.augment else OUTPUTS, checkpoint)
+        self._pipeline = self.build(self._outputs, checkpoint)
         return self._pipeline
 
     def _differences(self, state: dict[str, Any]) -> str:
@@ -203,30 +218,45 @@ class DaliTrainLoader:
         changed = [key for key in ours if theirs.get(key) != ours[key]]
         return ", ".join(f"{key} {theirs.get(key)} (now {ours[key]})" for key in changed)
 
-    def _run(self) -> list[Tensor]:
-        """The pipeline's next outputs, in memory that it shares with them."""
+    def _run(self) -> dict[str, Tensor]:
+        """The pipeline's next outputs by name, in memory that it shares with them."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
             outputs = self._started().run(stream)
         except RuntimeError as error:
             raise self._explained(cause(error)) from None
         self._position += 1
-        return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        tensors = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        return dict(zip(self._outputs, tensors, strict=True))
 
     def _next_batch(self) -> Batch:
-        images, boxes, labels, ids, sizes, *colour = self._run()
-        indices = self.images[ids.flatten().numpy()]
-        wrong = (sizes[:, [1, 0]].numpy() != self.annotations.sizes[indices]).any(axis=1)
+        outputs = self._run()
+        indices = self.images[outputs["ids"].flatten().numpy()]
+        wrong = (outputs["sizes"][:, [1, 0]].numpy() != self.annotations.sizes[indices]).any(axis=1)
         for index in indices[wrong]:  # boxes were scaled by the annotation file's sizes
             read_image(self.annotations, index)
             raise wrong_size(self.annotations, index)
-        images = images.permute(0, 3, 1, 2)
+        if "ends" in outputs:
+            self._check_ends(indices, outputs["ends"].numpy())
+        images = outputs["images"].permute(0, 3, 1, 2)
         if self.augment:
-            images = coloured(images, self._on_device(colour_matrix(*colour[0].numpy().T)), self.dtype)
+            images = coloured(images, self._on_device(colour_matrix(*outputs["colour"].numpy().T)), self.dtype)
         else:
             images = normalise(images, self.dtype)
         # The graph matches to the default boxes in reverse order.
-        return Batch(images, boxes.flip(1), labels.flip(1))
+        return Batch(images, outputs["boxes"].flip(1), outputs["labels"].flip(1))
+
+    def _check_ends(self, indices: np.ndarray, ends: np.ndarray) -> None:
+        """Raises DataError for a JPEG file that was cut short, by `ends`, the first and last two bytes of each, [N, 4].
+
+        A file with something behind its picture ends like one that was cut short, and is read once to tell.
+        """
+        start, end = JPEG
+        odd = (ends[:, :2] == start).all(axis=1) & (ends[:, 2:] != end).any(axis=1)
+        for index in indices[odd].tolist():
+            if index not in self._whole:
+                read_image(self.annotations, index)
+                self._whole.add(index)
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -3,6 +3,7 @@
 import atexit
 import copy
 import errno
+import gc
 import multiprocessing
 import os
 import shutil
@@ -130,11 +131,14 @@ class _Batches(_MultiProcessingDataLoaderIter):
     """Torch's iterator, of which no worker is left: not one that heeds nothing, nor where another could not start."""
 
     def __init__(self, loader: DataLoader) -> None:
+        gc.freeze()  # a worker must not collect this process's garbage: an object of CUDA's would end it
         try:
             super().__init__(loader)
         except BaseException:
             self._shutdown_workers()
             raise
+        finally:
+            gc.unfreeze()
 
     def _shutdown_workers(self) -> None:
         if hasattr(self, "_workers_status"):  # it has started them all

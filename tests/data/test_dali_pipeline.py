@@ -164,6 +164,30 @@ def test_the_gpu_continues_and_gives_half_precision(tmp_path):
         torch.testing.assert_close(one.images, other.images, atol=0.1, rtol=0)
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_what_a_gpu_reads_of_a_file_that_was_cut_short_is_not_trained_on(tmp_path, suffix):
+    """Its decoder takes such a JPEG for a whole one; by the bytes at the ends, which are read on the CPU."""
+    image = {"id": 1, "file_name": f"one{suffix}", "width": 160, "height": 120}
+    data = read(write_coco(tmp_path, [annotation(1)], images=[image], splits=("train",)))
+    path = data.image_path(0)
+    whole = path.read_bytes()
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        ours = loader(data, batch_size=1)
+        (found,) = ours.build(("ends",)).run()
+        found = np.asarray(found.as_tensor())
+        assert found.tolist() == [[*content[:2], *content[-2:]]]
+        ours._check_ends(np.array([0]), found)
+
+    check(whole)
+    check(whole + b"something behind the picture")
+    if suffix == ".jpg":
+        for length in (len(whole) // 2, len(whole) - 2):
+            with pytest.raises(DataError, match=f"{path}.*truncated"):
+                check(whole[:length])
+
+
 # --- order -----------------------------------------------------------------------------------------------------------
 
 

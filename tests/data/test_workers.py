@@ -1,6 +1,7 @@
 """Worker processes that die, fail or hang, in training and evaluation: none leaves the run waiting."""
 
 import errno
+import gc
 import multiprocessing
 import os
 import signal
@@ -171,3 +172,29 @@ def test_too_few_open_files_end_the_program_in_a_line(data, tmp_path, monkeypatc
     monkeypatch.setattr("src.evaluation.validation.load_trained", none_left)
     assert main.main(flags(data, tmp_path, "--mode", "evaluation", "--checkpoint", "x.pt")) == main.BAD_INPUT
     assert "too many open files ([Errno 24] Too many open files: 'a file'): raise their limit" in error_line(capsys)
+
+
+class Cyclic:
+    """Garbage that only the collector finds, and that writes down which process collected it."""
+
+    def __init__(self, file: Path) -> None:
+        self.itself, self.file = self, file
+
+    def __del__(self) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{os.getpid()} ")
+
+
+def test_workers_leave_the_runs_garbage_alone(data, tmp_path, in_workers, kind):
+    """An object of DALI's on a GPU ended the worker that collected it."""
+    file = tmp_path / "collected"
+    in_workers(lambda: [gc.collect(), torch.zeros(3, 120, 160, dtype=torch.uint8)][1])
+    gc.disable()
+    try:
+        Cyclic(file)
+        batches(kind, data)
+        assert not file.exists()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert file.read_text().split() == [str(os.getpid())]
