@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from src.surroundings import prepare
@@ -23,12 +23,12 @@ from src.devices import configure
 
 from . import annotations, evaluation, export, loaders, step
 from .machine import describe, fitting_batch
-from .table import table
+from .table import header, line
 
 DRAWN_IMAGES = 256  # where no --data is given
 
 
-def cpu_benchmarks(data: Path) -> dict[str, Callable[[], list[dict]]]:
+def cpu_benchmarks(data: Path) -> dict[str, Callable[[], Iterable[dict]]]:
     """What can be run, by name."""
     return {
         "loaders": lambda: loaders.run(data),
@@ -40,14 +40,14 @@ def cpu_benchmarks(data: Path) -> dict[str, Callable[[], list[dict]]]:
     }
 
 
-def gpu_benchmarks(data: Path) -> dict[str, Callable[[], list[dict]]]:
+def gpu_benchmarks(data: Path) -> dict[str, Callable[[], Iterable[dict]]]:
     """The same with batches that the GPU's memory holds: the step is measured in float32 too, a run with --fp16."""
     cuda = torch.device("cuda", torch.cuda.current_device())
     free, _ = torch.cuda.mem_get_info(cuda)
     return {
-        "step": lambda: step.run(cuda, batch_size=fitting_batch(free, "float32")),
         "run": lambda: step.whole_run(data, cuda, batch_size=fitting_batch(free, "--fp16")),
         "evaluation": lambda: evaluation.run(device=cuda),
+        "step": lambda: step.run(cuda, batch_size=fitting_batch(free, "float32")),  # which ends with compiling
     }
 
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "names", nargs="*", metavar="NAME", help="loaders, step, run, evaluation, export, annotations; all"
     )
     parser.add_argument("--data", type=Path, default=None, help="a folder in the COCO 2017 layout; drawn if left out")
-    parser.add_argument("--gpu", action="store_true", help="the CUDA set: step, run, evaluation")
+    parser.add_argument("--gpu", action="store_true", help="the CUDA set: run, evaluation, step")
     parser.add_argument(
         "--json", type=Path, default=None, metavar="FILE", help="write the rows and the machine there, too"
     )
@@ -75,14 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         unknown = set(args.names) - set(chosen)
         if unknown:
             parser.error(f"no benchmark named {sorted(unknown)[0]!r}: there are {', '.join(chosen)}")
-        rows = []
-        for name in args.names or chosen:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            rows += chosen[name]()
-    print(table(rows))
-    if args.json:
         machine = describe(torch.device("cuda" if args.gpu else "cpu"))
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+        rows: list[dict] = []
+        print(header())
+        for name in args.names or chosen:
+            for row in chosen[name]():
+                rows.append(row)
+                print(line(row), flush=True)  # at once, as what comes next may take longer than somebody waits
+                if args.json:
+                    args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
     return 0
 
 

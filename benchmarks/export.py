@@ -1,5 +1,6 @@
 """The exported files beside the program's own evaluation, on the CPU: `python -m benchmarks export`."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +22,12 @@ REPEATS = 3
 GOAL = 1.0  # not slower than the evaluation
 
 
-def run(*, backbone: str = "resnet50", labels: int = LABELS, batch_size: int = BATCH) -> list[dict]:
+def run(*, backbone: str = "resnet50", labels: int = LABELS, batch_size: int = BATCH) -> Iterator[dict]:
     """A row for each file: from pixels to detections, images a second, medians."""
     torch.manual_seed(0)
     network = SSD300(backbone, labels).to(memory_format=torch.channels_last).eval()
     images = torch.randint(0, 256, (batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
     files = exported_files(network, [Category(label, f"category {label}") for label in range(1, labels)])
-    rows = []
     for name in (DETECTOR, PROGRAM):
         state = {"exported": files[name]}
         exported = trained_detector(state, backbone="", num_categories=0, source=Path(name), device=CPU)
@@ -39,5 +39,4 @@ def run(*, backbone: str = "resnet50", labels: int = LABELS, batch_size: int = B
                 repeats=REPEATS,
             )
         told = f"{name} beside the evaluation, {backbone}, batch {batch_size} (images/s)"
-        rows.append(table.speed(told, batch_size / ours, batch_size / evaluation, GOAL))
-    return rows
+        yield table.speed(told, batch_size / ours, batch_size / evaluation, GOAL)

@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 from pathlib import Path
 
@@ -53,14 +53,13 @@ def make_trainer(
     return Trainer(model, optimizer=optimizer, device=device, half=half, processes=alone, compiled=compiled)
 
 
-def run(device: torch.device | None = None, *, backbone: str = "resnet50", batch_size: int = BATCH) -> list[dict]:
+def run(device: torch.device | None = None, *, backbone: str = "resnet50", batch_size: int = BATCH) -> Iterator[dict]:
     """Rows name, ours and yardstick (images a second, medians), ratio, goal (least ratio), met."""
     device = device or torch.device("cpu")
     batch = random_batch(batch_size, LABELS, device=device, dtype=torch.float32)
     first = Batch(batch.images.contiguous(), batch.boxes, batch.labels)
     plain = make_trainer(backbone, device, half=False, channels_last=False)
     yardstick = time_training("plain", plain, repeat(first), steps=STEPS[device.type]).images_per_second
-    rows = []
     fast = half_is_fast(device)
     kinds: list[tuple[str, bool, bool, float | None]] = [
         ("float32", False, False, GOAL_FLOAT32 if fast else GOAL_PLAIN_CPU)
@@ -74,15 +73,12 @@ def run(device: torch.device | None = None, *, backbone: str = "resnet50", batch
     for name, half, compiled, goal in kinds:
         trainer = make_trainer(backbone, device, half=half, compiled=compiled)
         ours = time_training(name, trainer, repeat(batch), steps=STEPS[device.type]).images_per_second
-        rows.append(
-            table.speed(f"training step, {backbone}, batch {batch_size}, {name} (images/s)", ours, yardstick, goal)
-        )
-    return rows
+        yield table.speed(f"training step, {backbone}, batch {batch_size}, {name} (images/s)", ours, yardstick, goal)
 
 
 def whole_run(
     data: Path, device: torch.device | None = None, *, backbone: str | None = None, batch_size: int = BATCH
-) -> list[dict]:
+) -> Iterator[dict]:
     """A row for each pipeline: an epoch of a run beside bare steps on random input, taken in turns.
 
     backbone: by default the program's own, and the smallest where a CPU would take minutes for each epoch of it.
@@ -93,15 +89,14 @@ def whole_run(
         if device.type == "cuda":
             data = repeated(data, GPU_ITERATIONS * batch_size, Path(folder))
         annotations = read_annotations(*locations(data, "train"))
-        return _whole_runs(annotations, device, backbone, batch_size)
+        yield from _whole_runs(annotations, device, backbone, batch_size)
 
 
-def _whole_runs(annotations: Annotations, device: torch.device, backbone: str, batch_size: int) -> list[dict]:
+def _whole_runs(annotations: Annotations, device: torch.device, backbone: str, batch_size: int) -> Iterator[dict]:
     labels = len(annotations.categories) + 1
     trainer = make_trainer(backbone, device, half=half_is_fast(device), labels=labels)
     noise = random_batch(batch_size, labels, device=device, dtype=image_dtype(device, trainer.half))
     workers = (os.cpu_count() or 2) if device.type == "cuda" else 2
-    rows = []
     for pipeline in ("no_dali", "dali"):
         loader = make_train_loader(
             pipeline, annotations, batch_size=batch_size, num_workers=workers, device=device, half=trainer.half, seed=0
@@ -114,8 +109,7 @@ def _whole_runs(annotations: Annotations, device: torch.device, backbone: str, b
         loader.close()
         name = f"whole run beside the bare step, {pipeline}, {backbone} (images/s)"
         # the first trial starts workers and warms caches
-        rows.append(table.speed(name, statistics.median(whole[1:]), statistics.median(bare[1:]), GOAL_WHOLE))
-    return rows
+        yield table.speed(name, statistics.median(whole[1:]), statistics.median(bare[1:]), GOAL_WHOLE)
 
 
 def repeated(data: Path, images: int, folder: Path) -> Path:

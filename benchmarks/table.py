@@ -3,6 +3,8 @@
 import operator
 from collections.abc import Callable
 
+WIDTH = 84  # of the names where they are not known beforehand
+
 
 def speed(name: str, ours: float, yardstick: float, goal: float | None = None) -> dict:
     """A row of figures that should be large.  goal: the least ratio of ours to the yardstick."""
@@ -25,12 +27,19 @@ def _row(
 def table(rows: list[dict]) -> str:
     """The rows with columns for ours, yardstick, ratio, goal and whether it is met."""
     width = max(len(row["name"]) for row in rows)
-    lines = [f"{'':{width}}  {'ours':>9}  {'yardstick':>9}  {'ratio':>6}  {'goal':>6}"]
-    for row in rows:
-        cells = [_cell(row["ours"], 9, 2), _cell(row["yardstick"], 9, 2), _cell(row["ratio"], 6, 3)]
-        verdict = "" if row["goal"] is None else f"{row['goal']:6g}  {'met' if row['met'] else 'NOT MET'}"
-        lines.append("  ".join([f"{row['name']:{width}}", *cells, verdict]).rstrip())
-    return "\n".join(lines)
+    return "\n".join([header(width), *(line(row, width) for row in rows)])
+
+
+def header(width: int = WIDTH) -> str:
+    """The titles of a table's columns.  width: of the names."""
+    return f"{'':{width}}  {'ours':>9}  {'yardstick':>9}  {'ratio':>6}  {'goal':>6}"
+
+
+def line(row: dict, width: int = WIDTH) -> str:
+    """A row of a table."""
+    cells = [_cell(row["ours"], 9, 2), _cell(row["yardstick"], 9, 2), _cell(row["ratio"], 6, 3)]
+    verdict = "" if row["goal"] is None else f"{row['goal']:6g}  {'met' if row['met'] else 'NOT MET'}"
+    return "  ".join([f"{row['name']:{width}}", *cells, verdict]).rstrip()
 
 
 def _cell(value: float | None, width: int, decimals: int) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import __main__ as benchmarks
 from benchmarks import annotations, learning, loaders, machine, sharing, step
 from benchmarks.table import cost, speed, table
 from src.data.coco import locations, read_annotations
@@ -30,7 +31,7 @@ def data(tmp_path_factory) -> Path:
 def test_the_step_has_a_row_a_kind_that_the_processor_computes(monkeypatch, capsys, fast):
     monkeypatch.setattr(step, "STEPS", {"cpu": 1})
     monkeypatch.setattr(step, "half_is_fast", lambda device: fast)
-    rows = step.run(backbone="resnet18", batch_size=2)
+    rows = list(step.run(backbone="resnet18", batch_size=2))
     assert [row["goal"] for row in rows] == ([step.GOAL_FLOAT32, step.GOAL_HALF] if fast else [step.GOAL_PLAIN_CPU])
     assert [row.keys() for row in rows] == [FIELDS] * len(rows)
     assert json.loads(json.dumps(rows)) == rows
@@ -43,7 +44,7 @@ def test_the_step_has_a_row_a_kind_that_the_processor_computes(monkeypatch, caps
 def test_a_whole_run_has_a_row_a_pipeline(data, monkeypatch):
     monkeypatch.setattr(step, "TRIALS", 1)
     monkeypatch.setattr(step, "BARE_STEPS", {"cpu": 1})
-    rows = step.whole_run(data, CPU, backbone="resnet18", batch_size=2)
+    rows = list(step.whole_run(data, CPU, backbone="resnet18", batch_size=2))
     assert [row["goal"] for row in rows] == [step.GOAL_WHOLE] * 2
     assert all(row["ours"] > 0 and row["yardstick"] > 0 for row in rows)
 
@@ -122,3 +123,17 @@ def test_a_goal_is_the_least_ratio_of_a_speed_and_the_greatest_of_a_cost():
     assert cost("", 4.0) == {"name": "", "ours": 4.0, "yardstick": None, "ratio": None, "goal": None, "met": None}
     verdicts = [line.split()[-1] for line in table([cost("a", 1, 2, 1), cost("b", 3, 2, 1)]).splitlines()[1:]]
     assert verdicts == ["met", "MET"]
+
+
+def test_what_was_measured_is_kept_when_the_rest_is_not(data, tmp_path, monkeypatch, capsys):
+    def interrupted():
+        yield cost("first", 1, 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmarks, "cpu_benchmarks", lambda folder: {"quick": lambda: [], "long": interrupted})
+    file = tmp_path / "figures.json"
+    with pytest.raises(KeyboardInterrupt):
+        benchmarks.main(["--data", str(data), "--json", str(file)])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["first", "1.00", "2.00", "0.500"]
+    kept = json.loads(file.read_text())
+    assert kept["rows"] == [cost("first", 1, 2)] and "versions" in kept["machine"]
