@@ -131,6 +131,7 @@ def test_evaluation_epochs(flags, expected):
         ("-d x --lr -1", "--lr"),
         ("-d x --mode evaluation", "--checkpoint"),
         ("-d x --mode prediction", "--checkpoint"),
+        ("-d x --mode export", "--checkpoint"),
         ("-d x --checkpoint a --resume b", "give one of them"),
         ("-d x --epoch 3", "unrecognized arguments"),
         ("-d x --data_pipeline tf", "invalid choice"),

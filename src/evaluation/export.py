@@ -18,7 +18,7 @@ from src.report.report import NullReport, Report
 from src.ssd.default_boxes import IMAGE_SIZE, VARIANCES, default_boxes
 from src.ssd.detect import Detections
 from src.version import VERSION
-from src.weights.detector import known_categories, trained_model
+from src.weights.detector import known_categories, read_labelled, trained_model
 from src.weights.files import load_checkpoint
 
 from .evaluate import find
@@ -37,18 +37,37 @@ def export(checkpoint: Path, data: Path, output: Path, *, backbone: str, report:
     """Writes a checkpoint's detector into `output` as files that other programs run, compared with it on pictures.
 
     data: an image, a folder of images, or a data set, whose validation images are taken.  backbone: that of a
-    checkpoint which does not say.  Raises UserError, before the work, for what is missing or is no checkpoint.
+    checkpoint which does not say; the categories of one which does not say are the data set's.  Raises UserError,
+    before the work, for what is missing or is no checkpoint.
     """
     require(PACKAGES, what="--mode export")
     pictures = read_pictures(data)
     state = load_checkpoint(checkpoint)
-    categories = known_categories(state)
+    categories = labelled_categories(state, data, source=checkpoint, report=report)
     trained = trained_model(state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=CPU)
     make_folder(output)
     for name, content in exported_files(trained, categories).items():
         with replacing(output / name) as file:
             file.write(content)
     tell_differences(trained.eval(), pictures, output, report)
+
+
+def labelled_categories(state: dict, data: Path, *, source: Path, report: Report | NullReport) -> tuple[Category, ...]:
+    """The categories of a checkpoint's labels; of one that does not say those of the data set, in their order.
+
+    Without a data set, that a label is its category's id.  Raises UserError where the data set has others.
+    """
+    if "categories" in state:
+        return known_categories(state)
+    annotations, folder = locations(data, "val")
+    if annotations.is_file():
+        report.note(f"{source}: does not say what its labels are: the categories of {annotations} in their order")
+        return read_labelled(annotations, folder, state, source=source).categories
+    report.note(
+        f"{source}: does not say the ids of its categories: its labels are taken for them (a data set as --data, which "
+        "it was trained on, tells)"
+    )
+    return known_categories(state)
 
 
 def read_pictures(data: Path) -> Tensor:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import main
@@ -21,10 +23,11 @@ from src.data.batch import normalise
 from src.data.images import decode, resize
 from src.errors import UserError
 from src.evaluation.evaluate import find
-from src.evaluation.export import Difference, compare
+from src.evaluation.export import Difference, compare, labelled_categories
 from src.evaluation.exportable import candidates, fused, select
 from src.evaluation.exported import load_trained, trained_detector
 from src.evaluation.onnx_graph import detections, detector_graph, network_graph, with_metadata
+from src.report.report import Report
 from src.ssd.default_boxes import default_boxes
 from src.ssd.detect import Detections, detect, filled
 from src.ssd.model import SSD300
@@ -346,3 +349,32 @@ def test_the_benchmark_has_a_row_a_file(files, monkeypatch):
         rows = benchmark.run(backbone="resnet18", labels=3, batch_size=2)
     assert [row["name"].split()[0] for row in rows] == ["detector.onnx", "detector.pt2"]
     assert all(row["ours"] > 0 and row["yardstick"] > 0 for row in rows)
+
+
+def test_a_checkpoint_that_says_less_is_exported_too(files, tmp_path, capsys):
+    """Its labels are the categories of the data in their order, for the exported file as for itself."""
+    checkpoint = tmp_path / "weights.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in files.model.state_dict().items()}, checkpoint)
+    line = ["--data", str(files.data), "--backbone", "resnet18", "--num-workers", "0"]
+    told = []
+    with narrow_network():
+        export = ["--mode", "export", "--checkpoint", str(checkpoint), "--output", str(tmp_path)]
+        assert main.main([*line, *export]) == 0
+        assert f"{checkpoint}: does not say what its labels are: the categories of " in capsys.readouterr().out
+        for source in (checkpoint, tmp_path / "detector.onnx"):
+            output = ["--output", str(tmp_path / "scored")]
+            assert main.main([*line, "--mode", "evaluation", "--checkpoint", str(source), *output]) == 0
+            told.append(figures(capsys.readouterr().out))
+    assert len(told[0]) == 12 and told[0] == told[1]
+
+
+def test_without_a_data_set_labels_are_the_ids_of_a_published_checkpoints_categories(files, capsys):
+    state = {"model": files.model.state_dict(), "label_map": {1: "square", 2: "disc"}}
+    with closing(Report(None, append=True)) as report:
+        pictures = files.data / "val2017"
+        categories = labelled_categories(state, pictures, source=Path("published.pt"), report=report)
+        assert [tuple(category) for category in categories] == [(1, "square"), (2, "disc")]
+        assert "published.pt: does not say the ids of its categories" in capsys.readouterr().out
+        state["label_map"] = {1: "disc", 2: "square"}
+        with pytest.raises(UserError, match="label 1 is 'disc' there and 'square' here"):
+            labelled_categories(state, files.data, source=Path("published.pt"), report=report)
