@@ -1,6 +1,7 @@
 """Whole runs through the launchers on gloo: what they print and leave, how they fail, stop and start again."""
 
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from benchmarks import two_nodes
 from main import DONE, main
 from src.distributed import GROUP_TIMEOUT_VARIABLE
+from tests import imported
 from tests.datasets import annotation, write_coco
-from tests.launch import HALF, LIMIT, NARROW, NO_DALI, SMALL, command, launch, started
+from tests.launch import HALF, LIMIT, NARROW, NO_DALI, SMALL, command, launch
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -103,7 +105,7 @@ def test_a_run_that_is_killed_stopped_and_restarted_ends_with_the_weights_of_the
     fault = "SIGKILL 1 7; SIGTERM 1 0"
     line = command([*NARROW, *flags])
     line.insert(line.index("--standalone"), "--max-restarts=1")
-    stopped = launch(line, FAULT=fault)
+    stopped = imported.launch(line, FAULT=fault)
     assert stopped.returncode != 0
     afresh, lost = told(stopped.stderr)
     assert afresh == f"main.py: warning: --resume: there is no {tmp_path / 'last.pt'}, so the run starts afresh"
@@ -113,7 +115,7 @@ def test_a_run_that_is_killed_stopped_and_restarted_ends_with_the_weights_of_the
     assert re.findall(r"exitcode +: (\d+)", stopped.stderr) == ["143", "143"]
     position = torch.load(tmp_path / "last.pt")
     assert (position["epoch"], position["iteration"]) in {(2, 7), (2, 8)}  # all agree one iteration later
-    finished = launch(command([*NARROW, *flags]))
+    finished = imported.launch(command([*NARROW, *flags]))
     assert finished.returncode == 0, finished.stderr
     ours, theirs = (torch.load(folder / "last.pt") for folder in (tmp_path, whole[0]))
     for part in ("model", "optimizer"):
@@ -138,7 +140,7 @@ def launch_to_fail(*flags, **variables: str) -> tuple[str, str]:
 
     The group's time limit is beyond LIMIT: nobody waits for it.
     """
-    done = launch(command([*NARROW, *flags]), **{GROUP_TIMEOUT_VARIABLE: str(2 * LIMIT)}, **variables)
+    done = imported.launch(command([*NARROW, *flags]), **{GROUP_TIMEOUT_VARIABLE: str(2 * LIMIT)}, **variables)
     assert done.returncode != 0
     (message,) = told(done.stderr)
     return message.removeprefix("main.py: error: "), done.stderr
@@ -175,13 +177,12 @@ def descendants(process: int) -> set[int]:
 
 def test_interrupting_the_launcher_leaves_no_process_behind(data, tmp_path):
     flags = ["--data", data, "--output", tmp_path, *ENDLESS, "--num-workers", 1, "--evaluation"]
-    with started(command([*NARROW, *flags])) as launcher:
-        while not launcher.stdout.readline().startswith("Epoch:"):
-            assert launcher.poll() is None
+    with imported.started(command([*NARROW, *flags])) as launcher:
+        launcher.wait_for("Epoch:")
         processes = descendants(launcher.pid)
         assert len(processes) == 4  # two ranks with a worker each
-        launcher.send_signal(signal.SIGINT)
-        _, text = launcher.communicate(timeout=LIMIT)
+        os.kill(launcher.pid, signal.SIGINT)
+        _, text = launcher.communicate()
         assert launcher.returncode != 0
     assert [process for process in processes if Path("/proc", str(process)).exists()] == []
     assert told(text) == []
