@@ -80,15 +80,15 @@ def _ip(*arguments: str) -> None:
 
 
 @contextmanager
-def node(name: str, rank: int, log: Path, main_flags: Sequence[str], *, processes: int, rendezvous: str) -> Iterator:
-    """The running launcher of one node, whose text goes to `log`."""
+def node(name: str, rank: int, log: Path, script: Sequence[str], *, processes: int, rendezvous: str) -> Iterator:
+    """The running launcher of one node, whose text goes to `log`; `script` is what it starts, with its flags."""
     if rendezvous == "static":
         meeting = [f"--node_rank={rank}", f"--master_addr={ADDRESSES[0]}", f"--master_port={PORT}"]
     else:  # each node has to say its address, since both have the same host name
         meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint={ADDRESSES[0]}:{PORT}", "--rdzv_id=two-nodes"]
         meeting += [f"--local_addr={ADDRESSES[rank]}", f"--rdzv_conf=is_host={rank == 0}"]
     line = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", *meeting]
-    line += [f"--nproc_per_node={processes}", "main.py", *main_flags]
+    line += [f"--nproc_per_node={processes}", *script]
     # gloo looks for its interface by the host name, which stands for no address in a namespace.
     interface = {"GLOO_SOCKET_IFNAME": f"v{os.getpid()}-{rank}", "OMP_NUM_THREADS": "1"}
     with open(log, "w") as file:
@@ -101,12 +101,20 @@ def node(name: str, rank: int, log: Path, main_flags: Sequence[str], *, processe
                 process.wait(PATIENCE)
 
 
-def run(folder: Path, data: Path, *, processes: int = 1, rendezvous: str = "static", flags: Sequence = ()) -> Outcome:
+def run(
+    folder: Path,
+    data: Path,
+    *,
+    processes: int = 1,
+    rendezvous: str = "static",
+    program: Sequence[str] = ("main.py",),
+    flags: Sequence = (),
+) -> Outcome:
     """Trains and evaluates an epoch across both nodes, stops the last rank and sees how the run ends."""
     logs = folder / "first.log", folder / "second.log"
     os.environ.setdefault(GROUP_TIMEOUT_VARIABLE, str(TIME_LIMIT))
-    flags = ["--data", data, "--output", folder / "run", *FLAGS, *flags]
-    start = partial(node, main_flags=list(map(str, flags)), processes=processes, rendezvous=rendezvous)
+    script = [*program, "--data", data, "--output", folder / "run", *FLAGS, *flags]
+    start = partial(node, script=list(map(str, script)), processes=processes, rendezvous=rendezvous)
     with (
         two_namespaces() as names,
         start(names[0], 0, logs[0]) as first,

@@ -22,8 +22,9 @@ from unittest import mock
 
 from tests.launch import HERE, LIMIT
 
-PRELOADED = ["main", "nvidia.dali", "torch.distributed.run", "torch.distributed.launch", "torch._dynamo"]
+PRELOADED = ["main", "nvidia.dali", "torch.distributed.run", "torch.distributed.launch", "torch.utils.tensorboard"]
 POPEN = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler.Popen"  # the launcher's
+EXIT = 0.5  # seconds that a Python which has imported torch takes to end; a launcher is not to see one end sooner
 VARIABLES = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
 
@@ -55,7 +56,10 @@ def be_python(line: Sequence[str], variables: dict[str, str]) -> None:
 
 def be_in_session(line: Sequence[str], variables: dict[str, str]) -> None:
     os.setsid()
-    be_python(line, variables)
+    try:
+        be_python(line, variables)
+    finally:
+        time.sleep(EXIT)
 
 
 class Forked:

@@ -192,7 +192,7 @@ def test_two_nodes_train_together_and_a_stopped_process_is_noticed_in_time(tmp_p
     if reason := two_nodes.hindrance():
         pytest.skip(reason)
     monkeypatch.setenv(GROUP_TIMEOUT_VARIABLE, "8")
-    seen = two_nodes.run(tmp_path, data, flags=HALF)
+    seen = two_nodes.run(tmp_path, data, program=NARROW, flags=HALF)
     assert "Device: CPU, processes: 2" in seen.text
     assert re.search(r"^Epoch  0, Accuracy: 0\.\d{4} mAP$", seen.text, re.MULTILINE)
     assert seen.second == ""
