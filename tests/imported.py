@@ -1,4 +1,4 @@
-"""`launch` and `started` of tests.launch for processes that need no fresh Python: forked from one that has imported all.
+"""`launch` and `started` of tests.launch, for processes that need no fresh Python: they are forked from a ready one.
 
 A fresh Python imports the program for seconds of processor time, and a launcher's every process anew. Here one process
 of the standard library's fork server has imported launcher and program; the launcher's process and those that it starts
@@ -13,12 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from unittest import mock
+
+import torch
 
 from tests.launch import HERE, LIMIT
 
@@ -37,7 +39,7 @@ def context() -> ForkServerContext:
 
 
 def be_python(line: Sequence[str], variables: dict[str, str]) -> None:
-    """What `line`, a command line that begins with sys.executable, does in a Python with these environment variables."""
+    """What a Python with these variables does.  line: a command line that begins with sys.executable."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # a launcher's are its own
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -138,3 +140,10 @@ def launch(line: Sequence[str], **variables: str) -> subprocess.CompletedProcess
     with started(line, **variables) as process:
         out, err = process.communicate()
         return subprocess.CompletedProcess(line, process.returncode, out, err)
+
+
+def spawn(function: Callable, arguments: tuple, *, processes: int) -> None:
+    """`function(rank, *arguments)` in processes of their own; raises where one of them fails."""
+    context()
+    with mock.patch.dict(os.environ, VARIABLES):
+        torch.multiprocessing.start_processes(function, arguments, nprocs=processes, start_method="forkserver")

@@ -23,7 +23,8 @@ from src.flags import parse_args
 from src.launchers import Place
 from src.ssd.loss import MultiBoxLoss
 from tests import process_checks
-from tests.launch import TORCHRUN, command, launch
+from tests.imported import launch
+from tests.launch import TORCHRUN, command
 
 ALONE = Processes(0, 1, torch.device("cpu"), None)
 LAUNCHERS = {

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 from src.weights.files import load_checkpoint
+from tests import imported
 from tests.datasets import annotation, write_annotations, write_coco, write_image
 from tests.launch import HALF, LIMIT, NARROW
 from tests.training.test_step import make_trainer
@@ -245,16 +246,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(small, tmp_path, capsys):
 
 @pytest.mark.parametrize(("signal_sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals(small, tmp_path, signal_sent, status):
-    program = subprocess.Popen(
-        [sys.executable, *NARROW, *flags(small, tmp_path, "-e", "1000", "--evaluation", "--num-workers", "1")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROGRAM.parent,
-    )  # fmt: skip
-    for line in program.stdout:
-        if line.startswith("Epoch  1 finished"):
-            break
-    program.send_signal(signal_sent)
-    _, errors = program.communicate(timeout=LIMIT)
-    assert program.returncode == status
+    line = [sys.executable, *NARROW, *flags(small, tmp_path, "-e", "1000", "--evaluation", "--num-workers", "1")]
+    with imported.started(line) as program:
+        program.wait_for("Epoch  1 finished")
+        os.kill(program.pid, signal_sent)
+        _, errors = program.communicate()
+        assert program.returncode == status
     assert "Traceback" not in errors
     state = load_checkpoint(tmp_path / "last.pt")
     assert state["iteration"] == 2 * state["epoch"] + state["within"] >= 2

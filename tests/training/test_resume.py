@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -15,7 +14,8 @@ import pytest
 import torch
 
 import main
-from tests.launch import LIMIT, NARROW
+from tests import imported
+from tests.launch import NARROW
 from tests.stopped_runs import (
     BOUNDARY,
     FLAGS,
@@ -39,8 +39,6 @@ from tests.stopped_runs import (
 pytestmark = pytest.mark.usefixtures("narrow")
 
 pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
-
-HERE = Path(__file__).parents[2]
 
 
 def check_same(folder: Path, *, length: int, rates: list[float]) -> None:
@@ -112,7 +110,7 @@ def pair(tmp_path_factory) -> Path:
         (folder / f"{pipeline} {half}").mkdir()
     data = small(folder / "data", 12)
     ports = free_ports(4 * len(PAIR_SETTINGS))  # one for each start
-    torch.multiprocessing.spawn(be_one_of_two, (data, folder, ports), nprocs=2)
+    imported.spawn(be_one_of_two, (data, folder, ports), processes=2)
     return folder
 
 
@@ -126,16 +124,11 @@ def test_two_processes_continue_bit_for_bit(pair, pipeline, half):
 def test_sigterm_to_a_process_group_and_the_rest_by_another_process(runs, data, tmp_path):
     """With a worker process, which the signal must not end; the run that continues has none."""
     line = [sys.executable, *NARROW, "--data", data, "--output", tmp_path, "--epochs", "2", *FLAGS]
-    process = subprocess.Popen(
-        [*map(str, line), *flags("no_dali", True), "--num-workers", "1"], cwd=HERE, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    for told in process.stdout:
-        if told.startswith("Epoch:  0, Iteration: 0"):
-            os.killpg(process.pid, signal.SIGTERM)
-            break
-    out, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 143, err
+    with imported.started([*line, *flags("no_dali", True), "--num-workers", "1"]) as process:
+        process.wait_for("Epoch:  0, Iteration: 0")
+        os.killpg(process.pid, signal.SIGTERM)
+        out, err = process.communicate()
+        assert process.returncode == 143, err
     assert "Stopped by SIGTERM in epoch 0 after " in out and str(tmp_path / "last.pt") in out
     assert "Traceback" not in err
     assert 0 < state_of(tmp_path)["iteration"] < 4
