@@ -5,6 +5,7 @@ of the standard library's fork server has imported launcher and program; the lau
 are forked. The launcher is torch's own all the same, with its command line, environment, signals and restarts.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -43,6 +44,7 @@ def be_python(line: Sequence[str], variables: dict[str, str]) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # a launcher's are its own
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.freeze()  # as in conftest.py
     os.environ.clear()
     os.environ.update(variables)
     for stream in (sys.stdout, sys.stderr):
