@@ -50,7 +50,10 @@ def be_python(line: Sequence[str], variables: dict[str, str]) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(write_through=True)
     sys.argv = [argument for argument in line[1:] if argument != "-u"]
-    if sys.argv[0] == "-m":
+    if sys.argv[0] == "-c":
+        code = sys.argv.pop(1)
+        exec(code, {"__name__": "__main__"})
+    elif sys.argv[0] == "-m":
         del sys.argv[0]
         sys.modules.pop(sys.argv[0], None)  # runpy warns of what is imported already
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

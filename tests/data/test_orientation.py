@@ -127,6 +127,7 @@ def test_a_damaged_tag_leaves_the_picture_as_it_is(tmp_path):
         assert decode(path, upright=True).shape == (3, 60, 80)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_every_mode_heeds_it(tmp_path, capsys):
     data = write_turned(tmp_path, [(6, "jpg"), (8, "jpg")])
     assert idle_run(data, tmp_path, *flags("no_dali", False), "--evaluation") == (2, 0)

@@ -1,17 +1,15 @@
 import io
 import logging
 import os
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from src.report.report import Report
 from tests.example_run import CONSTANTS, run, tags
+from tests.imported import launch
 
-PROJECT = Path(__file__).parents[2]
 # The order in which the tags of a run are to come.
 CONSTANT_TAGS = [
     "run_start",
@@ -122,7 +120,7 @@ def test_constants_that_a_kill_cut_short_are_told_again(tmp_path):
 
 
 def test_the_mlperf_package_writes_nowhere_else(tmp_path):
-    """In a process of its own, since the package does its damage when it is first imported."""
+    """In a process of its own, since the package does its damage when it is first imported, which `main` does not."""
     code = f"""
 import logging, sys
 logging.basicConfig(level=logging.DEBUG)
@@ -137,8 +135,7 @@ run(to)
 to.close()
 """
     stray = tmp_path / "stray.log"
-    environment = {**os.environ, "COMPLIANCE_FILE": str(stray)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
+    done = launch([sys.executable, "-c", code], COMPLIANCE_FILE=str(stray))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not stray.exists()
     assert set(os.listdir(tmp_path / "out")) - {"tensorboard"} == {"metrics.jsonl", "mlperf.log"}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from src.report.report import Report
 from tests.example_run import run
+from tests.imported import launch
 
 PROJECT = Path(__file__).parents[2]
 BAR_SCRIPT = """
@@ -71,7 +72,8 @@ def test_a_terminal_shows_bars_and_whole_lines():
     assert max(len(bar) for bar in bars) <= columns
 
 
-def test_a_pipe_gets_the_lines_alone():
-    done = subprocess.run([sys.executable, "-c", BAR_SCRIPT], cwd=PROJECT, capture_output=True, text=True, check=True)
+def test_a_file_gets_the_lines_alone():
+    done = launch([sys.executable, "-c", BAR_SCRIPT])
+    assert done.returncode == 0
     assert (done.stdout + done.stderr).splitlines() == expected_lines()
     assert "\r" not in done.stdout + done.stderr
