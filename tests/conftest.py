@@ -24,13 +24,15 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_finish() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage() -> None:
     """What was imported is left out of garbage collections: each takes a second otherwise, closing a DALI pipeline too.
 
-    What tests make is collected as ever.
+    What tests make is collected as ever.  Starting a loader's workers in this process undoes it, so each module asks.
     """
-    gc.collect()
-    gc.freeze()
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
 def hide_gpus(markers: str) -> None:
