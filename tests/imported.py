@@ -23,12 +23,11 @@ from unittest import mock
 
 import torch
 
-from tests.launch import HERE, LIMIT
+from tests.launch import HERE, LIMIT, VARIABLES
 
 PRELOADED = ["main", "nvidia.dali", "torch.distributed.run", "torch.distributed.launch", "torch.utils.tensorboard"]
 POPEN = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler.Popen"  # the launcher's
 EXIT = 0.5  # seconds that a Python which has imported torch takes to end; a launcher is not to see one end sooner
-VARIABLES = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
 
 @cache

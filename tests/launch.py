@@ -20,6 +20,11 @@ from tests.narrow import narrow_network
 
 HERE = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+# Of the processes that tests start: one thread each, and this project before what else is found.
+VARIABLES = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH")))),
+}
 LIMIT = 600  # seconds; a launch that takes longer hangs, whatever the machine
 # Where it is computed in, it halves the time of the small runs; elsewhere it would only add a warning.
 HALF = ("--fp16",) if half_is_fast(torch.device("cpu")) else ()
@@ -36,8 +41,7 @@ def command(script: Sequence[str], *, processes: int = 2, launcher: Sequence[str
 @contextmanager
 def started(line: Sequence[str], **variables: str) -> Iterator[subprocess.Popen]:
     """The running launcher, its text in pipes; ended where it is still there afterwards."""
-    paths = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **variables}
+    environment = {**os.environ, **VARIABLES, **variables}
     process = subprocess.Popen(
         list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=HERE
     )
