@@ -77,9 +77,10 @@ def train(flags: Flags, processes: Processes) -> int:
     with ExitStack() as stack:
         stop = stack.enter_context(closing(StopNotice(processes)))
         epochs = [epoch for epoch in flags.evaluation_epochs if epoch < flags.epochs]
-        training, validation = read_dataset(
-            flags.data, evaluating=bool(epochs), upright=flags.upright, tell=print if processes.is_main else None
-        )
+        training, validation = processes.once_a_machine(partial(
+            read_dataset, flags.data, evaluating=bool(epochs), upright=flags.upright,
+            tell=print if processes.is_main else None,
+        ))  # fmt: skip
         schedule = Schedule(
             base=flags.learning_rate,
             images=flags.batch_size * processes.world_size,

@@ -5,10 +5,11 @@ One process without a launcher opens no port and no group: every method then wor
 
 import io
 import os
+import pickle
 import signal
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
@@ -22,17 +23,19 @@ from .devices import Card, card, choose_device, refuse_shared
 from .errors import UserError
 from .group_errors import is_loss, reason
 from .launchers import Place, find_place
+from .shared_arrays import attach, machine, shared
 
 GROUP_TIMEOUT = 120  # seconds after which a rank that does not answer is taken for lost
 GROUP_TIMEOUT_VARIABLE = "SSD300_GROUP_TIMEOUT"
 NCCL_PATIENCE = 2  # times that limit is NCCL's, which ends a process without a word: gloo's must be over before
 PATIENCE = 15  # times that limit is how much longer than another a rank may take for its share of an evaluation
-WAIT_LIMIT = 6 * 3600  # seconds that ranks wait for work that only rank 0 does (scoring, writing, fetching weights)
+# Seconds that ranks wait for work that only one does (scoring, writing, fetching weights, reading annotations).
+WAIT_LIMIT = 6 * 3600
 POLL = 0.05  # seconds between looks at the store
 DATA_LIMIT = 20  # seconds that SIGTERM lets a run wait for its next images; launchers kill after 30
 TELLING_LIMIT = 5  # seconds that a rank which fails after another waits for that one to have told why
 HAS_ALARM = hasattr(signal, "setitimer")  # not on Windows
-FAILURES, TOLD, STOPPED = "failures", "told", "stopped"  # keys of the store
+FAILURES, TOLD, STOPPED, FAULT = "failures", "told", "stopped", "fault"  # keys of the store
 T = TypeVar("T")
 
 
@@ -127,9 +130,60 @@ class Processes:
         dist.scatter_object_list(own, values, src=0, group=self.host_group)
         return own[0]
 
-    def _wait_for_main(self) -> None:
+    def once_a_machine(self, make: Callable[[], T]) -> T:
+        """What `make` gives, of which one process of each machine makes it and the others have its arrays in common.
+
+        These are read-only, and in memory once; where a process cannot come by them it makes its own.  All ranks must
+        call this, and leave it together.  A UserError in one is raised on all that wait for it.
+        """
+        if self.world_size == 1:
+            return make()
+        key = self._next_key()
+        machines: list = [None] * self.world_size
+        dist.all_gather_object(machines, machine() or self.rank, group=self.host_group)
+        leader = machines.index(machines[self.rank])
+        notice_key = f"{key} of rank {leader}"
+        with ExitStack() as stack:
+            made = None if leader == self.rank else self._attached(notice_key)
+            if made is None:
+                made = self._make(make)
+            if leader == self.rank and machines.count(machines[leader]) > 1:
+                notice = stack.enter_context(shared(made))
+                self._shared.set(notice_key, pickle.dumps(notice).hex())  # the store takes text
+                if notice is not None:
+                    made = attach(notice)  # as the others do, in place of what is in this process's own memory
+            self._wait_for_all(key)
+        return made[0]
+
+    def _attached(self, key: str) -> Any:
+        """What another process shares under this key; None where it is not to be had."""
+        self._wait(key)
+        notice = pickle.loads(bytes.fromhex(self._shared.get(key).decode()))
+        with suppress(OSError):
+            return notice and attach(notice)
+        return None
+
+    def _make(self, make: Callable[[], T]) -> tuple[T]:
+        """In a tuple, because None may be what is made."""
+        try:
+            return (make(),)
+        except UserError as error:
+            self._shared.set(FAULT, str(error))
+            raise
+
+    def _wait_for_all(self, key: str) -> None:
+        """Waits until all ranks have come here, however long they need."""
+        if self._shared.add(f"{key}: there", 1) == self.world_size:
+            self._shared.set(f"{key}: all", "there")
+        self._wait(f"{key}: all")
+
+    def _next_key(self) -> str:
+        """The key of the store under which all ranks have the next of these messages."""
         self._messages += 1
-        key = f"message {self._messages}"
+        return f"message {self._messages}"
+
+    def _wait_for_main(self) -> None:
+        key = self._next_key()
         if self.is_main:
             self._shared.set(key, "ready")
         else:
@@ -211,11 +265,17 @@ class Processes:
     def _wait(self, key: str) -> None:
         # Polling, because a wait inside the store would hold back signals.
         deadline = time.monotonic() + WAIT_LIMIT
-        while not self._shared.check([key]):
-            if self._shared.check([FAILURES]) or self._shared.check([STOPPED]):
+        while True:
+            # In this order: what a rank has left before it failed is seen.
+            lost = self._shared.check([FAILURES]) or self._shared.check([STOPPED])
+            if self._shared.check([key]):
+                return
+            if self._shared.check([FAULT]):
+                raise UserError(self._shared.get(FAULT).decode())
+            if lost:
                 raise LostRankError("it has failed or was told to stop")
             if time.monotonic() > deadline:
-                raise LostRankError(f"rank 0 has not answered for {WAIT_LIMIT} s")
+                raise LostRankError(f"it has not answered for {WAIT_LIMIT} s")
             time.sleep(POLL)
 
 

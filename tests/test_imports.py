@@ -17,7 +17,7 @@ ORDER = (
     ("report", "weights"),
     ("data",),
     ("ssd", "distributed", "errand", "output", "precision"),
-    ("devices", "group_errors", "launchers"),
+    ("devices", "group_errors", "launchers", "shared_arrays"),
     ("errors", "surroundings", "version"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -77,8 +77,13 @@ def score_checkpoint(
     backbone: that of a checkpoint which does not say.
     """
     state = processes.broadcast_object(load_trained(checkpoint) if processes.is_main else None)
-    validation = read_labelled(*locations(data, "val"), state, source=checkpoint, upright=upright)
-    check_images_exist(validation, tell=report.note)
+
+    def read_validation() -> Annotations:
+        annotations = read_labelled(*locations(data, "val"), state, source=checkpoint, upright=upright)
+        check_images_exist(annotations, tell=report.note)
+        return annotations
+
+    validation = processes.once_a_machine(read_validation)
     make_folder(output)  # before the work, not after it
     tell_data(report, validation, half=half, device=processes.device)
     model = trained_detector(
