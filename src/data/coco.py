@@ -184,11 +184,16 @@ def _clean(path: Path, image_folder: Path, images: Images, rows: Rows, categorie
     usable = (rows.image >= 0) & rows.has(SOLID)
     warnings = tuple(f"{path}: {line}" for line in (*_namesakes(categories), *warnings_of(rows, usable)))
     counts = np.bincount(rows.image[usable], minlength=len(images.ids))
-    order = _by_image(rows.image, usable)
-    crowd = rows.has(CROWD)
+    order = _by_image(vars(rows).pop("image"), usable)
+    crowd = rows.has(CROWD)[order]
+    del rows.flags, usable  # the columns that follow are large, and each is for a while there twice
 
-    def chosen(name: str) -> np.ndarray:
-        return vars(rows).pop(name).take(order, axis=0)  # one column after another, each in place of the old one
+    def chosen(name: str, dtype: type) -> np.ndarray:
+        column = vars(rows).pop(name)
+        taken = np.empty((len(order), *column.shape[1:]), dtype)
+        for start in range(0, len(order), BLOCK):
+            taken[start : start + BLOCK] = column[order[start : start + BLOCK]]
+        return taken
 
     return Annotations(
         path=path,
@@ -198,18 +203,18 @@ def _clean(path: Path, image_folder: Path, images: Images, rows: Rows, categorie
         names=images.names,
         first_byte=images.first_byte,
         first_box=_starts(counts),
-        boxes=chosen("boxes"),
-        labels=chosen("labels"),
-        crowd=crowd[order],
-        areas=chosen("areas"),
-        annotation_ids=chosen("ids"),
+        boxes=chosen("boxes", np.float32),
+        labels=chosen("labels", np.int64),
+        crowd=crowd,
+        areas=chosen("areas", np.float64),
+        annotation_ids=chosen("ids", np.int64),
         categories=categories,
         warnings=warnings,
     )
 
 
 def _by_image(image: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """The places of the usable rows, grouped by image, in their order within an image.
+    """The places of the usable rows, grouped by image, in their order within an image; uint32.
 
     The same as a stable argsort, but in place, and five times as fast.
     """
@@ -218,8 +223,7 @@ def _by_image(image: np.ndarray, usable: np.ndarray) -> np.ndarray:
         block = order[start : start + BLOCK]
         block |= image[block].astype(np.int64) << PLACE_BITS
     order.sort()
-    order &= (1 << PLACE_BITS) - 1
-    return order
+    return order.astype(np.uint32)  # the lower half: PLACE_BITS
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
@@ -228,9 +232,9 @@ def _starts(counts: np.ndarray) -> np.ndarray:
 
 def _check_usable(annotations: Annotations, rows: Rows, *, training: bool) -> None:
     """Raises DataError for a training file without a box, and for annotations that are all of other images."""
-    if len(annotations.boxes) or not (training or 0 < len(rows.image) == rows.num_strange):
+    if len(annotations.boxes) or not (training or 0 < rows.count == rows.num_strange):
         return
-    cause = "none has a box with an area inside its image" if len(rows.image) else "`annotations` is empty"
+    cause = "none has a box with an area inside its image" if rows.count else "`annotations` is empty"
     if rows.num_strange:
         cause = f"the first image_id that no image has is {rows.strange[0]}"
     raise DataError(

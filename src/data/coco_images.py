@@ -67,7 +67,10 @@ class Images:
         self.position = Positions(self.ids).of
 
     def check(self, path: Path, image_folder: Path) -> None:
-        """Raises DataError where there are no images, or two of one id or name, or a name is of another folder."""
+        """Raises DataError where there are no images, or two of one id or name, or a name is of another folder.
+
+        Forgets what was for that and for `position`, so that nothing can be added or looked for afterwards.
+        """
         if not len(self.ids):
             raise DataError(f"{path}: `images` is empty: it must list the pictures in {image_folder.absolute()}")
         repeated = first_repeated(self.ids)
@@ -82,6 +85,7 @@ class Images:
                 f"{path}: images[{index}].file_name is {name!r}: it must be a path below {image_folder.absolute()}"
             )
         self._check_differ(path)
+        del self._ids, self._sizes, self._names, self._lengths, self._hashes, self.position
 
     def _check_differ(self, path: Path) -> None:
         hashes = self._hashes.array()

@@ -42,11 +42,12 @@ class Rows:
     """The entries of `annotations` before any is left out, a column a field; `finish` is to be called last."""
 
     image: np.ndarray  # int32 [M] position among the images; -1 where none has the entry's image_id
-    labels: np.ndarray  # int64 [M]
+    labels: np.ndarray  # int32 [M]
     boxes: np.ndarray  # float32 [M, 4] ltrb, clipped to the image
     areas: np.ndarray  # float64 [M]
     ids: np.ndarray  # int64 [M]
     flags: np.ndarray  # uint8 [M]: SOLID and so on
+    count: int  # M
     renumbered: bool  # the file's ids were missing or not unique
 
     def __init__(self, images: Images) -> None:
@@ -87,26 +88,29 @@ class Rows:
         """
         self.image, self.boxes, self.areas = self._image.array(), self._boxes.array(), self._areas.array()
         self.flags, self.ids = self._flags.array(), self._ids.array()
+        self.count = len(self.image)
         self.labels = self._labels(path, category_ids)
+        del self._category_ids  # before ids are compared, in a copy
         self.renumbered = bool(self.has(NAMELESS).any()) or first_repeated(self.ids) is not None
         if self.renumbered:
             self.ids = np.arange(1, len(self.ids) + 1)
-        del self._image, self._category_ids, self._boxes, self._areas, self._flags, self._ids
+        del self._image, self._boxes, self._areas, self._flags, self._ids
 
     def _labels(self, path: Path, category_ids: list[int]) -> np.ndarray:
-        labels = self._category_ids.array()
+        given = self._category_ids.array()
+        labels = np.empty(len(given), np.int32)
         position = Positions(np.array(category_ids, np.int64)).of
-        for start in range(0, len(labels), BLOCK):  # in place, as it takes another such column otherwise
-            given = labels[start : start + BLOCK]
-            found = position(given)
+        for start in range(0, len(given), BLOCK):
+            block = given[start : start + BLOCK]
+            found = position(block)
             if (found < 0).any():
                 first = int(np.argmin(found))
                 known = {"id": None if self.has(NAMELESS)[start + first] else int(self.ids[start + first])}
                 raise DataError(
-                    f"{path}: {describe('annotations', start + first, known)} has category_id {given[first]}, "
+                    f"{path}: {describe('annotations', start + first, known)} has category_id {block[first]}, "
                     f"which no entry of `categories` has (it has {listed(category_ids)})"
                 )
-            given[:] = found + 1
+            labels[start : start + BLOCK] = found + 1
         return labels
 
     def has(self, flag: int) -> np.ndarray:
