@@ -70,6 +70,17 @@ class Annotations:
         ends = (self.first_byte[images.start : images.stop + 1] - start).tolist()
         return [together[first:last].decode() for first, last in pairwise(ends)]
 
+    def joined_names(self, images: np.ndarray, end: bytes) -> bytes:
+        """The file names of some images, each with one byte after it; fast where those of all are wanted."""
+        lengths = self.first_byte[images + 1] - self.first_byte[images]
+        before = np.cumsum(lengths) - lengths  # bytes of the earlier names
+        source = np.repeat(self.first_byte[images] - before, lengths)
+        target = np.repeat(np.arange(len(images)), lengths)
+        place = np.arange(lengths.sum())
+        joined = np.full(lengths.sum() + len(images), ord(end), np.uint8)
+        joined[place + target] = self.names[place + source]
+        return joined.tobytes()
+
     def image_path(self, i: int) -> Path:
         return self.image_folder / self.file_name(i)
 
@@ -84,8 +95,8 @@ class Annotations:
         images = self.with_boxes()
         content = hashlib.blake2b(digest_size=8)
         for start in range(0, len(images), BLOCK):
-            names = "\0".join(map(self.file_name, images[start : start + BLOCK].tolist()))
-            content.update(("\0" if start else "").encode() + names.encode())
+            names = self.joined_names(images[start : start + BLOCK], b"\0")
+            content.update(names if start + BLOCK < len(images) else names[:-1])
         for array in (self.sizes[images], np.diff(self.first_box)[images], self.boxes, self.labels):
             content.update(np.ascontiguousarray(array).data)
         return content.hexdigest()

@@ -33,8 +33,7 @@ def write_reader_files(annotations: Annotations, order: np.ndarray, folder: Path
     chosen += np.arange(len(chosen))
     with (folder / "filenames.dat").open("wb") as file:
         for start in range(0, len(order), BLOCK):
-            names = map(annotations.file_name, order[start : start + BLOCK].tolist())
-            file.write("".join(f"{name}\n" for name in names).encode())
+            file.write(annotations.joined_names(order[start : start + BLOCK], b"\n"))
     ids = np.searchsorted(annotations.with_boxes(), order)
     for name, values in (("offsets", offsets), ("counts", counts), ("original_ids", ids)):
         _write(folder / f"{name}.dat", values, np.int32)
@@ -68,18 +67,16 @@ def _as_read(numbers: np.ndarray) -> np.ndarray:
 
 
 def _parsed(number: float) -> float:
-    """A positive number as RapidJSON reads what is written of it: digits as a float64, by a power of ten."""
-    _, digits, power = Decimal(repr(number)).as_tuple()
-    whole, used = 0, 0
-    while used < len(digits) and whole < 2**53:
-        whole = 10 * whole + digits[used]
-        used += 1
-    significand = float(whole)
-    for digit in digits[used:MAX_DIGITS]:
-        significand = 10 * significand + digit
-        used += 1
-    exponent = int(power) + len(digits) - used
-    return significand / 10.0**-exponent if exponent < 0 else significand * 10.0**exponent
+    """A positive number up to 2**24 as RapidJSON reads what is written of it: whole numbers, by a power of ten."""
+    text = repr(number)
+    before, _, after = (f"{Decimal(text):f}" if "e" in text else text).partition(".")
+    digits = (before + after).lstrip("0")
+    # It counts in whole numbers until they are 2**53, which has 16 digits.
+    whole = MAX_DIGITS if int(digits[: MAX_DIGITS - 1]) < 2**53 else MAX_DIGITS - 1
+    significand = float(int(digits[:whole]))
+    for digit in digits[whole:]:
+        significand = 10 * significand + int(digit)
+    return significand / 10.0 ** len(after)
 
 
 def _write(path: Path, values: np.ndarray, dtype: type[np.number]) -> None:
