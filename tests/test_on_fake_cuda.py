@@ -130,9 +130,9 @@ def test_a_batch_of_dali_copies_colours_alone(data):
     theirs.set_epoch(0)
     run = theirs._run
 
-    def run_on_gpu() -> list[torch.Tensor]:
-        images, boxes, labels, *small = run()
-        return [*map(GpuTensor, (images, boxes, labels)), *small]
+    def run_on_gpu() -> dict[str, torch.Tensor]:
+        outputs = run()
+        return outputs | {name: GpuTensor(outputs[name]) for name in ("images", "boxes", "labels")}
 
     theirs._run, theirs.device, theirs.dtype = run_on_gpu, GPU, torch.float16
     with fake_gpu() as gpu:
