@@ -16,15 +16,15 @@ if __name__ == "__main__":
 
 import torch
 
-from src import distributed
+from src import distributed, launchers
 from src.benchmark import benchmark
 from src.check import check
 from src.data.coco import Annotations
 from src.data.dataset import read_dataset
 from src.data.loaders import TrainLoader, make_train_loader, make_trial
 from src.devices import configure
-from src.distributed import Processes, StopNotice, Terminated
-from src.errors import TrainingBreakdownError, UserError
+from src.distributed import Processes
+from src.errors import Terminated, TrainingBreakdownError, UserError
 from src.evaluation.export import export
 from src.evaluation.predict import predict_folder
 from src.evaluation.validation import make_evaluation, score_checkpoint
@@ -36,6 +36,7 @@ from src.report.report import NullReport, Report
 from src.report.start import Continued, start_report, tell_data, tell_start
 from src.ssd.detect import IOU_THRESHOLD, MAX_DETECTIONS
 from src.ssd.model import SSD300, feature_channels
+from src.stop_notice import StopNotice
 from src.training.checkpoint import TRAINING_DATA, Identity, read_run
 from src.training.run import LAST, Run
 from src.training.start import odd_starts, resumed_file, start_position, starting_model
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stderr is None:  # closed by who started this
         sys.stderr = io.StringIO()
-    with distributed.telling_once():
+    with launchers.telling_once():
         flags = parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and categories may be beyond a terminal's alphabet
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -18,10 +18,11 @@ import torch
 from src.data.coco import Annotations, locations, read_annotations
 from src.data.loaders import PIPELINES, EvaluationLoader, make_train_loader
 from src.devices import configure
-from src.distributed import Processes, StopNotice
+from src.distributed import Processes
 from src.evaluation.evaluate import evaluate
 from src.precision import half_is_fast
 from src.report.report import Report
+from src.stop_notice import StopNotice
 from src.training.step import REFERENCE_BATCH, Schedule, train_epoch
 
 from .step import make_trainer

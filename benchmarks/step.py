@@ -17,10 +17,11 @@ from src.benchmark import random_batch, time_training
 from src.data.batch import Batch
 from src.data.coco import Annotations, locations, read_annotations
 from src.data.loaders import make_train_loader
-from src.distributed import Processes, StopNotice
+from src.distributed import Processes
 from src.precision import half_is_fast, image_dtype
 from src.report.report import Report
 from src.ssd.model import SSD300
+from src.stop_notice import StopNotice
 from src.training.step import Schedule, Trainer, make_optimizer, train_epoch
 
 from . import table

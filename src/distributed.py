@@ -1,17 +1,14 @@
-"""Ranks and what they tell each other; start and end of a process group; the scheduler's notice to stop.
+"""Ranks and what they tell each other; start and end of a process group.
 
 One process without a launcher opens no port and no group: every method then works on that process alone.
 """
 
-import io
 import os
 import pickle
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -20,9 +17,9 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from .devices import Card, card, choose_device, refuse_shared
-from .errors import UserError
+from .errors import Terminated, UserError
 from .group_errors import is_loss, reason
-from .launchers import Place, find_place
+from .launchers import TELLING_LIMIT, Place, find_place
 from .shared_arrays import attach, machine, shared
 
 GROUP_TIMEOUT = 120  # seconds after which a rank that does not answer is taken for lost
@@ -32,9 +29,6 @@ PATIENCE = 15  # times that limit is how much longer than another a rank may tak
 # Seconds that ranks wait for work that only one does (scoring, writing, fetching weights, reading annotations).
 WAIT_LIMIT = 6 * 3600
 POLL = 0.05  # seconds between looks at the store
-DATA_LIMIT = 20  # seconds that SIGTERM lets a run wait for its next images; launchers kill after 30
-TELLING_LIMIT = 5  # seconds that a rank which fails after another waits for that one to have told why
-HAS_ALARM = hasattr(signal, "setitimer")  # not on Windows
 FAILURES, TOLD, STOPPED, FAULT = "failures", "told", "stopped", "fault"  # keys of the store
 T = TypeVar("T")
 
@@ -356,119 +350,3 @@ def _group_timeout() -> timedelta:
         if 0 < float(text) < WAIT_LIMIT:
             return timedelta(seconds=float(text))
     raise UserError(f"the variable {GROUP_TIMEOUT_VARIABLE} is {text!r}, not a number of seconds below {WAIT_LIMIT}")
-
-
-@contextmanager
-def telling_once() -> Iterator[None]:
-    """Inside, only the first process of a machine prints, where all would print the same.
-
-    An exit of the others is held back until it has, because a launcher ends all when one is gone.
-    """
-    if _is_first_of_machine():
-        yield
-        return
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        try:
-            yield
-        except SystemExit:
-            time.sleep(TELLING_LIMIT)
-            raise
-
-
-def _is_first_of_machine() -> bool:
-    try:
-        return find_place().local_rank == 0
-    except UserError:  # which `start` will raise
-        return True
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived where nothing is to be finished first, or what is cannot be; the message says why."""
-
-
-class StopNotice:
-    """SIGTERM, a scheduler's notice: within `deferred` it is noted, elsewhere it raises Terminated at once.
-
-    What is deferred is let finish unless it waits for images: see `watched`.
-    All ranks learn of it by one integer that is reduced asynchronously and read an iteration later.
-    """
-
-    def __init__(self, processes: Processes) -> None:
-        self.processes = processes
-        self.received = False
-        self._over = False  # all ranks have agreed to stop
-        self._deferred = False
-        self._waiting = False  # for images, while what is deferred
-        self._flag = torch.zeros((), dtype=torch.int32)
-        self._work: dist.Work | None = None
-        self._previous = [(signal.SIGTERM, signal.signal(signal.SIGTERM, self._handle))]
-        if HAS_ALARM:
-            self._previous.append((signal.SIGALRM, signal.signal(signal.SIGALRM, self._give_up)))
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        first, self.received = not self.received, True
-        if not self._deferred:
-            raise Terminated
-        if first and HAS_ALARM:
-            signal.setitimer(signal.ITIMER_REAL, DATA_LIMIT, 1)
-
-    def _give_up(self, number: int, frame: FrameType | None) -> None:
-        """The iteration would never end where a disk or a worker process hangs."""
-        if self._waiting:
-            raise Terminated(f" (the next images had not come after {DATA_LIMIT} s)")
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """SIGTERM is only noted inside; at the end any rank's note that was not acted on raises Terminated on all."""
-        self._deferred = True
-        try:
-            yield
-            stop = self.processes.maximum(int(self.received))
-        finally:
-            self._deferred = False
-        if stop or self.received:
-            self._over = True
-            raise Terminated
-
-    def watched(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches; once SIGTERM has come, waiting too long for the next one raises Terminated."""
-        iterator = iter(batches)
-        while True:
-            self._waiting = True
-            try:
-                batch = next(iterator, None)
-            finally:
-                self._waiting = False
-            if batch is None:
-                return
-            yield batch
-
-    def agreed(self) -> bool:
-        """Whether any rank had been told to stop by its last call; to be called by all ranks in every iteration."""
-        if self.processes.world_size == 1:
-            return self.received
-        stop = self.settle()
-        self._flag.fill_(int(self.received))
-        self._work = self.processes.start_maximum(self._flag)
-        return stop
-
-    def settle(self) -> bool:
-        """Waits for what the last `agreed` started; whether any rank had been told to stop by then."""
-        if self._work is None:
-            return self.processes.world_size == 1 and self.received
-        self._work.wait()
-        self._work = None
-        self._over = self._over or bool(self._flag)
-        return bool(self._flag)
-
-    def close(self) -> None:
-        """Gives the signals back to whoever had them.
-
-        After an agreed stop it is ignored: a launcher sends it to all when one has ended, and each is to end by itself.
-        """
-        if HAS_ALARM:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._previous:
-            signal.signal(number, handler)
-        if self._over and self.processes.world_size > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -24,3 +24,7 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived where nothing is to be finished first, or what is cannot be; the message says why."""

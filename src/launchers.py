@@ -1,14 +1,18 @@
 """This process's place among those that a launcher started, as its environment variables tell."""
 
+import io
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import NamedTuple
 
 from .errors import UserError
 
 LARGEST, LARGEST_PORT = 2**31 - 1, 65535
 MPI_PORT = 29500  # where mpirun's user names none; it is torchrun's, too
+TELLING_LIMIT = 5  # seconds that a process which fails after another waits for that one to have told why
 SLURM_PORTS, PORTS_A_JOB = range(20000, 32000), 8  # below those that systems give away; one for each step of a job
 
 
@@ -108,3 +112,27 @@ def _whole(
             "process unset it"
         )
     return int(text)
+
+
+@contextmanager
+def telling_once() -> Iterator[None]:
+    """Inside, only the first process of a machine prints, where all would print the same.
+
+    An exit of the others is held back until it has, because a launcher ends all when one is gone.
+    """
+    if _is_first_of_machine():
+        yield
+        return
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
+            yield
+        except SystemExit:
+            time.sleep(TELLING_LIMIT)
+            raise
+
+
+def _is_first_of_machine() -> bool:
+    try:
+        return find_place().local_rank == 0
+    except UserError:  # which `start` will raise
+        return True

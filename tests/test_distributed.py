@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from src import distributed
+from src import distributed, launchers
 from src.devices import card
-from src.distributed import Processes, StopNotice, Terminated
-from src.errors import UserError
+from src.distributed import Processes
+from src.errors import Terminated, UserError
 from src.flags import parse_args
 from src.launchers import Place
 from src.ssd.loss import MultiBoxLoss
+from src.stop_notice import StopNotice
 from tests import process_checks
 from tests.imported import launch
 from tests.launch import TORCHRUN, command
@@ -213,11 +215,11 @@ def test_a_taken_port_is_named(no_launcher, monkeypatch):
 @pytest.mark.parametrize(("rank", "printed"), [("0", "usage"), ("1", "")])
 def test_what_all_would_print_is_printed_by_the_first_of_a_machine(monkeypatch, capsys, rank, printed):
     monkeypatch.setenv("LOCAL_RANK", rank)
-    monkeypatch.setattr(distributed, "TELLING_LIMIT", 0)
-    with pytest.raises(SystemExit), distributed.telling_once():
+    monkeypatch.setattr(launchers, "TELLING_LIMIT", 0)
+    with pytest.raises(SystemExit), launchers.telling_once():
         parse_args(["--help"])
     assert capsys.readouterr().out.startswith(printed)
-    with pytest.raises(SystemExit, match="2"), distributed.telling_once():
+    with pytest.raises(SystemExit, match="2"), launchers.telling_once():
         parse_args(["--no-such-flag"])
     assert bool(capsys.readouterr().err) == (rank == "0")
 
@@ -332,7 +334,7 @@ def stop():
 
 
 def send_sigterm() -> None:
-    os.kill(os.getpid(), distributed.signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_sigterm_ends_what_is_not_to_be_finished(stop):
@@ -356,6 +358,6 @@ def test_an_error_inside_is_not_hidden_by_a_notice(stop):
 
 
 def test_the_signal_is_given_back():
-    before = distributed.signal.getsignal(distributed.signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
     StopNotice(ALONE).close()
-    assert distributed.signal.getsignal(distributed.signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -16,6 +16,7 @@ ORDER = (
     ("training", "evaluation"),
     ("report", "weights"),
     ("data",),
+    ("stop_notice",),
     ("ssd", "distributed", "errand", "output", "precision"),
     ("devices", "group_errors", "launchers", "shared_arrays"),
     ("errors", "surroundings", "version"),

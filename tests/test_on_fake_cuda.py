@@ -13,12 +13,13 @@ import torch
 from src.benchmark import WARM_UP, benchmark
 from src.data.coco import Annotations, Category, locations, read_annotations
 from src.data.torch_pipeline import EvaluationLoader, TorchTrainLoader
-from src.distributed import Processes, StopNotice
+from src.distributed import Processes
 from src.evaluation.evaluate import Evaluation, evaluate
 from src.evaluation.predict import predict
 from src.precision import image_dtype
 from src.report.report import NullReport
 from src.ssd.detect import detect
+from src.stop_notice import StopNotice
 from src.training.step import Schedule, Trainer, make_optimizer, train_epoch
 from tests.datasets import annotation, write_coco
 from tests.fake_cuda import CPU, GPU, Event, FakeGpu, GpuTensor, fake_gpu

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from src.data.loaders import TrainLoader
-from src.distributed import Processes, StopNotice, Terminated
+from src.distributed import Processes
+from src.errors import Terminated
 from src.report.report import NullReport, Report
+from src.stop_notice import StopNotice
 
 from .checkpoint import Checkpoint, Identity, Position, save_run
 from .step import Schedule, Trainer, train_epoch

@@ -11,11 +11,12 @@ from torch.nn.utils import get_total_norm
 from torch.optim import SGD, Optimizer
 
 from src.data.batch import Batch
-from src.distributed import Processes, StopNotice
+from src.distributed import Processes
 from src.errors import TrainingBreakdownError, UserError
 from src.precision import autocast
 from src.report.report import NullReport, Report
 from src.ssd.loss import LossParts, MultiBoxLoss
+from src.stop_notice import StopNotice
 
 REFERENCE_BATCH = 32  # images; --learning-rate is stated for it
 DECAY = 0.1  # of the learning rate at each --multistep epoch

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import _utils
 
 import main
-from src import distributed
+from src import stop_notice
 from src.data import torch_pipeline, workers
 from src.data.torch_pipeline import EvaluationLoader, TorchTrainLoader
 from src.errors import UserError
@@ -142,7 +142,7 @@ def test_signals_are_heeded_while_a_hanging_worker_is_waited_for(
     data, tmp_path, monkeypatch, in_workers, capsys, number, status
 ):
     monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
-    monkeypatch.setattr(distributed, "DATA_LIMIT", 0.2)
+    monkeypatch.setattr(stop_notice, "DATA_LIMIT", 0.2)
     in_workers(lambda: time.sleep(600))
     sender = threading.Thread(target=send_once_a_worker_is_there, args=(number,))
     sender.start()

@@ -16,10 +16,11 @@ from torch import nn
 import main
 from src.benchmark import random_batch
 from src.data.torch_pipeline import EvaluationLoader
-from src.distributed import Processes, StopNotice
+from src.distributed import Processes
 from src.errors import UserError
 from src.report.report import Report
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES
+from src.stop_notice import StopNotice
 from src.training.step import Schedule, Trainer, TrainingBreakdownError, make_optimizer, train_epoch
 from tests.both_pipelines import CPU, error_line, read, run, train_loader
 from tests.datasets import annotation, write_coco
