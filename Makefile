@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 DEMO := demo
 DEMO_FLAGS = --data $(DEMO)/data --output $(DEMO)/run --backbone resnet18 --backbone-weights none \
-	--epochs 10 --batch-size 8 --eval-batch-size 16 --num-workers 2 --lr 0.08 --warmup 40 --multistep 8 \
+	--epochs 10 --batch-size 4 --eval-batch-size 16 --num-workers 2 --lr 0.08 --warmup 60 --multistep 8 \
 	--evaluation 4 9 --target 0.3
 
 .PHONY: venv demo pictures test test-gpu gpu lint clean
