@@ -23,7 +23,7 @@ from src.errors import DataError
 from .coco_file import CategoryEntry, pieces
 from .coco_images import Images
 from .coco_rows import CROWD, SOLID, Rows, listed, warnings_of
-from .columns import first_repeated
+from .columns import first_repeated, starts
 
 BLOCK = 2**16  # images or boxes that are worked on together
 TELL_EVERY = 5.0  # seconds
@@ -155,7 +155,7 @@ def _read(path: Path) -> tuple[Images, Rows, list[CategoryEntry]]:
     return images, rows, categories
 
 
-# --- categories -------------------------------------------------------------------------------------------
+# --- categories ------------------------------------------------------------------------------------------------------
 
 
 def _categories(path: Path, entries: list[CategoryEntry]) -> tuple[Category, ...]:
@@ -213,7 +213,7 @@ def _clean(path: Path, image_folder: Path, images: Images, rows: Rows, categorie
         sizes=images.sizes,
         names=images.names,
         first_byte=images.first_byte,
-        first_box=_starts(counts),
+        first_box=starts(counts),
         boxes=chosen("boxes", np.float32),
         labels=chosen("labels", np.int64),
         crowd=crowd,
@@ -235,10 +235,6 @@ def _by_image(image: np.ndarray, usable: np.ndarray) -> np.ndarray:
         block |= image[block].astype(np.int64) << PLACE_BITS
     order.sort()
     return order.astype(np.uint32)  # the lower half: PLACE_BITS
-
-
-def _starts(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def _check_usable(annotations: Annotations, rows: Rows, *, training: bool) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from src.errors import DataError
 
 from .coco_file import ImageEntry
-from .columns import Column, Positions, field, first_repeated
+from .columns import Column, Positions, field, first_repeated, starts
 from .file_names import spelled_as_on_disk
 
 FIRST_BEYOND_ASCII = 128
@@ -63,7 +63,7 @@ class Images:
     def finish(self) -> None:
         """Makes the arrays, which may yet be wrong: see `check`."""
         self.ids, self.sizes, self.names = self._ids.array(), self._sizes.array(), self._names.array()
-        self.first_byte = np.concatenate([[0], np.cumsum(self._lengths.array(), dtype=np.int64)])
+        self.first_byte = starts(self._lengths.array())
         self.position = Positions(self.ids).of
 
     def check(self, path: Path, image_folder: Path) -> None:
@@ -108,7 +108,7 @@ class Images:
         names = spelled_as_on_disk([self.name(i) for i in range(len(self.ids))], image_folder)
         encoded = [name.encode() for name in names]
         self.names = np.frombuffer(b"".join(encoded), np.uint8)
-        self.first_byte = np.concatenate([[0], np.cumsum([len(name) for name in encoded], dtype=np.int64)])
+        self.first_byte = starts([len(name) for name in encoded])
 
     def name(self, i: int) -> str:
         return self.names[self.first_byte[i] : self.first_byte[i + 1]].tobytes().decode()

@@ -14,6 +14,11 @@ def field(entries: Sequence, name: str, dtype: type) -> np.ndarray:
     return np.fromiter(map(attrgetter(name), entries), dtype, len(entries))
 
 
+def starts(counts: np.ndarray | Sequence[int]) -> np.ndarray:
+    """Where each group of so many rows starts, and where the last ends; int64, one longer than the counts."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
 class Column:
     """An array that grows at its end, in place: pieces that are joined at last would need twice the memory."""
 
