@@ -124,6 +124,7 @@ def train(flags: Flags, processes: Processes) -> int:
             model, validation, batch_size=flags.eval_batch_size, num_workers=flags.num_workers, half=flags.fp16,
             output=flags.output, processes=processes, report=report,
         ))  # fmt: skip
+        stack.enter_context(told_at_once(processes))  # not only when the files of the last evaluation are made
         run = Run(
             trainer, loader, schedule, evaluate=evaluate, evaluation_epochs=epochs, identity=identity,
             position=position, output=flags.output, processes=processes, stop=stop, report=report,

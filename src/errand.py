@@ -92,8 +92,11 @@ def serve(niceness: int) -> None:
     os.dup2(2 if sys.stderr else os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no answer
     function, arguments = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    pickle.dump(function(*arguments), answers, pickle.HIGHEST_PROTOCOL)
-    answers.flush()
+    try:
+        pickle.dump(function(*arguments), answers, pickle.HIGHEST_PROTOCOL)
+        answers.flush()
+    finally:  # it ends by itself from here on; an exit on top of that would be printed as a fault
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _leave_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +25,10 @@ def begin_a_file(path: Path) -> None:
         file.flush()
         while True:
             time.sleep(0.01)
+
+
+def take_time_to_end() -> None:
+    threading.Thread(target=time.sleep, args=(1,)).start()  # which the end of a Python waits for
 
 
 def be_killed(*_: object) -> None:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from src.errand import Errand, ErrandLostError
-from tests.errands import begin_a_file, die, sorted_modules
+from tests.errands import begin_a_file, die, sorted_modules, take_time_to_end
 
 
 def wait_for(condition) -> None:
@@ -39,6 +39,13 @@ def test_a_process_that_ends_early_is_told_of_with_its_signal_or_status(capfd):
         with pytest.raises(ErrandLostError, match="ended with status 1"):
             wrong.answer()
     assert "/no such folder" in capfd.readouterr().err
+
+
+def test_one_that_is_ending_is_left_to_end_in_silence(capfd):
+    with Errand() as errand:
+        errand.send(take_time_to_end)
+        errand.answer()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_notice_to_the_whole_job_does_not_end_it():

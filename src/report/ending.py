@@ -13,6 +13,7 @@ from src.distributed import Processes
 from src.errors import TrainingBreakdownError, UserError
 from src.group_errors import advice, is_setup_error, reason
 
+from .progress import Bar
 from .report import NullReport, Report
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143  # exit statuses
@@ -37,7 +38,8 @@ def fail(error: Exception, processes: Processes) -> int:
     if lost and processes.stopped_elsewhere() is not None:
         return TERMINATED
     if processes.report_failure():
-        _tell(error, processes, lost=lost)
+        with Bar.external_write_mode(sys.stderr):
+            _tell(error, processes, lost=lost)
         processes.told()
     return BAD_INPUT if isinstance(error, UserError) else FAILED
 

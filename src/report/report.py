@@ -212,12 +212,9 @@ class Report:
         self._metrics = self._mlperf = self._tensorboard = None
 
     def _print(self, text: str, stream: TextIO) -> None:
-        if self._bar is not None:
-            self._bar.clear()
-        with writing("to standard output" if stream is self._stream else "to standard error"):
+        where = "to standard output" if stream is self._stream else "to standard error"
+        with Bar.external_write_mode(sys.stderr), writing(where):
             print(text, file=stream, flush=True)
-        if self._bar is not None:
-            self._bar.refresh()
 
     def _end_bar(self) -> None:
         if self._bar is not None:
