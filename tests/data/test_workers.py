@@ -92,7 +92,7 @@ def test_what_a_worker_cannot_hand_over_is_told_of(kind, data, monkeypatch, numb
 def test_a_fault_in_handing_over_is_not_hidden(kind, data, monkeypatch):
     collate = {"training": "collate_training", "evaluation": "collate_evaluation"}[kind]
     monkeypatch.setattr(torch_pipeline, collate, lambda _: lambda: None)
-    with pytest.raises(RuntimeError, match="pickle|get local object"):  # before and since Python 3.13
+    with pytest.raises(RuntimeError, match=r"pickle|get local object"):  # before and since Python 3.13
         batches(kind, data, 1)
 
 
