@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +54,7 @@ def data_loader(
     # --num-workers is the user's word; torch's advice on it would stand in every log.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     allow_open_files(workers)
+    context = _context()
     with _explaining(workers):
         return _Loader(
             dataset,
@@ -62,8 +64,8 @@ def data_loader(
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=_WorkerStart() if workers else None,
-            multiprocessing_context=_context() if workers else None,
+            worker_init_fn=_WorkerStart(context) if workers else None,
+            multiprocessing_context=context if workers else None,
         )
 
 
@@ -161,8 +163,12 @@ class _TellingQueue(Queue):
 
 
 def _context() -> BaseContext:
-    """The system's way of starting processes, with queues that tell."""
-    context = copy.copy(multiprocessing.get_context())
+    """The system's way of starting processes, with queues that tell.
+
+    On Linux a fork, since Python 3.14 too: a worker then has the arrays of all images in common with this process, and
+    torch is imported already.
+    """
+    context = copy.copy(multiprocessing.get_context("fork" if sys.platform == "linux" else None))
     context.Queue = lambda maxsize=0: _TellingQueue(maxsize, ctx=context)  # type: ignore[method-assign]
     return context
 
@@ -174,8 +180,8 @@ class _WorkerStart:
     leaves does SIGTERM end the worker.
     """
 
-    def __init__(self) -> None:
-        self._leaving = multiprocessing.Event()
+    def __init__(self, context: BaseContext) -> None:
+        self._leaving = context.Event()
         # Runs before multiprocessing ends the workers that are left, since that was registered earlier.
         atexit.register(self._leaving.set)
 

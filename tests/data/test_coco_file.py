@@ -104,7 +104,7 @@ def test_no_images(tmp_path):
         ('{"images": [],\n "extra": [1,,2]}', "line 2, column 14 (byte 28)"),
         (json.dumps(content())[:-20], "ends in the middle"),
         (json.dumps(content()) + "}", "trailing characters at line 1"),
-        ('{"a": ' + "[" * 99999 + "]" * 99999 + "}", "nested too deep"),
+        ('{"a": ' + "[" * 999_999 + "]" * 999_999 + "}", "nested too deep"),
         (json.dumps(content()).replace("1.jpg", "\\ud800"), ""),
     ],
 )  # fmt: skip
