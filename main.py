@@ -35,7 +35,7 @@ from src.report.ending import BAD_INPUT, DONE, INTERRUPTED, TERMINATED, fail, me
 from src.report.report import NullReport, Report
 from src.report.start import Continued, start_report, tell_data, tell_start
 from src.ssd.detect import IOU_THRESHOLD, MAX_DETECTIONS
-from src.ssd.model import SSD300, feature_channels
+from src.ssd.model import SSD300, feature_channels, training_layout
 from src.stop_notice import StopNotice
 from src.training.checkpoint import TRAINING_DATA, Identity, read_run
 from src.training.run import LAST, Run
@@ -159,10 +159,12 @@ def loader_maker(flags: Flags, processes: Processes) -> Callable[[Annotations], 
 
 
 def make_trainer(flags: Flags, processes: Processes, model: SSD300) -> Trainer:
+    layout = training_layout(flags.backbone, processes.device)
+    model = model.to(processes.device).to(memory_format=layout)
     optimizer = make_optimizer(model, momentum=flags.momentum, weight_decay=flags.weight_decay)
     return Trainer(
         model, optimizer=optimizer, device=processes.device, half=flags.fp16, processes=processes,
-        compiled=flags.compile,
+        layout=layout, compiled=flags.compile,
     )  # fmt: skip
 
 
@@ -190,7 +192,7 @@ def work(flags: Flags, processes: Processes) -> int:
             training, _ = read_dataset(flags.data, evaluating=False, upright=flags.upright, tell=report.note)
             torch.manual_seed(flags.seed)
             model = SSD300(flags.backbone, len(training.categories) + 1)
-            trainer = make_trainer(flags, processes, model.to(processes.device).to(memory_format=torch.channels_last))
+            trainer = make_trainer(flags, processes, model)
             with closing(loader_maker(flags, processes)(training)) as loader, told_at_once(processes):
                 benchmark(
                     trainer, loader, training, backbone=flags.backbone, batch_size=flags.batch_size, report=report

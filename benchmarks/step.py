@@ -20,7 +20,7 @@ from src.data.loaders import make_train_loader
 from src.distributed import Processes
 from src.precision import half_is_fast, image_dtype
 from src.report.report import Report
-from src.ssd.model import SSD300
+from src.ssd.model import SSD300, training_layout
 from src.stop_notice import StopNotice
 from src.training.step import Schedule, Trainer, make_optimizer, train_epoch
 
@@ -41,17 +41,20 @@ def make_trainer(
     device: torch.device,
     *,
     half: bool,
-    channels_last: bool = True,
+    layout: torch.memory_format | None = None,
     compiled: bool = False,
     labels: int = LABELS,
     seed: int = 0,
 ) -> Trainer:
+    """layout: a run's, if left out."""
     torch.manual_seed(seed)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = layout or training_layout(backbone, device)
     model = SSD300(backbone, labels).to(device).to(memory_format=layout)
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=5e-4)
     alone = Processes(0, 1, device, None)
-    return Trainer(model, optimizer=optimizer, device=device, half=half, processes=alone, compiled=compiled)
+    return Trainer(
+        model, optimizer=optimizer, device=device, half=half, processes=alone, layout=layout, compiled=compiled
+    )
 
 
 def run(device: torch.device | None = None, *, backbone: str = "resnet50", batch_size: int = BATCH) -> Iterator[dict]:
@@ -59,7 +62,7 @@ def run(device: torch.device | None = None, *, backbone: str = "resnet50", batch
     device = device or torch.device("cpu")
     batch = random_batch(batch_size, LABELS, device=device, dtype=torch.float32)
     first = Batch(batch.images.contiguous(), batch.boxes, batch.labels)
-    plain = make_trainer(backbone, device, half=False, channels_last=False)
+    plain = make_trainer(backbone, device, half=False, layout=torch.contiguous_format)
     yardstick = time_training("plain", plain, repeat(first), steps=STEPS[device.type]).images_per_second
     fast = half_is_fast(device)
     kinds: list[tuple[str, bool, bool, float | None]] = [

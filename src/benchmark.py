@@ -16,7 +16,7 @@ import torch
 from src.data.batch import Batch
 from src.data.coco import Annotations
 from src.data.loaders import TrainLoader
-from src.evaluation.evaluate import evaluating
+from src.evaluation.evaluate import evaluating, for_inference
 from src.report.report import NullReport, Report
 from src.report.start import device_name, tell_data
 from src.ssd.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES, default_boxes
@@ -84,13 +84,14 @@ def time_training(name: str, trainer: Trainer, batches: Iterable[Batch], *, step
 @torch.inference_mode()
 def time_evaluation(name: str, trainer: Trainer, batches: Iterable[Batch], *, steps: int) -> Timing:
     """Times `steps` evaluation steps, from images to detections, after a warm-up."""
-
-    def step(batch: Batch) -> None:
-        with autocast(trainer.device, trainer.half):
-            offsets, logits = trainer.model(batch.images)
-        detect(offsets, logits)
-
     with evaluating(trainer.model):
+        network = for_inference(trainer.model, device=trainer.device, half=trainer.half)
+
+        def step(batch: Batch) -> None:
+            with autocast(trainer.device, trainer.half):
+                offsets, logits = network(batch.images)
+            detect(offsets, logits)
+
         return _timed(name, batches, step, trainer.device, steps)
 
 

@@ -24,10 +24,9 @@ from src.output import make_folder
 from src.report.plots import draw_prediction
 from src.report.report import RESULTS, NullReport, Report, holds_run
 from src.ssd.detect import Detections, WholeDetector
-from src.ssd.model import folded
 from src.weights.detector import known_categories
 
-from .evaluate import evaluating, find
+from .evaluate import evaluating, find, for_inference
 from .exported import load_trained, trained_detector
 from .gallery import warn_of_non_finite
 from .scoring import DECIMALS, write_list
@@ -145,7 +144,7 @@ def predict(
     progress = progress or NullReport().progress
     share = range(dist.rank, len(images), dist.world_size)
     with evaluating(model), torch.inference_mode(), progress(len(share), "Prediction") as bar:
-        network = model if half else folded(model)  # as in `evaluate`
+        network = for_inference(model, device=device, half=half)
         for start, batch in _batches([images[number] for number in share], batch_size):
             read_ones = list(zip(share[start:], batch, strict=False))
             unreadable |= {number: read for number, read in read_ones if isinstance(read, UserError)}

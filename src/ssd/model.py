@@ -78,6 +78,17 @@ def feature_channels(backbone: str) -> tuple[int, ...]:
     return (first, 512, 512, 256, 256, last)
 
 
+def training_layout(backbone: str, device: torch.device) -> torch.memory_format:
+    """The layout of weights and images in memory in which training is fastest.
+
+    Channels last, but for the smaller networks on a CPU with AVX2 alone: oneDNN computes the gradients of their 3 x 3
+    convolutions a tenth faster there with channels first.  In an evaluation channels last is faster everywhere.
+    """
+    small = feature_channels(backbone)[0] < 1024
+    on_avx2 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return torch.contiguous_format if small and on_avx2 else torch.channels_last
+
+
 def _extra_block(inputs: int, hidden: int, outputs: int, *, halve: bool) -> nn.Sequential:
     stride, padding = (2, 1) if halve else (1, 0)
     return nn.Sequential(
@@ -107,6 +118,8 @@ def _predict(heads: nn.ModuleList, features: list[Tensor], values: int) -> Tenso
 def folded(model: nn.Module) -> nn.Module:
     """A copy for inference, its batch-norms folded into the convolutions before them; the model itself without any.
 
+    The copy has channels last.
+
     It is for modules that apply their children in the order in which they have them, as far as those are convolutions
     and batch-norms: torchvision's ResNets and the network here.
     """
@@ -118,7 +131,7 @@ def folded(model: nn.Module) -> nn.Module:
             fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
             setattr(module, convolution, fused)
             setattr(module, norm, nn.Identity())
-    return copy
+    return copy.to(memory_format=torch.channels_last)
 
 
 def _folding_pairs(module: nn.Module) -> list[tuple[str, str]]:

@@ -57,7 +57,7 @@ def starting_model(
         else:
             load_backbone_weights(model, backbone, backbone_weights)
     processes.broadcast_object()  # fetching may take long
-    return model.to(processes.device).to(memory_format=torch.channels_last), news
+    return model, news
 
 
 def start_position(

@@ -94,9 +94,13 @@ class Trainer:
         device: torch.device,
         half: bool,
         processes: Processes,
+        layout: torch.memory_format = torch.channels_last,
         compiled: bool = False,
     ) -> None:
-        """compiled: train through torch.compile; the model itself, which is evaluated and saved, stays as it is."""
+        """layout: that of the model's weights, in which it gets the images too.
+
+        compiled: train through torch.compile; the model itself, which is evaluated and saved, stays as it is.
+        """
         self.model = model  # without the wrapper of several processes
         parallel = processes.wrap(model)
         self.parallel: nn.Module = cast(nn.Module, torch.compile(parallel)) if compiled else parallel
@@ -106,6 +110,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=half and device.type == "cuda")
         self.device = device
         self.half = half
+        self.layout = layout
         self.breakdown = BreakdownWatch(processes, device, patient=self.scaler.is_enabled())
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         if self.scaler.is_enabled():
@@ -134,7 +139,7 @@ class Trainer:
             group["lr"] = learning_rate
         with self._explained():
             with autocast(self.device, self.half):
-                offsets, logits = self.parallel(batch.images)
+                offsets, logits = self.parallel(batch.images.contiguous(memory_format=self.layout))
             parts = self.criterion.parts(offsets, logits, batch.boxes, batch.labels)
             self.scaler.scale(parts.localisation + parts.label).backward()
         self.scaler.step(self.optimizer)

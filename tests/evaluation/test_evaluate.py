@@ -10,7 +10,7 @@ from torchvision.ops import box_convert, box_iou
 
 from src.data.coco import read_annotations
 from src.data.torch_pipeline import EvaluationLoader
-from src.evaluation.evaluate import evaluate, to_results
+from src.evaluation.evaluate import evaluate, for_inference, to_results
 from src.evaluation.scoring import METRIC_NAMES
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, default_boxes_ltrb, encode
 from src.ssd.detect import Detections
@@ -136,6 +136,13 @@ def test_any_number_of_processes_scores_the_same_on_every_rank(annotations, worl
         assert (evaluation.results is None) == (number > 0)
     for ours, theirs in zip(evaluations[0].results, alone.results, strict=True):
         assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("half", "fast", "folds"), [(False, True, True), (True, True, False), (True, False, True)])
+def test_batch_norms_are_folded_unless_it_computes_in_half_precision(monkeypatch, half, fast, folds):
+    monkeypatch.setattr("src.evaluation.evaluate.half_is_fast", lambda device: fast)
+    model = SSD300("resnet18", 3).eval()
+    assert (for_inference(model, device=CPU, half=half) is not model) == folds
 
 
 def test_the_network_itself_on_real_files_in_half_precision(annotations):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from src.ssd.detect import detect
-from src.ssd.model import BACKBONES, SSD300, folded
+from src.ssd.model import BACKBONES, SSD300, folded, training_layout
 from tests.recipes import fill_weights, images
 
 FOLDED = ("resnet18", "resnet50")  # the other backbones are made of more of their blocks
@@ -65,6 +65,22 @@ def test_folded_batch_norms_detect_the_same_and_leave_the_model_as_it_was():
 def test_what_has_nothing_to_fold_is_given_back():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3))
     assert folded(model) is model
+
+
+@pytest.mark.parametrize(
+    ("capability", "device", "backbone", "layout"),
+    [
+        ("AVX2", "cpu", "resnet18", torch.contiguous_format),
+        ("AVX2", "cpu", "resnet34", torch.contiguous_format),
+        ("AVX2", "cpu", "resnet50", torch.channels_last),
+        ("AVX2", "cuda", "resnet18", torch.channels_last),
+        ("AVX512", "cpu", "resnet18", torch.channels_last),
+        ("DEFAULT", "cpu", "resnet18", torch.channels_last),
+    ],
+)
+def test_the_layout_to_train_in_follows_the_processor(monkeypatch, capability, device, backbone, layout):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert training_layout(backbone, torch.device(device)) is layout
 
 
 def test_channels_last_gives_the_same_outputs():

@@ -15,19 +15,19 @@ CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU, None)
 
 
-def make_trainer(model, half=False, device=CPU, weight_decay=5e-4, compiled=False) -> Trainer:
+def make_trainer(model, half=False, device=CPU, weight_decay=5e-4, **options) -> Trainer:
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=weight_decay)
     alone = Processes(0, 1, device, None)
-    return Trainer(model, optimizer=optimizer, device=device, half=half, processes=alone, compiled=compiled)
+    return Trainer(model, optimizer=optimizer, device=device, half=half, processes=alone, **options)
 
 
 def oracle_steps(
-    oracle, backbone: str, device=CPU, steps: int = 6, **options
+    oracle, backbone: str, device=CPU, steps: int = 6, layout=torch.channels_last, **options
 ) -> tuple[list[float], list[float], SSD300]:
     """The losses of the oracle's first steps, as computed and as expected, and the network after them."""
     expected = {name: figures[:steps] for name, figures in oracle("model")[backbone]["sgd"].items()}
-    model = fill_weights(SSD300(backbone, 81)).to(device, memory_format=torch.channels_last).train()
-    trainer = make_trainer(model, device=device, **options)
+    model = fill_weights(SSD300(backbone, 81)).to(device, memory_format=layout).train()
+    trainer = make_trainer(model, device=device, layout=layout, **options)
     if trainer.scaler.is_enabled():  # the recipe's gradients overflow at torch's first scale, which skips steps
         trainer.scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
     _, _, boxes, labels = loss_inputs(21, [12, 40], oracle("default_boxes.npz")["xywh"])
@@ -40,13 +40,35 @@ def oracle_steps(
 CHAOTIC_FROM, CHAOTIC_TOLERANCE = {"resnet50": 3}, 4e-2
 
 
-# ResNet-34 is ResNet-18 with more of its blocks.
-@pytest.mark.parametrize(("backbone", "steps"), [("resnet18", 6), ("resnet34", 4), ("resnet50", 6)])
-def test_steps_follow_the_oracles_trajectory(oracle, backbone, steps):
-    losses, expected, _ = oracle_steps(oracle, backbone, steps=steps)
+# ResNet-34 is ResNet-18 with more of its blocks; both have channels first on some CPUs.
+@pytest.mark.parametrize(
+    ("backbone", "steps", "layout"),
+    [
+        ("resnet18", 6, torch.channels_last),
+        ("resnet34", 4, torch.contiguous_format),
+        ("resnet50", 6, torch.channels_last),
+    ],
+)
+def test_steps_follow_the_oracles_trajectory(oracle, backbone, steps, layout):
+    losses, expected, _ = oracle_steps(oracle, backbone, steps=steps, layout=layout)
     settled = CHAOTIC_FROM.get(backbone, len(losses))
     assert losses[:settled] == pytest.approx(expected[:settled], rel=2e-3)
     assert losses == pytest.approx(expected, rel=CHAOTIC_TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_network_computes_in_the_layout_of_its_weights(layout):
+    """Whatever that of the images is, which come with channels last; the gradients are as the weights, too."""
+    model = SSD300("resnet18", 3).to(memory_format=layout).train()
+    seen = []
+    model.feature_extractor.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
+    trainer = make_trainer(model, layout=layout)
+    labels = torch.zeros(2, 8732, dtype=torch.long)
+    last = images().contiguous(memory_format=torch.channels_last)
+    trainer.optimizer.zero_grad = lambda **_: None
+    trainer.step(Batch(last, trainer.criterion.defaults.expand(2, -1, -1), labels), 0.1)
+    seen += [parameter.grad for parameter in model.parameters() if parameter.dim() == 4]
+    assert all(tensor.is_contiguous(memory_format=layout) for tensor in seen)
 
 
 @pytest.mark.gpu
