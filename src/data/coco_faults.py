@@ -5,6 +5,7 @@ What msgspec refuses is looked at a second time, slowly, for a message that a us
 
 import json
 import re
+from codecs import getincrementaldecoder
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -100,13 +101,13 @@ def end_of(error: DecodeError) -> int | None:
 
 def value_end(data: memoryview, place: int) -> int | None:
     """Where what follows the value at `place` begins; None where that is no JSON, nor would be without NaN."""
-    kind = {b"{": Object, b"[": Array}.get(bytes(data[place : place + 1]), Any)
+    kind = {b"{": Object, b"[": Array}.get(bytes(data[place : place + 1]), Raw)
     try:
         msgspec.json.decode(data[place:], type=kind)
     except DecodeError as error:
         end = end_of(error)
         return _end_with_nan(data, place) if end is None else place + end
-    except (RecursionError, UnicodeDecodeError):
+    except RecursionError:
         return None
     return len(data)
 
@@ -202,8 +203,21 @@ def raise_too_deep(path: Path) -> NoReturn:
     raise DataError(f"{path}: is nested too deeply for a COCO annotation file")
 
 
-def raise_not_utf8(path: Path, data: memoryview, offset: int) -> NoReturn:
-    _raise_at(path, data, offset, "text that is not UTF-8")
+def is_not_utf8(error: DecodeError | UnicodeDecodeError) -> bool:
+    """Whether a text that is wanted is no UTF-8; msgspec raises the one for that since 0.23, before it the other."""
+    return isinstance(error, UnicodeDecodeError) or "UTF-8" in str(error)
+
+
+def raise_not_utf8(path: Path, data: memoryview) -> NoReturn:
+    """Raises DataError that names the first place in the file which is no UTF-8."""
+    decoder = getincrementaldecoder("utf-8")()
+    for start in range(0, len(data), BLOCK):
+        block = bytes(data[start : start + BLOCK])
+        try:
+            decoder.decode(block, final=start + BLOCK >= len(data))
+        except UnicodeDecodeError as error:  # of the block with what was left of the last one before it
+            _raise_at(path, data, start + len(block) - len(error.object) + error.start, "text that is not UTF-8")
+    raise AssertionError(f"{path}: UTF-8 was taken for none")
 
 
 def raise_malformed(path: Path, data: memoryview, start: int, problem: str) -> NoReturn:

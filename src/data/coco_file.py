@@ -31,6 +31,7 @@ from .coco_faults import (
     Object,
     after_space,
     end_of,
+    is_not_utf8,
     raise_malformed,
     raise_missing,
     raise_not_utf8,
@@ -173,9 +174,9 @@ class _Reader:
                 self.place = key.end()
                 try:
                     name = msgspec.json.decode(key[1], type=str)
-                except DecodeError:
-                    self._raise_outline()
-                except UnicodeDecodeError:
+                except (DecodeError, UnicodeDecodeError) as error:
+                    if not is_not_utf8(error):
+                        self._raise_outline()
                     name = ""  # none of ours
                 yield name
                 self._pass_space()
@@ -255,12 +256,12 @@ class _Reader:
                 return _entries(DECODERS[part], readable)
         except ValidationError as error:
             raise_wrong_entry(self.path, part, first, Excerpt(text, readable), str(error))
-        except DecodeError as error:
+        except (DecodeError, UnicodeDecodeError) as error:
+            if is_not_utf8(error):
+                raise_not_utf8(self.path, self.data)
             if not whole and not 0 <= _refused(error) < len(text) - 1:
                 return None, None
             raise_malformed(self.path, self.data, self.place - 1, str(error))
-        except UnicodeDecodeError as error:
-            raise_not_utf8(self.path, self.data, self.place - 1 + readable.find(error.object) + error.start)
         except RecursionError:
             raise_too_deep(self.path)
 
@@ -286,8 +287,6 @@ class _Reader:
             raise_wrong_outline(self.path, None, str(error))
         except DecodeError as error:
             raise_malformed(self.path, self.data, self.start, str(error))
-        except UnicodeDecodeError as error:
-            raise_not_utf8(self.path, self.data, self.start + bytes(text).find(error.object) + error.start)
         except RecursionError:
             raise_too_deep(self.path)
         raise AssertionError(f"{self.path}: what msgspec reads was refused at byte {self.place}")
@@ -310,7 +309,7 @@ def _entries(decoder: msgspec.json.Decoder, text: bytes | bytearray) -> tuple[li
         return decoder.decode(memoryview(text)[:length]), length
 
 
-def _refused(error: DecodeError) -> int:
+def _refused(error: Exception) -> int:
     """The byte that the decoder refused, -1 where it has not told; of -Infinity it is the second one."""
     place = re.search(r"\(byte (\d+)\)", str(error))
     return int(place[1]) if place else -1

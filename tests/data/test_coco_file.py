@@ -7,6 +7,7 @@ import re
 import pytest
 
 from src.data.coco import read_annotations
+from src.data.coco_faults import BLOCK
 from src.errors import DataError
 from tests.annotation_files import IMAGES, content, error_of, without
 from tests.datasets import CATEGORIES, annotation, write_annotations
@@ -117,9 +118,19 @@ def test_other_encodings(tmp_path):
     path.write_bytes(json.dumps(content()).encode("utf-16"))
     with pytest.raises(DataError, match="UTF-16 text: save it as UTF-8"):
         read_annotations(path, tmp_path)
-    path.write_bytes(json.dumps(content(), ensure_ascii=False).replace("2.jpg", "ä.jpg").encode("latin-1"))
-    with pytest.raises(DataError, match=r"not UTF-8 at line 1, column \d+"):
-        read_annotations(path, tmp_path)
+    latin = json.dumps(content(), ensure_ascii=False).replace("2.jpg", "ä.jpg").encode("latin-1")
+    for before in (b"{", b'{"info":\n "' + "ä".encode() * BLOCK + b'", '):  # a block of it begins inside a letter
+        path.write_bytes(before + latin[1:])
+        lines = (before + latin[1:]).partition(b"\xe4.jpg")[0].split(b"\n")
+        with pytest.raises(DataError, match=rf"not UTF-8 at line {len(lines)}, column {len(lines[-1]) + 1} "):
+            read_annotations(path, tmp_path)
+
+
+@pytest.mark.parametrize("extra", [b'"info": "\xff"', b'"info": {"by": "\xff"}', b'"\xff": 1'])
+def test_an_encoding_does_not_matter_where_nothing_is_read(tmp_path, extra):
+    path = write_annotations(tmp_path, "")
+    path.write_bytes(json.dumps(content()).encode().replace(b"{", b"{" + extra + b", ", 1))
+    assert len(read_annotations(path, tmp_path).image_ids) == len(content()["images"])
 
 
 def test_an_annotation_file_that_cannot_be_read(tmp_path):
