@@ -155,9 +155,11 @@ class _TellingQueue(Queue):
     """A queue that gives the error in place of what its thread cannot hand over, for which the reader would wait."""
 
     def _on_queue_feeder_error(self, error: Exception, item: object) -> None:
+        worker = get_worker_info()
+        if worker is None and self._closed:  # type: ignore[attr-defined]  # until Python 3.10 that breaks what is sent
+            return
         if not isinstance(item, tuple):  # it was being sent
             os._exit(1)
-        worker = get_worker_info()
         told = explained(error, worker.num_workers if worker else None)
         self.put((item[0], told if isinstance(told, UserError) else RuntimeError(repr(error))))
 

@@ -105,6 +105,14 @@ def test_a_worker_that_ends_before_its_first_batch(kind, data, monkeypatch, in_w
     assert multiprocessing.active_children() == []
 
 
+def test_what_was_still_being_sent_to_workers_ends_no_run(monkeypatch):
+    """Until Python 3.10 a queue that is closed breaks it off."""
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail(f"the process would end with status {status}"))
+    queue = workers._context().Queue()
+    queue.close()
+    queue._on_queue_feeder_error(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)), b"what was sent")
+
+
 def test_a_worker_that_is_killed_outside_the_loader_is_told_of_in_the_same_words():
     """Torch raises wherever the process is when it hears of it."""
     told = workers.explained(RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. "))
