@@ -1,8 +1,9 @@
 """Real processes on gloo, started through the launchers; and `-m tests.launch`, main.py with a narrow network.
 
 The variable FAULT is "WHAT RANK STEP": what that rank does to itself before its training step of that number, counted
-from 0 since the process started; a signal's name or `raise`. "WHAT RANK STEP; WHAT RANK STEP": the second is for the
-first restart, and so on; then there is none. Without the variable there is none at all.
+from 0 since the process started; a signal's name, `group:` before it for all of the process group, or `raise`.
+"WHAT RANK STEP; WHAT RANK STEP": the second is for the first restart, and so on; then there is none. Without the
+variable there is none at all.
 """
 
 import os
@@ -71,7 +72,8 @@ def _with_fault(what: str, step: int) -> None:
         if next(steps, None) == step:
             if what == "raise":
                 raise KeyError("a mistake")
-            os.kill(os.getpid(), getattr(signal, what))
+            *group, name = what.split(":")
+            (os.killpg if group else os.kill)(os.getpid(), getattr(signal, name))
         return train_step(*arguments)
 
     Trainer.step = faulty
@@ -82,7 +84,7 @@ if __name__ == "__main__":
 
     faults = dict(enumerate(os.environ.get("FAULT", "nothing -1 0").split(";")))
     what, rank, step = faults.get(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), "nothing -1 0").split()
-    if os.environ.get("RANK") == rank:
+    if os.environ.get("RANK", "0") == rank:
         _with_fault(what, int(step))
     with narrow_network():
         sys.exit(main())

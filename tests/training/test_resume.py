@@ -1,6 +1,5 @@
 """Runs that are stopped and continued: main.py in this process, in two on gloo, and as a process of its own."""
 
-import os
 import shutil
 import signal
 import sys
@@ -124,14 +123,14 @@ def test_two_processes_continue_bit_for_bit(pair, pipeline, half):
 def test_sigterm_to_a_process_group_and_the_rest_by_another_process(runs, data, tmp_path):
     """With a worker process, which the signal must not end; the run that continues has none."""
     line = [sys.executable, *NARROW, "--data", data, "--output", tmp_path, "--epochs", "2", *FLAGS]
-    with imported.started([*line, *flags("no_dali", True), "--num-workers", "1"]) as process:
-        process.wait_for("Epoch:  0, Iteration: 0")
-        os.killpg(process.pid, signal.SIGTERM)
-        out, err = process.communicate()
-        assert process.returncode == 143, err
-    assert "Stopped by SIGTERM in epoch 0 after " in out and str(tmp_path / "last.pt") in out
-    assert "Traceback" not in err
-    assert 0 < state_of(tmp_path)["iteration"] < 4
+    stopped = imported.launch([*line, *flags("no_dali", True), "--num-workers", "1"], FAULT="group:SIGTERM 0 0")
+    assert stopped.returncode == 143, stopped.stderr
+    assert (
+        f"Stopped by SIGTERM in epoch 0 after 1 of its 2 iterations; --resume continues from {tmp_path}"
+        in stopped.stdout
+    )
+    assert "Traceback" not in stopped.stderr
+    assert state_of(tmp_path)["iteration"] == 1
     assert run(data, tmp_path, *flags("no_dali", True), "--resume") == main.DONE
     assert same(state_of(tmp_path), state_of(runs("no_dali", True) / "whole"))
 
