@@ -1,6 +1,7 @@
 """The benchmarks run; what they measure is not looked at."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,17 +76,28 @@ def test_loaders_have_a_row_a_pipeline_and_number_of_workers(data, monkeypatch):
     assert all(row["ratio"] == row["ours"] / row["yardstick"] for row in rows)
 
 
-def test_scoring_shared_out_has_its_rows(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cores", [1, 2])
+def test_scoring_shared_out_has_its_rows(data, tmp_path, monkeypatch, cores):
     file = shutil.copy(locations(data, "val")[0], tmp_path)
     annotations = read_annotations(file, tmp_path)
     ones = np.ones(4)
     results = Results(annotations.image_ids, ones.astype(int), np.tile([20.0, 20, 60, 50], (4, 1)), ones)
     # One process, this one, in the place of the launcher's two.
-    monkeypatch.setattr(sharing.subprocess, "run", lambda line, **_: sharing.main(Path(line[-2]), line[-1]))
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    pinned = []
+
+    def launch(line, check, cwd) -> None:
+        folder, name, *rest = line[line.index("benchmarks.sharing") + 1 :]
+        sharing.main(Path(folder), name, a_core_each=rest == [sharing.A_CORE_EACH])
+
+    monkeypatch.setattr(sharing.subprocess, "run", launch)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: pinned.append(cores))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     rows = sharing.rows(annotations, results, tmp_path)
-    assert [row.keys() for row in rows] == [FIELDS] * 2
+    assert [row.keys() for row in rows] == [FIELDS] * (cores + 1)
     assert all(row["ours"] >= 0 for row in rows)
+    assert pinned == ([{0}, {0, 1}, {1}, {0, 1}] if cores == 2 else [])
 
 
 def test_a_repeated_data_set_has_each_image_as_often(data, tmp_path):
