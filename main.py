@@ -37,9 +37,9 @@ from src.report.start import Continued, start_report, tell_data, tell_start
 from src.ssd.detect import IOU_THRESHOLD, MAX_DETECTIONS
 from src.ssd.model import SSD300, feature_channels, training_layout
 from src.stop_notice import StopNotice
-from src.training.checkpoint import TRAINING_DATA, Identity, read_run
+from src.training.checkpoint import TRAINING_DATA, Identity
 from src.training.run import LAST, Run
-from src.training.start import odd_starts, resumed_file, start_position, starting_model
+from src.training.start import odd_starts, resumed_file, run_to_continue, start_position, starting_model
 from src.training.step import Schedule, Trainer, make_optimizer
 
 ONE_PROCESS = {"check": ", which uses all cores", "benchmark": "", "export": ""}  # modes that work on one, and why
@@ -93,7 +93,7 @@ def train(flags: Flags, processes: Processes) -> int:
             flags.backbone, [list(category) for category in training.categories], flags.seed, flags.altering | settings
         )
         resumed = resumed_file(flags.resume, flags.output) if processes.is_main else None
-        before = processes.broadcast_object(read_run(resumed, identity) if resumed else None)
+        before = processes.broadcast_object(run_to_continue(resumed, flags.output, identity) if resumed else None)
         model, news = starting_model(
             flags.backbone, training.categories, seed=flags.seed, resumed=(resumed, before) if resumed else None,
             checkpoint=flags.checkpoint, backbone_weights=flags.backbone_weights, processes=processes,
@@ -159,7 +159,7 @@ def loader_maker(flags: Flags, processes: Processes) -> Callable[[Annotations], 
 
 
 def make_trainer(flags: Flags, processes: Processes, model: SSD300) -> Trainer:
-    layout = training_layout(flags.backbone, processes.device)
+    layout = processes.broadcast_object(training_layout(flags.backbone, processes.device))  # one, whatever the machines
     model = model.to(processes.device).to(memory_format=layout)
     optimizer = make_optimizer(model, momentum=flags.momentum, weight_decay=flags.weight_decay)
     return Trainer(

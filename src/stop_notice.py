@@ -37,10 +37,12 @@ class StopNotice:
             self._previous.append((signal.SIGALRM, signal.signal(signal.SIGALRM, self._give_up)))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first, self.received = not self.received, True
+        if self.received:  # schedulers and launchers both send it; what follows the first is not to be cut short
+            return
+        self.received = True
         if not self._deferred:
             raise Terminated
-        if first and HAS_ALARM:
+        if HAS_ALARM:
             signal.setitimer(signal.ITIMER_REAL, DATA_LIMIT, 1)
 
     def _give_up(self, number: int, frame: FrameType | None) -> None:

@@ -41,6 +41,7 @@ CATEGORIES = [{"id": 1, "name": "square"}]  # one, all of which falls to rank 0
 GRADIENTS = "allreduce all"  # one message a step, of a network as small as this one
 ORDER = ["broadcast all"] * 2  # DDP's, once a process: in which order the gradients are done
 INTEGER = "allreduce host"
+CHECKED = [INTEGER] * 2  # whether the last losses are finite, and the weights and batch-norm statistics
 OBJECT = ["broadcast host"] * 2  # its size, then itself
 GATHERED = ["allgather host", "gather host"]
 UNEQUAL = ["allgather patient", "gather patient"]
@@ -148,7 +149,7 @@ def test_an_epoch_and_its_evaluation(recorder, tmp_path, images, iterations):
     """Before the evaluation the run is saved, afterwards twice, as best and last; at both ends it may be stopped."""
     status, seen = run(recorder, tmp_path, images)
     assert status == main.DONE
-    epoch = [*steps(iterations), INTEGER, *saved(), INTEGER]
+    epoch = [*steps(iterations), *CHECKED, *saved(), INTEGER]
     assert seen == [*epoch, *evaluated(), *saved(), *saved(), INTEGER]
 
 
@@ -164,4 +165,4 @@ def test_a_stop(recorder, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "step", signalled)
     status, seen = run(recorder, tmp_path, 6200)
     assert status == main.TERMINATED
-    assert seen == [*steps(3), INTEGER, *saved()]
+    assert seen == [*steps(3), *CHECKED, *saved()]

@@ -342,6 +342,18 @@ def test_sigterm_ends_what_is_not_to_be_finished(stop):
         send_sigterm()
 
 
+def test_a_second_sigterm_does_not_cut_short_what_follows_the_first(stop):
+    """Schedulers and launchers both send it."""
+    finished = False
+    with pytest.raises(Terminated):
+        try:
+            send_sigterm()
+        finally:
+            send_sigterm()
+            finished = True
+    assert finished
+
+
 def test_sigterm_waits_for_what_is_to_be_finished(stop):
     finished = False
     with pytest.raises(Terminated), stop.deferred():

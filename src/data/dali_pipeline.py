@@ -7,6 +7,7 @@ of this pipeline is DALI's checkpoint, kept beside the settings for which alone 
 import gc
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from .dali_graph import (
 from .dali_trial import DaliTrial, wrong_size
 from .images import is_text, read_image
 
+SEARCH_LIMIT = 60  # seconds of looking for the image on which DALI has failed; other processes wait for twice as long
 JPEG = (0xFF, 0xD8), (0xFF, 0xD9)  # how such a file begins and ends
 
 
@@ -129,6 +131,7 @@ class DaliTrainLoader:
                 "what it was written with, or from a checkpoint of an epoch's end"
             )
         self.close()
+        self._first_epoch, self._position = epoch + iteration // len(self), 0
         self.warnings.append(f"the checkpoint was written with {differences}: the DALI pipeline starts afresh")
 
     def fingerprint(self) -> dict[str, Any]:
@@ -282,7 +285,8 @@ class DaliTrainLoader:
         except UserError as error:
             return error
         names = ", ".join(self.annotations.file_name(index) for index in suspects[: self.batch_size])
-        return UserError(f"DALI failed ({reason}), perhaps on one of {names}: try --data_pipeline no_dali")
+        where = f", perhaps on one of {names}: try" if names else ": have the images looked at (--mode check), or try"
+        return UserError(f"DALI failed ({reason}){where} --data_pipeline no_dali")
 
     def _open_all(self) -> None:
         """Raises DataError for the first image whose file is not there, empty or not to be opened."""
@@ -292,10 +296,16 @@ class DaliTrainLoader:
                 read_image(self.annotations, index)
 
     def _images_after(self, position: int) -> list[int]:
-        """The images of the batches that were being prepared, from a graph that reads as before and decodes nothing."""
+        """The images of the batches that were being prepared, from a graph that reads as before and decodes nothing.
+
+        None where that takes so long that the other processes would give this one up, and tell of that instead.
+        """
         reader = self.build(("ids",))
+        deadline = time.monotonic() + SEARCH_LIMIT
         for _ in range(position):
             reader.run()
+            if time.monotonic() > deadline:
+                return []
         ids = [torch.from_dlpack(reader.run()[0].as_tensor()).flatten() for _ in range(PREFETCH + 1)]
         return self.images[torch.cat(ids).numpy()].tolist()
 

@@ -146,7 +146,7 @@ class _Batches(_MultiProcessingDataLoaderIter):
         if hasattr(self, "_workers_status"):  # it has started them all
             super()._shutdown_workers()
         for worker in multiprocessing.active_children():  # a worker's copy of this object has none
-            if worker in self._workers:
+            if worker in getattr(self, "_workers", ()):  # not yet there where no queue could be made
                 worker.kill()
                 worker.join(KILLED_LIMIT)
 
@@ -156,11 +156,13 @@ class _TellingQueue(Queue):
 
     def _on_queue_feeder_error(self, error: Exception, item: object) -> None:
         worker = get_worker_info()
-        if worker is None and self._closed:  # type: ignore[attr-defined]  # until Python 3.10 that breaks what is sent
+        if worker is None:  # the process that has the workers
+            if not self._closed:  # type: ignore[attr-defined]  # until Python 3.10 that breaks what is being sent
+                super()._on_queue_feeder_error(error, item)  # type: ignore[misc]
             return
         if not isinstance(item, tuple):  # it was being sent
             os._exit(1)
-        told = explained(error, worker.num_workers if worker else None)
+        told = explained(error, worker.num_workers)
         self.put((item[0], told if isinstance(told, UserError) else RuntimeError(repr(error))))
 
 
@@ -231,7 +233,8 @@ def explained(error: Exception, workers: int | None = None) -> Exception:
         return error
     if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
         return UserError(f"too many open files ({first}): raise their limit (ulimit -n 1024), or {FEWER}")
-    if "Bus error" in text or "shared memory" in text:
+    of_workers = workers is not None or text.startswith("DataLoader worker")  # GPUs have shared memory, too
+    if of_workers and ("Bus error" in text or "shared memory" in text):
         return _too_small(some)
     if "killed by signal" in text or "exited unexpectedly" in text:
         return UserError(f"one of {some} worker processes was killed ({first}): where memory is short, {FEWER}")
@@ -247,8 +250,8 @@ def explained(error: Exception, workers: int | None = None) -> Exception:
 
 
 def _too_small(workers: str) -> UserError:
-    size = shutil.disk_usage(SHARED_MEMORY).total / 2**20
+    size = f" ({shutil.disk_usage(SHARED_MEMORY).total / 2**20:.1f} MiB)" if SHARED_MEMORY.exists() else ""
     return UserError(
-        f"{SHARED_MEMORY} ({size:.1f} MiB) is too small for {workers} worker processes: enlarge it (docker run "
+        f"{SHARED_MEMORY}{size} is too small for {workers} worker processes: enlarge it (docker run "
         f"--shm-size=1g), or {FEWER}"
     )

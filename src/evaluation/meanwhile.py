@@ -34,8 +34,8 @@ class FilesMeanwhile:
     def start(self, found: Evaluation, validation: Annotations) -> None:
         """Has the files made from what was found."""
         metrics = make_folder(self.output) / METRICS
-        size = metrics.stat().st_size
         try:
+            size = metrics.stat().st_size
             self._errand = Errand(niceness=NICENESS)
         except OSError as error:
             self._warn(str(error))

@@ -15,8 +15,8 @@ from src.weights.backbone import load_backbone_weights
 from src.weights.detector import load_detector, load_weights
 from src.weights.files import load_checkpoint
 
-from .checkpoint import TRAINING_DATA, Checkpoint, Identity, Position
-from .run import LAST
+from .checkpoint import TRAINING_DATA, Checkpoint, Identity, Position, read_run
+from .run import BEST, LAST
 from .step import Schedule, Trainer
 
 BEFORE_THE_FLAG = {"--compile": False, "--orientation": "stored"}  # what runs did that were written before it was there
@@ -27,6 +27,17 @@ def resumed_file(resume: Path | bool | None, output: Path) -> Path | None:
     if isinstance(resume, Path):
         return resume
     return output / LAST if resume and (output / LAST).exists() else None
+
+
+def run_to_continue(file: Path, output: Path, identity: Identity) -> Checkpoint:
+    """The run of a checkpoint; `read_run` tells of its errors.
+
+    Where `output` does not hold its best network, the next evaluation leaves one there, whatever was reached elsewhere.
+    """
+    run = read_run(file, identity)
+    if file.absolute().parent != output.absolute() or not (output / BEST).exists():
+        run.position.best_map = None
+    return run
 
 
 def starting_model(

@@ -21,6 +21,7 @@ from src.stop_notice import StopNotice
 REFERENCE_BATCH = 32  # images; --learning-rate is stated for it
 DECAY = 0.1  # of the learning rate at each --multistep epoch
 LOG_INTERVAL = 20  # iterations between readings of the loss
+NEVER = 2**62  # in the place of an iteration
 ADVICE = "lower --learning-rate or lengthen --warmup; nothing was saved since"
 
 
@@ -54,20 +55,21 @@ def make_optimizer(model: nn.Module, *, momentum: float, weight_decay: float) ->
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     # One kernel for all parameters: a fifth of the time of a loop over them.
     optimizer = SGD(groups, lr=0.0, momentum=momentum, fused=True)
-    _fill_momentum(optimizer)
+    _prepare_momentum(optimizer)
     return optimizer
 
 
-def _fill_momentum(optimizer: Optimizer) -> None:
-    """Starts every momentum that is missing at 0.
+def _prepare_momentum(optimizer: Optimizer) -> None:
+    """Starts every momentum that is missing at 0, and gives each the layout in memory that its weights have.
 
     Left to itself, the fused kernel goes on from memory that nobody has written where loss scaling skips the first
-    step.
+    step; and it takes weights and momentum as they lie in memory, in whatever order a checkpoint has the latter.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
-            if optimizer.state[parameter].get("momentum_buffer") is None:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            momentum = optimizer.state[parameter].get("momentum_buffer")
+            prepared = torch.zeros_like(parameter)
+            optimizer.state[parameter]["momentum_buffer"] = prepared if momentum is None else prepared.copy_(momentum)
 
 
 @contextmanager
@@ -126,11 +128,16 @@ class Trainer:
         return int(self._skipped)
 
     def check_weights(self, *, epoch: int, iteration: int, learning_rate: float) -> None:
-        """Raises TrainingBreakdownError, on all ranks alike, where the last step has spoilt the weights."""
-        if not get_total_norm(self.model.parameters()).isfinite():
+        """Raises TrainingBreakdownError, on all ranks alike, where weights or batch-norm statistics are spoilt.
+
+        The statistics may be by a step that loss scaling has left out: the forward pass had moved them already.
+        """
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        spoilt = not get_total_norm([*self.model.parameters(), *statistics]).isfinite()
+        if self.breakdown.processes.maximum(int(spoilt)):  # each rank has statistics of its own
             raise TrainingBreakdownError(
-                f"the weights are not finite after epoch {epoch}, iteration {iteration} (learning rate "
-                f"{learning_rate:.3g}): {ADVICE}"
+                f"the weights or batch-norm statistics are not finite after epoch {epoch}, iteration {iteration} "
+                f"(learning rate {learning_rate:.3g}): {ADVICE}"
             )
 
     def step(self, batch: Batch, learning_rate: float) -> LossParts:
@@ -156,7 +163,7 @@ class Trainer:
         self.optimizer.load_state_dict(optimizer)
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
-        _fill_momentum(self.optimizer)
+        _prepare_momentum(self.optimizer)
         if self.scaler.is_enabled() and scaler:
             self.scaler.load_state_dict(scaler)
 
@@ -178,8 +185,9 @@ class BreakdownWatch:
 
     def check(self, *, epoch: int, learning_rate: float) -> None:
         """Reads the record, on all ranks together; raises TrainingBreakdownError on all of them."""
-        first = self.processes.maximum(int(self._first))
-        bad, warned, self._warned = first >= 0, self._warned, first >= 0
+        own = int(self._first)
+        first = -self.processes.maximum(-(own if own >= 0 else NEVER))  # the least of all
+        bad, warned, self._warned = first < NEVER, self._warned, first < NEVER
         if not bad:
             return
         if self.patient and not warned:

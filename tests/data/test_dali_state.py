@@ -82,6 +82,16 @@ def test_a_state_of_other_settings(tmp_path, what):
     assert all_same(epoch(ours, 2), epoch(loader(data), 2))
 
 
+def test_the_state_after_one_of_other_settings_is_that_of_the_next_epoch(tmp_path):
+    """A run that is continued between an epoch and its evaluation saves before it reads anything."""
+    data = small(tmp_path)
+    ours, later = loader(data), loader(data)
+    ours.load_state_dict(loader(data, seed=1).state_dict(), epoch=2, iteration=len(ours))
+    later.load_state_dict(ours.state_dict(), epoch=3, iteration=0)
+    assert later.warnings == []
+    assert all_same(epoch(later, 3), epoch(loader(data), 3))
+
+
 def test_a_state_of_the_other_orientation(tmp_path):
     data = small(tmp_path)
     with pytest.raises(UserError, match=r"^cannot continue inside epoch 0: .* orientation upright \(now stored\): "):

@@ -105,6 +105,28 @@ def test_a_worker_that_ends_before_its_first_batch(kind, data, monkeypatch, in_w
     assert multiprocessing.active_children() == []
 
 
+def test_a_queue_that_cannot_be_made_while_other_workers_live_is_told_of(kind, data, monkeypatch):
+    living = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    living.start()
+
+    def no_queue(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(workers, "_TellingQueue", no_queue)
+    try:
+        with pytest.raises(UserError, match="no space is left for the worker processes' sockets"):
+            batches(kind, data, 1)
+        assert living.is_alive()
+    finally:
+        living.kill()
+        living.join()
+
+
+def test_the_shared_memory_of_a_gpu_is_not_that_of_workers():
+    error = RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376.")
+    assert workers.explained(error) is error
+
+
 def test_what_was_still_being_sent_to_workers_ends_no_run(monkeypatch):
     """Until Python 3.10 a queue that is closed breaks it off."""
     monkeypatch.setattr(os, "_exit", lambda status: pytest.fail(f"the process would end with status {status}"))

@@ -1,6 +1,7 @@
 """The files of an evaluation, made by another process while the run goes on."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -87,6 +88,14 @@ def test_what_cannot_be_written_is_a_warning_that_names_it(validation, found, re
         "training.png",
     }
     assert not list(tmp_path.glob("run/.*"))
+
+
+def test_a_folder_that_is_gone_is_a_warning(validation, found, report, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "run")
+    with FilesMeanwhile(tmp_path / "run", report) as files:
+        files.start(found, validation)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "are not all of the last evaluation: " in line and "metrics.jsonl" in line
 
 
 def test_a_maker_that_is_killed_is_a_warning_that_names_all(validation, found, report, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,15 @@ from src.errors import UserError
 from src.report.report import Report
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES
 from src.stop_notice import StopNotice
-from src.training.step import Schedule, Trainer, TrainingBreakdownError, make_optimizer, train_epoch
+from src.training.step import (
+    NEVER,
+    BreakdownWatch,
+    Schedule,
+    Trainer,
+    TrainingBreakdownError,
+    make_optimizer,
+    train_epoch,
+)
 from tests.both_pipelines import CPU, error_line, read, run, train_loader
 from tests.datasets import annotation, write_coco
 from tests.example_run import metrics
@@ -35,8 +44,10 @@ ALONE = Processes(0, 1, CPU, None)
 def test_weights_that_the_last_step_spoilt_are_not_saved(pipeline, tmp_path, capsys):
     data = write_coco(tmp_path / "data", [annotation(1), annotation(2)], images=2)
     assert run(pipeline, data, tmp_path / "output", "--lr", "1e38", "--evaluation") == 1
-    said = r"the weights are not finite after epoch 0, iteration 0 \(learning rate 6\.25e\+36\): lower --learning-rate"
-    assert re.search(said, error_line(capsys))
+    said = (
+        "the weights or batch-norm statistics are not finite after epoch 0, iteration 0 (learning rate 6.25e+36): lower"
+    )
+    assert said in error_line(capsys)
     assert not (tmp_path / "output" / "last.pt").exists()
 
 
@@ -109,6 +120,24 @@ def test_weights_are_checked(scaled_trainer, value):
         scaled_trainer.model.offsets[0, 0, 7] = value
     with pytest.raises(TrainingBreakdownError, match="epoch 3, iteration 41"):
         scaled_trainer.check_weights(epoch=3, iteration=41, learning_rate=0.1)
+
+
+def test_batch_norm_statistics_are_checked(scaled_trainer):
+    """Loss scaling leaves the step out, and keeps what the forward pass has done to them."""
+    scaled_trainer.model.append = nn.BatchNorm2d(3)
+    scaled_trainer.check_weights(epoch=0, iteration=0, learning_rate=0.1)
+    scaled_trainer.model.append.running_var[1] = float("inf")
+    with pytest.raises(TrainingBreakdownError, match="batch-norm statistics are not finite after epoch 0"):
+        scaled_trainer.check_weights(epoch=0, iteration=0, learning_rate=0.1)
+
+
+@pytest.mark.parametrize("others", [-7, -5, -NEVER])
+def test_the_first_bad_iteration_of_all_processes_is_named(others):
+    """Each says the negative of its own first one, the greatest of which is the first."""
+    watch = BreakdownWatch(SimpleNamespace(maximum=lambda own: max(own, others)), CPU, patient=False)
+    watch.observe(torch.tensor(float("nan")), 6)
+    with pytest.raises(TrainingBreakdownError, match=f"iteration {min(6, -others)} "):
+        watch.check(epoch=0, learning_rate=0.1)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 import functools
 import math
+from copy import deepcopy
 
 import pytest
 import torch
 
+from src.benchmark import random_batch
 from src.data.batch import Batch
 from src.distributed import Processes
 from src.errors import UserError
@@ -69,6 +71,24 @@ def test_the_network_computes_in_the_layout_of_its_weights(layout):
     trainer.step(Batch(last, trainer.criterion.defaults.expand(2, -1, -1), labels), 0.1)
     seen += [parameter.grad for parameter in model.parameters() if parameter.dim() == 4]
     assert all(tensor.is_contiguous(memory_format=layout) for tensor in seen)
+
+
+def test_a_checkpoint_continues_in_another_layout():
+    """Written on a processor on which training is faster with channels last, say, and continued on another."""
+    batch = random_batch(2, 3, device=CPU, dtype=torch.float32)
+    trainers = [
+        make_trainer(fill_weights(SSD300("resnet18", 3)).to(memory_format=layout).train(), layout=layout)
+        for layout in (torch.channels_last, torch.contiguous_format)
+    ]
+    first, other = trainers
+    first.step(batch, 0.001)
+    other.model.load_state_dict(first.model.state_dict())
+    other.restore(optimizer=deepcopy(first.optimizer.state_dict()), scaler={})
+    before = {name: weights.clone() for name, weights in first.model.named_parameters()}
+    for trainer in trainers:
+        trainer.step(batch, 0.001)
+    for (name, ours), theirs in zip(other.model.named_parameters(), first.model.parameters(), strict=True):
+        assert (ours - theirs).norm() <= 0.1 * (theirs - before[name]).norm()
 
 
 @pytest.mark.gpu
