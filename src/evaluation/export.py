@@ -13,12 +13,13 @@ from src.data.batch import IMAGENET_MEAN, IMAGENET_STD, normalise
 from src.data.coco import Category, locations
 from src.data.images import resize
 from src.data.pictures import decode_any, find_images
+from src.errors import UserError
 from src.output import make_folder, replacing
 from src.report.report import NullReport, Report
 from src.ssd.default_boxes import IMAGE_SIZE, VARIANCES, default_boxes
 from src.ssd.detect import Detections
 from src.version import VERSION
-from src.weights.detector import known_categories, read_labelled, trained_model
+from src.weights.detector import check_finite, known_categories, read_labelled, trained_model
 from src.weights.files import load_checkpoint
 
 from .evaluate import find
@@ -41,8 +42,9 @@ def export(checkpoint: Path, data: Path, output: Path, *, backbone: str, report:
     before the work, for what is missing or is no checkpoint.
     """
     require(PACKAGES, what="--mode export")
-    pictures = read_pictures(data)
+    pictures = read_pictures(data, report)
     state = load_checkpoint(checkpoint)
+    check_finite(state["model"], source=checkpoint)
     categories = labelled_categories(state, data, source=checkpoint, report=report)
     trained = trained_model(state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=CPU)
     make_folder(output)
@@ -70,11 +72,23 @@ def labelled_categories(state: dict, data: Path, *, source: Path, report: Report
     return known_categories(state)
 
 
-def read_pictures(data: Path) -> Tensor:
-    """The first images of `data` for the network, [P, 3, 300, 300] uint8."""
+def read_pictures(data: Path, report: Report | NullReport) -> Tensor:
+    """The first images of `data` for the network, [P, 3, 300, 300] uint8; warns of those that cannot be read.
+
+    Raises UserError where none can.
+    """
     annotations, folder = locations(data, "val")
-    images = find_images(folder if annotations.is_file() else data)
-    return torch.stack([resize(decode_any(path)) for path in images.files[:COMPARED]])
+    pictures: list[Tensor] = []
+    for path in find_images(folder if annotations.is_file() else data).files:
+        try:
+            pictures.append(resize(decode_any(path)))
+        except UserError as error:
+            report.warn(f"left out: {error}")
+        if len(pictures) == COMPARED:
+            break
+    if not pictures:
+        raise UserError(f"{data}: none of its images can be read, and what is exported is tried on some")
+    return torch.stack(pictures)
 
 
 def exported_files(trained: nn.Module, categories: Sequence[Category]) -> dict[str, bytes]:

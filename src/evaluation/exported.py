@@ -14,9 +14,8 @@ from torch.export.passes import move_to_device_pass
 from src.errors import UserError
 from src.ssd.detect import WholeDetector
 from src.weights.detector import trained_model
-from src.weights.files import load_checkpoint
+from src.weights.files import ONNX, PROGRAM, load_checkpoint
 
-ONNX, PROGRAM = ".onnx", ".pt2"  # suffixes
 METADATA = "metadata.json"  # in a .pt2 file: what an .onnx file has as its metadata
 OUTPUTS = ["boxes", "labels", "scores"]
 

@@ -1,5 +1,7 @@
 """Detections on one's own images, which need no annotations: pictures and a list of what was found."""
 
+import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +34,9 @@ from .gallery import warn_of_non_finite
 from .scoring import DECIMALS, write_list
 
 SUBFOLDER = "predictions"  # of a run's folder, whose own files stay
+SUFFIX = ".png"  # of a picture, behind its image's name
+LONGEST_NAME = 255  # bytes of a file's name, on most file systems
+NAME_KEPT = 50  # characters of a name that is cut
 UNREADABLE_TOLD = 20  # images that are named
 LONGEST_SIDE = 2000  # pixels of a picture that is drawn; larger images are made smaller
 DECODED_AT_ONCE = 100_000_000  # pixels, in all threads together; a larger image is decoded while no other is
@@ -158,7 +163,9 @@ def predict(
                 for number, size, detected in zip(numbers, sizes, detections, strict=True):
                     path = images[number]
                     name = path.name if folder is None else path.relative_to(folder).as_posix()
-                    _draw(path, size, detected, categories, make_folder((output / name).parent) / f"{path.name}.png")
+                    _draw(
+                        path, size, detected, categories, make_folder((output / name).parent) / picture_name(path.name)
+                    )
                     found += _listed(name, number, size, detected, categories)
             bar.update(len(batch))
     gathered = dist.gather_arrays((found, unreadable, non_finite))
@@ -235,6 +242,14 @@ def _draw(
 def _in_pixels(detected: Detections, size: tuple[int, ...]) -> np.ndarray:
     """Boxes ltrb in an image of that width and height; [D, 4]."""
     return detected.boxes.cpu().numpy().astype(np.float64) * (*size, *size)
+
+
+def picture_name(name: str) -> str:
+    """Of an image's picture: a.jpg.png of a.jpg; where that is too long, the name's beginning and a digest of it."""
+    whole = os.fsencode(name)
+    if len(whole) + len(SUFFIX) <= LONGEST_NAME:
+        return name + SUFFIX
+    return f"{name[:NAME_KEPT]}.{hashlib.sha256(whole).hexdigest()[:16]}{SUFFIX}"
 
 
 def _listed(

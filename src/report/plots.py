@@ -109,14 +109,15 @@ def draw_training(metrics_file: Path | str, path: Path | str, *, size: int | Non
     entries = _read_metrics(Path(metrics_file), size)
     logged = entries["iteration"]
     iterations = _column(logged, "iteration")
-    epoch_length = _epoch_length(logged)
+    ends = {entry["epoch"]: entry["iteration"] for entry in entries["epoch"] if "iteration" in entry}
+    epoch_length = _epoch_length(logged, ends)
     figure = Figure(figsize=(9, 9), layout="constrained", dpi=DPI)
     losses, rate, accuracy = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1.5))
     _draw_losses(losses, iterations, logged)
-    rate.plot(iterations, _column(logged, "learning_rate"), color=PURPLE)
+    rate.plot(iterations, _column(logged, "learning_rate"), color=PURPLE, marker=_marker(iterations))
     rate.set(ylabel="learning rate", ylim=(0, None))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    _draw_accuracy(accuracy, entries["evaluation"], epoch_length)
+    _draw_accuracy(accuracy, entries["evaluation"], ends, epoch_length)
     accuracy.set(xlabel="iteration", xlim=(0, max(1, accuracy.get_xlim()[1])))
     epochs = losses.secondary_xaxis("top", functions=(lambda x: x / epoch_length, lambda x: x * epoch_length))
     epochs.set_xlabel("epochs done")
@@ -146,8 +147,19 @@ def _column(entries: list[dict], key: str) -> np.ndarray:
     return np.array([entry.get(key) for entry in entries], dtype=np.float64)
 
 
-def _epoch_length(logged: list[dict]) -> int:
-    """Iterations an epoch, as closely as the logged ones tell: those of epoch e are e to e + 1 times as many."""
+def _marker(values: np.ndarray) -> str | None:
+    """A line needs two points to be seen."""
+    return "." if len(values) < 2 else None
+
+
+def _epoch_length(logged: list[dict], ends: dict[int, int]) -> float:
+    """Iterations an epoch: of those that have ended, whose next iterations are `ends`.
+
+    In the first one as closely as the logged iterations tell: those of epoch e are e to e + 1 times as many.
+    """
+    if ends:
+        epoch = max(ends)
+        return max(1.0, ends[epoch] / (epoch + 1))
     bounds = [entry["iteration"] // entry["epoch"] for entry in logged if entry["epoch"] > 0]
     return max(1, min(bounds)) if bounds else max((entry["iteration"] for entry in logged), default=0) + 1
 
@@ -159,8 +171,7 @@ def _draw_losses(axes: Axes, iterations: np.ndarray, logged: list[dict]) -> None
         if len(values) >= SMOOTHED_FROM:
             axes.plot(iterations, values, color=colour, linewidth=0.7, alpha=0.25)
             values = _running_mean(values, len(values) // 50)
-        marker = "." if len(values) < 2 else None  # a line needs two points to be seen
-        axes.plot(iterations, values, label=label, color=colour, linestyle=style, marker=marker)
+        axes.plot(iterations, values, label=label, color=colour, linestyle=style, marker=_marker(values))
     if any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
@@ -181,11 +192,11 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def _draw_accuracy(axes: Axes, evaluations: list[dict], epoch_length: int) -> None:
+def _draw_accuracy(axes: Axes, evaluations: list[dict], ends: dict[int, int], epoch_length: float) -> None:
     """Each evaluation stands where its epoch ended."""
-    ends = (_column(evaluations, "epoch") + 1) * epoch_length
+    places = [ends.get(entry["epoch"], (entry["epoch"] + 1) * epoch_length) for entry in evaluations]
     for key, (colour, marker) in ACCURACIES.items():
-        axes.plot(ends, _column(evaluations, key), label=key, color=colour, marker=marker, markersize=5)
+        axes.plot(places, _column(evaluations, key), label=key, color=colour, marker=marker, markersize=5)
     axes.set_ylabel("average precision")
     scored = [entry for entry in evaluations if entry.get("mAP") is not None]
     if not scored:

@@ -14,8 +14,10 @@ import os
 import platform
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, SupportsFloat, TextIO
@@ -313,6 +315,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _print_untold(otherwise: Callable[[threading.ExceptHookArgs], object], error: threading.ExceptHookArgs) -> None:
+    """A thread's error, but that of TensorBoard's writer, which raises it once more where the next event is given."""
+    if getattr(error.thread, "exception", None) is not error.exc_value:
+        otherwise(error)
+
+
 def _accuracy_text(accuracy: float | str | None) -> str:
     if accuracy is None:
         return "not defined"
@@ -353,4 +361,5 @@ def _is_before(line: str, epoch: int, iteration: int) -> bool:
 def _open_tensorboard(folder: Path, first_iteration: int | None) -> "SummaryWriter":
     from torch.utils.tensorboard import SummaryWriter  # here, because it may be missing
 
+    threading.excepthook = partial(_print_untold, threading.excepthook)
     return SummaryWriter(log_dir=str(folder), purge_step=first_iteration)

@@ -40,6 +40,13 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], *, source: Path, 
     model.load_state_dict(weights)
 
 
+def check_finite(weights: dict[str, Tensor], *, source: Path) -> None:
+    """Raises UserError that names the first parameter or statistic which is not finite."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{source}: {name} holds NaN or infinity: take a checkpoint from before the run broke down")
+
+
 def load_detector(model: nn.Module, state: dict, categories: Sequence[Category], *, source: Path) -> list[str]:
     """Loads a checkpoint's weights to start training from; lines to print, where the label heads start afresh.
 
@@ -48,9 +55,7 @@ def load_detector(model: nn.Module, state: dict, categories: Sequence[Category],
     """
     difference = _difference(state, categories)
     load_weights(model, state["model"], source=source, fresh_label_heads=difference is not None)
-    for name, weights in state["model"].items():
-        if not weights.isfinite().all():
-            raise UserError(f"{source}: {name} holds NaN or infinity: take a checkpoint from before the run broke down")
+    check_finite(state["model"], source=source)
     if difference is None:
         return []
     return [

@@ -23,7 +23,7 @@ from src.data.batch import normalise
 from src.data.images import decode, resize
 from src.errors import UserError
 from src.evaluation.evaluate import find
-from src.evaluation.export import Difference, compare, labelled_categories
+from src.evaluation.export import Difference, compare, labelled_categories, read_pictures
 from src.evaluation.exportable import candidates, fused, select
 from src.evaluation.exported import load_trained, trained_detector
 from src.evaluation.onnx_graph import detections, detector_graph, network_graph, with_metadata
@@ -32,6 +32,7 @@ from src.ssd.default_boxes import default_boxes
 from src.ssd.detect import Detections, detect, filled
 from src.ssd.model import SSD300
 from src.version import VERSION
+from src.weights.files import load_checkpoint
 from tests.datasets import annotation, write_coco, write_image
 from tests.narrow import narrow_network
 from tests.recipes import quiet_output
@@ -351,6 +352,44 @@ def test_the_benchmark_has_a_row_a_file(files, monkeypatch):
         rows = benchmark.run(backbone="resnet18", labels=3, batch_size=2)
     assert [row["name"].split()[0] for row in rows] == ["detector.onnx", "detector.pt2"]
     assert all(row["ours"] > 0 and row["yardstick"] > 0 for row in rows)
+
+
+def test_pictures_that_cannot_be_read_are_left_out(tmp_path, capsys):
+    for name in ("a.jpg", "c.jpg"):
+        write_image(tmp_path / name, 90, 70)
+    (tmp_path / "b.jpg").write_text("no image")
+    with closing(Report(None, append=True)) as report:
+        assert read_pictures(tmp_path, report).shape == (2, 3, 300, 300)
+        assert f"main.py: warning: left out: {tmp_path / 'b.jpg'}: " in capsys.readouterr().err
+        for name in ("a.jpg", "c.jpg"):
+            (tmp_path / name).unlink()
+        with pytest.raises(UserError, match="none of its images can be read"):
+            read_pictures(tmp_path, report)
+
+
+def test_weights_that_are_not_finite_are_not_exported(files, tmp_path, capsys):
+    weights = {name: tensor.clone() for name, tensor in files.model.state_dict().items()}
+    weights["loc.0.bias"][3] = float("nan")
+    torch.save(weights, tmp_path / "spoilt.pt")
+    flags = [
+        "--mode",
+        "export",
+        "--data",
+        files.data,
+        "--checkpoint",
+        tmp_path / "spoilt.pt",
+        "--output",
+        tmp_path / "o",
+    ]
+    assert main.main(list(map(str, flags))) == 2
+    assert f"{tmp_path / 'spoilt.pt'}: loc.0.bias holds NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_exported_file_is_no_checkpoint(files):
+    for path in files.exported.glob("detector.*"):
+        with pytest.raises(UserError, match=f"{path.name}: is no checkpoint: give that from which it was exported"):
+            load_checkpoint(path)
 
 
 def test_a_checkpoint_that_does_not_say_its_categories_has_those_of_the_data(files, tmp_path, capsys):

@@ -89,6 +89,17 @@ def test_a_single_image_of_any_name(tmp_path):
     assert (tmp_path / "photograph.png").exists()
 
 
+@pytest.mark.parametrize("letter", ["n", "名"])
+def test_names_that_leave_no_room_for_an_ending_have_pictures_each(tmp_path, letter):
+    longest = letter * (255 // len(letter.encode()))
+    names = [longest, longest[:-1] + "m"]
+    for name in names:
+        write_image(tmp_path / "in" / name, 90, 70, format="png")
+    predict(FindsOneDisc(), find_images(tmp_path / "in").files, CATEGORIES, tmp_path / "out", batch_size=2, device=CPU)
+    assert {entry["file_name"] for entry in entries(tmp_path / "out")} == set(names)
+    assert len(list((tmp_path / "out").glob(f"{letter * 50}.*.png"))) == 2
+
+
 def test_nothing_found_is_an_empty_list(tmp_path):
     write_image(tmp_path / "a.jpg", 90, 70)
     model = FindsOneDisc(loud=False)

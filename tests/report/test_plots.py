@@ -195,6 +195,17 @@ def test_an_evaluation_stands_at_the_end_of_its_epoch(tmp_path, length):
     assert end == pytest.approx(epochs * length, abs=20 + epochs)
 
 
+@pytest.mark.parametrize("lengths", [[8, 8, 8], [32, 32], [4], [6, 12, 12]])
+def test_evaluations_stand_where_the_log_says_that_their_epochs_ended(tmp_path, lengths):
+    """Few iterations of a short run are logged; and one that is continued with another batch size has other epochs."""
+    ends = np.cumsum(lengths).tolist()
+    entries = [iteration(number, int(np.searchsorted(ends, number, "right"))) for number in range(0, ends[-1], 20)]
+    for epoch, end in enumerate(ends):
+        entries += [{"kind": "epoch", "epoch": epoch, "iteration": end}, evaluation(epoch, 0.1)]
+    figure = plots.draw_training(write_metrics(tmp_path / "metrics.jsonl", entries), tmp_path / "training.png")
+    assert line_data(figure.axes[2], "mAP")[0].tolist() == ends
+
+
 def test_long_runs_are_smoothed_and_keep_their_raw_curves(tmp_path):
     values = np.random.default_rng(0).normal(5, 1, 500)
     entries = [iteration(20 * n, 0, loss=value) for n, value in enumerate(values)]

@@ -317,6 +317,24 @@ def test_without_tensorboard_there_are_no_events(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "mlperf.log"]
 
 
+def test_a_tensorboard_that_cannot_write_is_one_warning(tmp_path, capsys):
+    """Its writer's thread raises as well, which Python prints."""
+    report = Report(tmp_path, append=False)
+    log_iteration(report, 0)
+
+    def no_space(_) -> None:
+        raise OSError(28, "No space left on device")
+
+    thread = report._tensorboard._get_file_writer().event_writer._async_writer._worker
+    thread._record_writer.write = no_space
+    log_iteration(report, 20)
+    thread.join(60)
+    log_iteration(report, 40)
+    report.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("main.py: warning: TensorBoard fails, so it gets no further events: ")
+
+
 def test_tensorboard_gets_the_figures_of_metrics_jsonl(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
