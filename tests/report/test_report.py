@@ -317,6 +317,7 @@ def test_without_tensorboard_there_are_no_events(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "mlperf.log"]
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_tensorboard_that_cannot_write_is_one_warning(tmp_path, capsys):
     """Its writer's thread raises as well, which Python prints."""
     report = Report(tmp_path, append=False)
