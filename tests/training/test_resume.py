@@ -294,6 +294,17 @@ def test_best_is_the_best_so_far_over_continuations_and_old_epochs_go(data, tmp_
     }  # fmt: skip
 
 
+def test_a_run_that_continues_elsewhere_leaves_its_best_network_there(data, tmp_path):
+    here, there, figures = tmp_path / "here", tmp_path / "there", {0: 0.9, 1: 0.2}
+    with mock.patch("main.make_evaluation", return_value=nullcontext(lambda epoch: {"mAP": figures[epoch]})):
+        more = [*flags("no_dali", True), "--evaluation", "0", "1"]
+        assert idle_run(data, here, *more, "--epochs", "1") == (main.DONE, 2)
+        assert idle_run(data, there, *more, "--epochs", "2", "--resume", str(here / "last.pt")) == (main.DONE, 2)
+        assert idle_run(data, here, *more, "--epochs", "2", "--resume") == (main.DONE, 2)
+    best = [torch.load(folder / "best.pt") for folder in (here, there)]
+    assert [(one["epoch"], one["best_map"]) for one in best] == [(1, 0.9), (2, 0.2)]
+
+
 def test_a_full_disk_is_told_of_in_one_line_and_the_old_checkpoint_stays(runs, data, tmp_path, capsys):
     resource = pytest.importorskip("resource")
     shutil.copy(runs("no_dali", False) / INSIDE, tmp_path / "last.pt")
