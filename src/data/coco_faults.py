@@ -42,7 +42,7 @@ WANTED = {
 SPACE = rb"[ \t\n\r]*"
 NO_SPACE = re.compile(rb"[^ \t\n\r]")
 TEXT = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
-TEXT_OR_NAN = re.compile(TEXT + rb"|NaN|-?Infinity", re.DOTALL)
+TEXT_OR_NAN = re.compile(TEXT + rb"?|(NaN|-?Infinity)", re.DOTALL)  # a text that is cut off lasts to the end
 TEXT_OR_BRACKET = re.compile(TEXT + rb"|[\[\]{}]", re.DOTALL)
 PLAIN_VALUE = re.compile(TEXT + rb'|[^\s,\[\]{}"]+', re.DOTALL)
 # No text can hold this: the quotes in it would be written \".
@@ -71,10 +71,11 @@ def without_nan(data: bytes | memoryview, first: int) -> bytearray:
     first: where the first can be; not inside a text.
     """
     readable = bytearray(data)
-    if b"NaN" in readable or b"Infinity" in readable:
+    escaped = data[first - 1 : first] == b"\\"  # in a text, as a fault of that
+    if not escaped and (b"NaN" in readable or b"Infinity" in readable):
         for token in TEXT_OR_NAN.finditer(data, first):
-            start, end = token.span()
-            if data[start] != ord('"'):
+            if token[1]:
+                start, end = token.span()
                 readable[start:end] = NO_NUMBER.ljust(end - start)
     return readable
 

@@ -107,6 +107,8 @@ def test_no_images(tmp_path):
         (json.dumps(content()) + "}", "trailing characters at line 1"),
         ('{"a": ' + "[" * 999_999 + "]" * 999_999 + "}", "nested too deep"),
         (json.dumps(content()).replace("1.jpg", "\\ud800"), ""),
+        (json.dumps(content()).replace("1.jpg", "\\NaN"), "invalid escape character"),
+        (json.dumps(content()).replace("annotations", "annotat\\NaN"), "invalid escape character"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_json_object(tmp_path, text, expected):

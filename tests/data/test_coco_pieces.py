@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from src.data import coco_file
@@ -119,6 +119,7 @@ def test_a_piece_is_not_much_larger_than_asked_for(tmp_path, monkeypatch):
 
 
 @QUICKLY
+@example(122, 2, b"NaN")  # in a text that lasts over the end of its entry
 @given(st.integers(0, len(SOUND)), st.integers(0, 3), st.sampled_from([b"", b"NaN", b"}", b"]", b'"', b",", b"\xff"]))
 def test_the_error_is_the_same_for_every_size_of_the_pieces(tmp_path, monkeypatch, place, removed, piece):
     path = tmp_path / "instances.json"
