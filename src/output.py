@@ -19,7 +19,7 @@ except ImportError:  # not on Windows, where nothing is locked
     fcntl = None
 
 PART = re.compile(r"\..*\.[0-9a-f]{8}\.part", re.DOTALL)  # the names of files that are being written
-NAME_KEPT = 50  # characters of a file's name in that of its part, which must not be too long
+NAME_KEPT = 50  # characters of a name in one that is made of it, such as that of a file's part, and may not be longer
 
 _locks: set[int] = set()  # of this process, open folders
 

@@ -68,10 +68,10 @@ class Excerpt(NamedTuple):
 def without_nan(data: bytes | memoryview, first: int) -> bytearray:
     """`data` with a text of the same length in place of NaN and Infinity, which Python writes and JSON has not.
 
-    first: where the first can be; not inside a text.
+    first: where the first can be, not inside a text; behind a backslash it is in one, and nothing is replaced.
     """
     readable = bytearray(data)
-    escaped = data[first - 1 : first] == b"\\"  # in a text, as a fault of that
+    escaped = data[first - 1 : first] == b"\\"
     if not escaped and (b"NaN" in readable or b"Infinity" in readable):
         for token in TEXT_OR_NAN.finditer(data, first):
             if token[1]:

@@ -298,7 +298,7 @@ class DaliTrainLoader:
     def _images_after(self, position: int) -> list[int]:
         """The images of the batches that were being prepared, from a graph that reads as before and decodes nothing.
 
-        None where that takes so long that the other processes would give this one up, and tell of that instead.
+        Empty where that takes so long that the other processes would give this one up, and tell of that instead.
         """
         reader = self.build(("ids",))
         deadline = time.monotonic() + SEARCH_LIMIT

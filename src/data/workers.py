@@ -54,7 +54,7 @@ def data_loader(
     # --num-workers is the user's word; torch's advice on it would stand in every log.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     allow_open_files(workers)
-    context = _context()
+    context = _context() if workers else None
     with _explaining(workers):
         return _Loader(
             dataset,
@@ -64,8 +64,8 @@ def data_loader(
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=_WorkerStart(context) if workers else None,
-            multiprocessing_context=context if workers else None,
+            worker_init_fn=_WorkerStart(context) if context else None,
+            multiprocessing_context=context,
         )
 
 

@@ -22,7 +22,7 @@ from src.data.images import resize
 from src.data.pictures import decode_any, decode_within, find_images, size_of
 from src.distributed import Processes
 from src.errors import UserError
-from src.output import make_folder
+from src.output import NAME_KEPT, make_folder
 from src.report.plots import draw_prediction
 from src.report.report import RESULTS, NullReport, Report, holds_run
 from src.ssd.detect import Detections, WholeDetector
@@ -36,7 +36,6 @@ from .scoring import DECIMALS, write_list
 SUBFOLDER = "predictions"  # of a run's folder, whose own files stay
 SUFFIX = ".png"  # of a picture, behind its image's name
 LONGEST_NAME = 255  # bytes of a file's name, on most file systems
-NAME_KEPT = 50  # characters of a name that is cut
 UNREADABLE_TOLD = 20  # images that are named
 LONGEST_SIDE = 2000  # pixels of a picture that is drawn; larger images are made smaller
 DECODED_AT_ONCE = 100_000_000  # pixels, in all threads together; a larger image is decoded while no other is
@@ -163,9 +162,8 @@ def predict(
                 for number, size, detected in zip(numbers, sizes, detections, strict=True):
                     path = images[number]
                     name = path.name if folder is None else path.relative_to(folder).as_posix()
-                    _draw(
-                        path, size, detected, categories, make_folder((output / name).parent) / picture_name(path.name)
-                    )
+                    picture = make_folder((output / name).parent) / picture_name(path.name)
+                    _draw(path, size, detected, categories, picture)
                     found += _listed(name, number, size, detected, categories)
             bar.update(len(batch))
     gathered = dist.gather_arrays((found, unreadable, non_finite))

@@ -176,22 +176,21 @@ class BreakdownWatch:
         self.processes = processes
         self.patient = patient
         self._warned = False
-        self._first = torch.full((), -1, dtype=torch.int64, device=device)
+        self._first = torch.full((), NEVER, dtype=torch.int64, device=device)
 
     def observe(self, loss: Tensor, iteration: int) -> None:
         """Notes a loss that is not finite; no synchronisation."""
-        bad = ~torch.isfinite(loss) & (self._first < 0)
+        bad = ~torch.isfinite(loss) & (self._first == NEVER)
         self._first = torch.where(bad, iteration, self._first)
 
     def check(self, *, epoch: int, learning_rate: float) -> None:
         """Reads the record, on all ranks together; raises TrainingBreakdownError on all of them."""
-        own = int(self._first)
-        first = -self.processes.maximum(-(own if own >= 0 else NEVER))  # the least of all
+        first = -self.processes.maximum(-int(self._first))  # the least of all
         bad, warned, self._warned = first < NEVER, self._warned, first < NEVER
         if not bad:
             return
         if self.patient and not warned:
-            self._first.fill_(-1)
+            self._first.fill_(NEVER)
             return
         raise TrainingBreakdownError(
             f"the loss is not finite since epoch {epoch}, iteration {first} (learning rate {learning_rate:.3g}): "

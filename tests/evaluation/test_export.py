@@ -371,17 +371,8 @@ def test_weights_that_are_not_finite_are_not_exported(files, tmp_path, capsys):
     weights = {name: tensor.clone() for name, tensor in files.model.state_dict().items()}
     weights["loc.0.bias"][3] = float("nan")
     torch.save(weights, tmp_path / "spoilt.pt")
-    flags = [
-        "--mode",
-        "export",
-        "--data",
-        files.data,
-        "--checkpoint",
-        tmp_path / "spoilt.pt",
-        "--output",
-        tmp_path / "o",
-    ]
-    assert main.main(list(map(str, flags))) == 2
+    flags = ["--mode", "export", "--data", files.data, "--checkpoint", tmp_path / "spoilt.pt"]
+    assert main.main([*map(str, flags), "--output", str(tmp_path / "o")]) == 2
     assert f"{tmp_path / 'spoilt.pt'}: loc.0.bias holds NaN or infinity" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
