@@ -26,8 +26,8 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 	@touch $@
 
 demo: venv
-	$(BIN)/python -m src.data.sample $(DEMO)/data
-	$(BIN)/python main.py $(DEMO_FLAGS) $$($(BIN)/python -m src.precision)
+	$(BIN)/python -m src.data.synthetic $(DEMO)/data
+	$(BIN)/python main.py $(DEMO_FLAGS) $$($(BIN)/python -m src.runtime.precision)
 	@echo "The pictures, figures and checkpoints are in $(DEMO)/run."
 
 pictures: demo

@@ -9,40 +9,52 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
 
-from src.surroundings import prepare
+from src.runtime.environment import prepare
 
 if __name__ == "__main__":
     prepare()
 
 import torch
 
-from src import distributed, launchers
 from src.benchmark import benchmark
 from src.check import check
-from src.data.coco import Annotations
-from src.data.dataset import read_dataset
-from src.data.loaders import TrainLoader, make_train_loader, make_trial
-from src.devices import configure
-from src.distributed import Processes
-from src.errors import Terminated, TrainingBreakdownError, UserError
-from src.evaluation.export import export
+from src.data.annotations.coco import Annotations
+from src.data.annotations.dataset import read_dataset
+from src.data.pipelines.loaders import TrainLoader, make_decode_check, make_train_loader
 from src.evaluation.predict import predict_folder
 from src.evaluation.validation import make_evaluation, score_checkpoint
+from src.export.export import export
 from src.flags import Flags, parse_args
-from src.output import reserved
 from src.report import mlperf
-from src.report.ending import BAD_INPUT, DONE, INTERRUPTED, TERMINATED, fail, meets_target, told_at_once
+from src.report.exit_status import (
+    BAD_INPUT,
+    DONE,
+    INTERRUPTED,
+    TERMINATED,
+    fail,
+    meets_target,
+    report_error_before_cleanup,
+)
 from src.report.report import NullReport, Report
-from src.report.start import Continued, start_report, tell_data, tell_start
+from src.report.startup import ResumedFrom, start_report, tell_data, tell_start
+from src.runtime import distributed, launcher_env
+from src.runtime.devices import configure
+from src.runtime.distributed import Processes
+from src.runtime.errors import DivergenceError, SigtermReceived, UserError
+from src.runtime.output_files import lock_output_folder
+from src.runtime.preemption import GracefulShutdown
 from src.ssd.detect import IOU_THRESHOLD, MAX_DETECTIONS
-from src.ssd.model import SSD300, feature_channels, training_layout
-from src.stop_notice import StopNotice
+from src.ssd.model import SSD300, feature_channels, training_memory_format
 from src.training.checkpoint import TRAINING_DATA, Identity
+from src.training.resume import resumed_file, run_to_continue, schedule_warnings, start_position, starting_model
 from src.training.run import LAST, Run
-from src.training.start import odd_starts, resumed_file, run_to_continue, start_position, starting_model
 from src.training.step import Schedule, Trainer, make_optimizer
 
-ONE_PROCESS = {"check": ", which uses all cores", "benchmark": "", "export": ""}  # modes that work on one, and why
+SINGLE_PROCESS_MODES = {
+    "check": ", which uses all cores",
+    "benchmark": "",
+    "export": "",
+}  # modes that work on one, and why
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stderr is None:  # closed by who started this
         sys.stderr = io.StringIO()
-    with launchers.telling_once():
+    with launcher_env.print_once_per_node():
         flags = parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and categories may be beyond a terminal's alphabet
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -68,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Terminated:
+    except SigtermReceived:
         return TERMINATED
 
 
@@ -76,7 +88,7 @@ def train(flags: Flags, processes: Processes) -> int:
     """`--mode training`: from scratch, from weights, or from where a run stopped."""
     began = time.perf_counter()
     with ExitStack() as stack:
-        stop = stack.enter_context(closing(StopNotice(processes)))
+        stop = stack.enter_context(closing(GracefulShutdown(processes)))
         epochs = [epoch for epoch in flags.evaluation_epochs if epoch < flags.epochs]
         training, validation = processes.once_a_machine(partial(
             read_dataset, flags.data, evaluating=bool(epochs), upright=flags.upright,
@@ -99,19 +111,21 @@ def train(flags: Flags, processes: Processes) -> int:
             checkpoint=flags.checkpoint, backbone_weights=flags.backbone_weights, processes=processes,
         )  # fmt: skip
         loader = stack.enter_context(closing(loader_maker(flags, processes)(training)))
-        stack.enter_context(told_at_once(processes))
+        stack.enter_context(report_error_before_cleanup(processes))
         trainer = make_trainer(flags, processes, model)
         position, warnings = start_position(trainer, loader, schedule, identity, before, rank=processes.rank)
         report: Report | NullReport = NullReport()
         if processes.is_main:
-            stack.enter_context(reserved(flags.output))
+            stack.enter_context(lock_output_folder(flags.output))
             # An older run's files are moved, or cut back, only now: all that could be among them has been read.
-            continued = Continued(resumed, before.position.epoch, before.position.iteration) if resumed else None
+            continued = ResumedFrom(resumed, before.position.epoch, before.position.iteration) if resumed else None
             report = start_report(flags.output, continued=continued, flags=asdict(flags), processes=processes)
             stack.enter_context(closing(report))
         tell_data(report, training, validation, half=flags.fp16, device=processes.device)
         missing = flags.output / LAST if flags.resume and not resumed else None
-        for warning in odd_starts(schedule, flags.epochs, len(loader), flags.unreached_evaluations, missing) + warnings:
+        for warning in (
+            schedule_warnings(schedule, flags.epochs, len(loader), flags.unreached_evaluations, missing) + warnings
+        ):
             report.warn(warning)
         for line in news:
             report.note(line)
@@ -124,7 +138,9 @@ def train(flags: Flags, processes: Processes) -> int:
             model, validation, batch_size=flags.eval_batch_size, num_workers=flags.num_workers, half=flags.fp16,
             output=flags.output, processes=processes, report=report,
         ))  # fmt: skip
-        stack.enter_context(told_at_once(processes))  # not only when the files of the last evaluation are made
+        stack.enter_context(
+            report_error_before_cleanup(processes)
+        )  # not only when the files of the last evaluation are made
         run = Run(
             trainer, loader, schedule, evaluate=evaluate, evaluation_epochs=epochs, identity=identity,
             position=position, output=flags.output, processes=processes, stop=stop, report=report,
@@ -140,10 +156,10 @@ def train_to_the_end(run: Run, *, epochs: int, began: float) -> None:
         report.note(f"Nothing is left to train: {position.epoch} epochs are done (--epochs {epochs})")
     try:
         run.train(epochs)
-    except TrainingBreakdownError:
-        report.break_down()
+    except DivergenceError:
+        report.mark_failed()
         raise
-    except Terminated as notice:
+    except SigtermReceived as notice:
         report.note(run.stopped_by(notice))
         raise
     accuracy = position.last_map if position.evaluated else "not evaluated"
@@ -159,7 +175,9 @@ def loader_maker(flags: Flags, processes: Processes) -> Callable[[Annotations], 
 
 
 def make_trainer(flags: Flags, processes: Processes, model: SSD300) -> Trainer:
-    layout = processes.broadcast_object(training_layout(flags.backbone, processes.device))  # one, whatever the machines
+    layout = processes.broadcast_object(
+        training_memory_format(flags.backbone, processes.device)
+    )  # one, whatever the machines
     model = model.to(processes.device).to(memory_format=layout)
     optimizer = make_optimizer(model, momentum=flags.momentum, weight_decay=flags.weight_decay)
     return Trainer(
@@ -180,20 +198,21 @@ def mlperf_constants(flags: Flags, schedule: Schedule, images: int, evaluation_i
 
 def work(flags: Flags, processes: Processes) -> int:
     """Every other mode, which writes no log of a run; the exit status."""
-    if flags.mode in ONE_PROCESS and processes.world_size > 1:
-        raise UserError(f"--mode {flags.mode} works on one process{ONE_PROCESS[flags.mode]}")
+    if flags.mode in SINGLE_PROCESS_MODES and processes.world_size > 1:
+        raise UserError(f"--mode {flags.mode} works on one process{SINGLE_PROCESS_MODES[flags.mode]}")
     with closing(Report(None, append=True) if processes.is_main else NullReport()) as report:
         if flags.mode == "check":
             return check(
                 flags.data, flags.output, upright=flags.upright, make_loader=loader_maker(flags, processes),
-                make_trial=partial(make_trial, flags.data_pipeline, device=processes.device), report=report,
+                make_decode_check=partial(make_decode_check, flags.data_pipeline, device=processes.device),
+                report=report,
             )  # fmt: skip
         if flags.mode == "benchmark":
             training, _ = read_dataset(flags.data, evaluating=False, upright=flags.upright, tell=report.note)
             torch.manual_seed(flags.seed)
             model = SSD300(flags.backbone, len(training.categories) + 1)
             trainer = make_trainer(flags, processes, model)
-            with closing(loader_maker(flags, processes)(training)) as loader, told_at_once(processes):
+            with closing(loader_maker(flags, processes)(training)) as loader, report_error_before_cleanup(processes):
                 benchmark(
                     trainer, loader, training, backbone=flags.backbone, batch_size=flags.batch_size, report=report
                 )

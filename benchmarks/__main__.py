@@ -11,19 +11,18 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from src.surroundings import prepare
+from src.runtime.environment import prepare
 
 if __name__ == "__main__":
     prepare()
 
 import torch
 
-from src.data.sample import draw_dataset
-from src.devices import configure
-
-from . import annotations, evaluation, export, loaders, step
-from .machine import describe, fitting_batch
-from .table import header, line
+from benchmarks import annotations, evaluation, export, loaders, step
+from benchmarks.machine import describe, fitting_batch
+from benchmarks.table import header, line
+from src.data.synthetic import draw_dataset
+from src.runtime.devices import configure
 
 DRAWN_IMAGES = 256  # where no --data is given
 

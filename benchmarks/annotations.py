@@ -19,10 +19,9 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from src.data.coco import Annotations, check_images_exist, read_annotations
-from src.data.dali_files import write_clean_file
-
-from . import table
+from benchmarks import table
+from src.data.annotations.coco import Annotations, check_images_exist, read_annotations
+from src.data.pipelines.dali_files import write_clean_file
 
 IMAGES, BOXES = 118_287, 860_001  # COCO's train2017
 ANNOTATED = 117_266 / IMAGES
@@ -206,10 +205,10 @@ def first_batch(pipeline: str, file: Path, image_folder: Path) -> tuple[float, f
     """Seconds from the annotations to a batch on the CPU, imports left out, and the peak in MB."""
     import torch
 
-    from src.data.loaders import make_train_loader
+    from src.data.pipelines.loaders import make_train_loader
 
     if pipeline == "dali":
-        import src.data.dali_pipeline  # noqa: F401
+        import src.data.pipelines.dali_pipeline  # noqa: F401
 
     annotations = read_annotations(file, image_folder)
     start = time.perf_counter()

@@ -18,14 +18,13 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
-from src.data.coco import Annotations, read_annotations
+from benchmarks import sharing, table
+from src.data.annotations.coco import Annotations, read_annotations
 from src.evaluation.evaluate import to_results
 from src.evaluation.scoring import Results, score, write_results
 from src.ssd.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES
 from src.ssd.detect import detect
 from src.ssd.model import SSD300, folded
-
-from . import sharing, table
 
 CPU = torch.device("cpu")
 BATCH = 32

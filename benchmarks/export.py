@@ -6,16 +6,15 @@ from pathlib import Path
 
 import torch
 
-from src.data.batch import normalise
-from src.data.coco import Category
+from benchmarks import table
+from benchmarks.evaluation import CPU, LABELS, alternately
+from src.data.annotations.coco import Category
+from src.data.pipelines.batch import normalise
 from src.evaluation.evaluate import find
-from src.evaluation.export import DETECTOR, PROGRAM, exported_files
-from src.evaluation.exported import trained_detector
+from src.export.export import DETECTOR, PROGRAM, exported_files
 from src.ssd.default_boxes import IMAGE_SIZE
 from src.ssd.model import SSD300
-
-from . import table
-from .evaluation import CPU, LABELS, alternately
+from src.weights.exported import trained_detector
 
 BATCH = 8
 REPEATS = 3

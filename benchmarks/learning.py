@@ -15,17 +15,16 @@ from pathlib import Path
 
 import torch
 
-from src.data.coco import Annotations, locations, read_annotations
-from src.data.loaders import PIPELINES, EvaluationLoader, make_train_loader
-from src.devices import configure
-from src.distributed import Processes
+from benchmarks.step import make_trainer
+from src.data.annotations.coco import Annotations, locations, read_annotations
+from src.data.pipelines.loaders import PIPELINES, EvaluationLoader, make_train_loader
 from src.evaluation.evaluate import evaluate
-from src.precision import half_is_fast
 from src.report.report import Report
-from src.stop_notice import StopNotice
+from src.runtime.devices import configure
+from src.runtime.distributed import Processes
+from src.runtime.precision import half_is_fast
+from src.runtime.preemption import GracefulShutdown
 from src.training.step import REFERENCE_BATCH, Schedule, train_epoch
-
-from .step import make_trainer
 
 CPU = torch.device("cpu")
 IMAGES, BATCH, ITERATIONS, PEAK = 16, 8, 320, 0.02
@@ -68,7 +67,7 @@ def train_and_score(annotations: Annotations, *, pipeline: str, seed: int, devic
     loader = make_train_loader(
         pipeline, annotations, batch_size=BATCH, num_workers=2, device=device, half=trainer.half, seed=seed
     )
-    with closing(loader), closing(StopNotice(processes)) as stop, closing(Report(None, append=True)) as report:
+    with closing(loader), closing(GracefulShutdown(processes)) as stop, closing(Report(None, append=True)) as report:
         for epoch in range(epochs):
             loader.set_epoch(epoch)
             train_epoch(

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from src.data.coco import Annotations, locations, read_annotations
-from src.data.dali_pipeline import DaliTrainLoader
-from src.data.images import read_image, resize
-from src.data.torch_pipeline import TorchTrainLoader
-from src.data.workers import PREFETCH
-
-from . import table
+from benchmarks import table
+from src.data.annotations.coco import Annotations, locations, read_annotations
+from src.data.images.decode import read_image, resize
+from src.data.pipelines.dali_pipeline import DaliTrainLoader
+from src.data.pipelines.torch_pipeline import TorchTrainLoader
+from src.data.pipelines.workers import PREFETCH
 
 WORKERS = (1, 2, 4)
 GOAL_WORKERS = 2

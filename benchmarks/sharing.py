@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from src import distributed
-from src.data.coco import Annotations, read_annotations
-from src.evaluation.evaluate import score_together
+from benchmarks import table
+from src.data.annotations.coco import Annotations, read_annotations
+from src.evaluation.evaluate import score_distributed
 from src.evaluation.scoring import Results, score
-from src.evaluation.stopwatch import Stopwatch
-
-from . import table
+from src.evaluation.timing import Stopwatch
+from src.runtime import distributed
 
 HERE = Path(__file__).parents[1]
 PROCESSES = 2
@@ -93,7 +92,7 @@ def _score(folder: Path, annotation_file: str) -> None:
         own = annotations.image_ids[processes.rank :: processes.world_size]
         results = Results(*(column[np.isin(results.image_ids, own)] for column in results))
         processes.maximum(0)  # all begin together
-        found = score_together(processes, annotations, results, 0, watch=Stopwatch())
+        found = score_distributed(processes, annotations, results, 0, watch=Stopwatch())
         if processes.is_main:
             seconds = found.seconds["gathering"] + found.seconds["scoring"]
             outcome = {"figures": found.scores.figures, "scoring": seconds, "waiting": found.seconds["waiting"]}

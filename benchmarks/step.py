@@ -13,18 +13,17 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import table
 from src.benchmark import random_batch, time_training
-from src.data.batch import Batch
-from src.data.coco import Annotations, locations, read_annotations
-from src.data.loaders import make_train_loader
-from src.distributed import Processes
-from src.precision import half_is_fast, image_dtype
+from src.data.annotations.coco import Annotations, locations, read_annotations
+from src.data.pipelines.batch import Batch
+from src.data.pipelines.loaders import make_train_loader
 from src.report.report import Report
-from src.ssd.model import SSD300, training_layout
-from src.stop_notice import StopNotice
+from src.runtime.distributed import Processes
+from src.runtime.precision import half_is_fast, image_dtype
+from src.runtime.preemption import GracefulShutdown
+from src.ssd.model import SSD300, training_memory_format
 from src.training.step import Schedule, Trainer, make_optimizer, train_epoch
-
-from . import table
 
 BATCH = 8
 STEPS = {"cpu": 3, "cuda": 30}  # of each kind; ResNet-50 on a CPU takes seconds for one
@@ -48,7 +47,7 @@ def make_trainer(
 ) -> Trainer:
     """layout: a run's, if left out."""
     torch.manual_seed(seed)
-    layout = layout or training_layout(backbone, device)
+    layout = layout or training_memory_format(backbone, device)
     model = SSD300(backbone, labels).to(device).to(memory_format=layout)
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=5e-4)
     alone = Processes(0, 1, device, None)
@@ -140,7 +139,7 @@ def repeated(data: Path, images: int, folder: Path) -> Path:
 def _epoch_speed(trainer: Trainer, batches: Iterable[Batch], epoch: int, batch_size: int) -> float:
     """Images a second of one epoch as a run does it, with logging."""
     schedule = Schedule(base=1e-4, images=batch_size, warmup=0, multistep=())
-    stop = StopNotice(trainer.breakdown.processes)
+    stop = GracefulShutdown(trainer.breakdown.processes)
     with tempfile.TemporaryDirectory() as folder, open("/dev/null", "w") as nowhere:
         report = Report(Path(folder), append=False, stream=nowhere)
         result = train_epoch(

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import torch
 
-from src.data.sample import draw_dataset
-from src.distributed import GROUP_TIMEOUT_VARIABLE
-from src.precision import half_is_fast
+from src.data.synthetic import draw_dataset
+from src.runtime.distributed import GROUP_TIMEOUT_VARIABLE
+from src.runtime.precision import half_is_fast
 
 HERE = Path(__file__).parents[1]
 ADDRESSES = ("10.213.77.1", "10.213.77.2")

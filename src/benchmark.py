@@ -13,17 +13,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from src.data.batch import Batch
-from src.data.coco import Annotations
-from src.data.loaders import TrainLoader
-from src.evaluation.evaluate import evaluating, for_inference
+from src.data.annotations.coco import Annotations
+from src.data.pipelines.batch import Batch
+from src.data.pipelines.loaders import TrainLoader
+from src.evaluation.evaluate import evaluating, prepare_for_inference
 from src.report.report import NullReport, Report
-from src.report.start import device_name, tell_data
+from src.report.startup import device_name, tell_data
+from src.runtime.precision import autocast, image_dtype
 from src.ssd.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES, default_boxes
 from src.ssd.detect import detect
 from src.training.step import Trainer
-
-from .precision import autocast, image_dtype
 
 WARM_UP = 3  # steps that are not counted: memory is claimed, convolutions are chosen
 LEARNING_RATE = 1e-4  # small, so that random labels do not break the network down
@@ -85,7 +84,7 @@ def time_training(name: str, trainer: Trainer, batches: Iterable[Batch], *, step
 def time_evaluation(name: str, trainer: Trainer, batches: Iterable[Batch], *, steps: int) -> Timing:
     """Times `steps` evaluation steps, from images to detections, after a warm-up."""
     with evaluating(trainer.model):
-        network = for_inference(trainer.model, device=trainer.device, half=trainer.half)
+        network = prepare_for_inference(trainer.model, device=trainer.device, half=trainer.half)
 
         def step(batch: Batch) -> None:
             with autocast(trainer.device, trainer.half):

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torchvision.ops import box_convert
 
-from src.data.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
-from src.data.coco import Annotations, Category, locations, read_annotations
-from src.data.images import read_image
-from src.data.loaders import TrainLoader, Trial
-from src.errors import DataError
-from src.output import make_folder
-from src.report.ending import BAD_INPUT, DONE
+from src.data.annotations.coco import Annotations, Category, locations, read_annotations
+from src.data.images.decode import read_image
+from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
+from src.data.pipelines.loaders import DecodeCheck, TrainLoader
+from src.report.exit_status import BAD_INPUT, DONE
 from src.report.plots import draw_batch
 from src.report.report import NullReport, Report
+from src.runtime.errors import DataError
+from src.runtime.output_files import make_folder
 from src.ssd.default_boxes import IMAGE_SIZE
 
 CHUNK = 16  # pictures a thread takes at a time
@@ -35,7 +35,7 @@ class Bar(Protocol):
 
 
 Progress = Callable[[int, str], AbstractContextManager[Bar]]  # of (total, name)
-TrialMaker = Callable[..., Trial | None]  # of the training annotations and num_threads
+TrialMaker = Callable[..., DecodeCheck | None]  # of the training annotations and num_threads
 
 
 def check(
@@ -44,7 +44,7 @@ def check(
     *,
     upright: bool,
     make_loader: Callable[[Annotations], TrainLoader],
-    make_trial: TrialMaker,
+    make_decode_check: TrialMaker,
     report: Report | NullReport,
 ) -> int:
     """Checks the data set in `folder` and draws a training batch of it into `output`; the exit status.
@@ -55,8 +55,8 @@ def check(
     make_folder(output)
     files = [locations(folder, split) for split in ("train", "val")]
     status = check_dataset(
-        files, upright=upright, make_trial=make_trial, workers=os.cpu_count() or 1, progress=report.progress,
-        write=report.note,
+        files, upright=upright, make_decode_check=make_decode_check, workers=os.cpu_count() or 1,
+        progress=report.progress, write=report.note,
     )  # fmt: skip
     if status == DONE:
         training = read_annotations(*files[0], upright=upright)
@@ -70,7 +70,7 @@ def check_dataset(
     files: Sequence[tuple[Path, Path]],
     *,
     upright: bool = False,
-    make_trial: TrialMaker,
+    make_decode_check: TrialMaker,
     workers: int,
     progress: Progress,
     write: Callable[[str], None],
@@ -92,7 +92,7 @@ def check_dataset(
             write(str(error))
             continue
         categories = categories or annotations.categories
-        trial = make_trial(annotations, num_threads=workers) if annotation_file == files[0][0] else None
+        trial = make_decode_check(annotations, num_threads=workers) if annotation_file == files[0][0] else None
         unreadable = _check_images(annotations, trial, workers=workers, progress=progress, write=write)
         faults += unreadable
         for line in summary(annotations):
@@ -103,7 +103,12 @@ def check_dataset(
 
 
 def _check_images(
-    annotations: Annotations, trial: Trial | None, *, workers: int, progress: Progress, write: Callable[[str], None]
+    annotations: Annotations,
+    trial: DecodeCheck | None,
+    *,
+    workers: int,
+    progress: Progress,
+    write: Callable[[str], None],
 ) -> int:
     """Reads every picture and writes a line for each that is missing, broken or of another size; their number."""
     total = len(annotations)

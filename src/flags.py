@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from src.data.loaders import PIPELINES
-from src.report.ending import BAD_INPUT
+from src.data.pipelines.loaders import PIPELINES
+from src.report.exit_status import BAD_INPUT
 from src.ssd.model import BACKBONES
 
 LARGEST = 2**31 - 1  # of whole numbers; DALI counts in 32 bits

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.narrow import narrow_network
+from tests.helpers.tiny_model import narrow_network
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's, with which matplotlib cannot be imported
 HERE = Path(__file__).parent

@@ -13,9 +13,9 @@ import torch
 from benchmarks import __main__ as benchmarks
 from benchmarks import annotations, learning, loaders, machine, sharing, step
 from benchmarks.table import cost, speed, table
-from src.data.coco import locations, read_annotations
+from src.data.annotations.coco import locations, read_annotations
 from src.evaluation.scoring import Results
-from tests.datasets import annotation, write_coco
+from tests.helpers.datasets import annotation, write_coco
 
 CPU = torch.device("cpu")
 FIELDS = {"name", "ours", "yardstick", "ratio", "goal", "met"}

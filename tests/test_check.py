@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from src.check import check_dataset
-from src.data.loaders import make_trial
-from tests.datasets import annotation, write_annotations, write_coco
+from src.data.pipelines.loaders import make_decode_check
+from tests.helpers.datasets import annotation, write_annotations, write_coco
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def check():
             (folder / "annotations" / f"instances_{split}2017.json", folder / f"{split}2017")
             for split in ("train", "val")
         ]
-        trial = partial(make_trial, pipeline, device=torch.device("cpu"))
-        options = {"make_trial": trial, "upright": upright, "workers": workers}
+        trial = partial(make_decode_check, pipeline, device=torch.device("cpu"))
+        options = {"make_decode_check": trial, "upright": upright, "workers": workers}
         status = check_dataset(files, **options, progress=progress, write=lines.append)
         return status, lines, bars
 
@@ -152,7 +152,7 @@ def test_an_interrupted_check_ends_at_once(tmp_path):
 
     files = [(tmp_path / "annotations" / "instances_train2017.json", tmp_path / "train2017")]
     with pytest.raises(KeyboardInterrupt):
-        check_dataset(files, make_trial=no_trial, workers=2, progress=lambda total, name: bar, write=print)
+        check_dataset(files, make_decode_check=no_trial, workers=2, progress=lambda total, name: bar, write=print)
 
 
 # --- what only DALI refuses ------------------------------------------------------------------------------------------

@@ -11,18 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from src.data.coco import Annotations
-from src.data.loaders import EvaluationLoader
-from src.distributed import Processes
-from src.precision import autocast, half_is_fast
+from src.data.annotations.coco import Annotations
+from src.data.pipelines.loaders import EvaluationLoader
+from src.evaluation.scoring import DECIMALS, Results, Scores, deal, join_results, merge_shards, score, score_share
+from src.evaluation.timing import Stopwatch, of_all_processes
 from src.report.progress import Bar, NullBar
 from src.report.report import NullReport
+from src.runtime.distributed import Processes
+from src.runtime.precision import autocast, half_is_fast
 from src.ssd.default_boxes import default_boxes
-from src.ssd.detect import Detections, WholeDetector, detect, filled, finite_boxes
+from src.ssd.detect import Detections, EndToEndDetector, detect, filled, finite_boxes
 from src.ssd.model import folded
-
-from .scoring import DECIMALS, Results, Scores, deal, join_results, put_together, score, score_share
-from .stopwatch import Stopwatch, of_all_processes
 
 
 @torch.no_grad()
@@ -41,7 +40,7 @@ def find(
     they are uint8; that one does not tell of its outputs, so they count as finite.  defaults as for `detect`.
     """
     watch = watch or Stopwatch()
-    if isinstance(model, WholeDetector):
+    if isinstance(model, EndToEndDetector):
         found = filled(*model(images))
         watch.lap("network")
         return found, 0
@@ -53,7 +52,7 @@ def find(
     return detect(offsets, logits, defaults=defaults, usable=usable), broken
 
 
-def for_inference(model: nn.Module, *, device: torch.device, half: bool) -> nn.Module:
+def prepare_for_inference(model: nn.Module, *, device: torch.device, half: bool) -> nn.Module:
     """The model, in evaluation mode, as it is fastest: folded, but for half precision.
 
     The rounding of folded weights to float16 would move detections.
@@ -110,9 +109,9 @@ def evaluate(
     progress = progress or NullReport().progress
     watch = Stopwatch()
     with evaluating(model), torch.inference_mode(), progress(len(loader), "Evaluation") as bar:
-        network = for_inference(model, device=device, half=half)
+        network = prepare_for_inference(model, device=device, half=half)
         results, non_finite = _detect_all(network, loader, annotations, device=device, half=half, bar=bar, watch=watch)
-    return score_together(dist, annotations, results, non_finite, watch=watch, helpers=helpers)
+    return score_distributed(dist, annotations, results, non_finite, watch=watch, helpers=helpers)
 
 
 def _detect_all(
@@ -142,7 +141,7 @@ def _detect_all(
     return results, broken
 
 
-def score_together(
+def score_distributed(
     dist: Processes, annotations: Annotations, results: Results, non_finite: int, *, watch: Stopwatch, helpers: int = 0
 ) -> Evaluation:
     """Scores what all ranks have found; results, non_finite: this rank's.  All ranks must call this."""
@@ -165,7 +164,7 @@ def score_together(
     if gathered is None:
         return Evaluation(*dist.broadcast_object())
     parts, watches = zip(*gathered, strict=True)
-    scores = put_together(annotations, parts)
+    scores = merge_shards(annotations, parts)
     watch.lap("gathering")
     dist.broadcast_object((scores, None, non_finite, {}))
     return Evaluation(scores, results, non_finite, of_all_processes([watch, *watches[1:]]))

@@ -16,22 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from src.data.batch import normalise
-from src.data.coco import Category
-from src.data.images import resize
-from src.data.pictures import decode_any, decode_within, find_images, size_of
-from src.distributed import Processes
-from src.errors import UserError
-from src.output import NAME_KEPT, make_folder
+from src.data.annotations.coco import Category
+from src.data.images.decode import resize
+from src.data.images.formats import decode_any, decode_thumbnail, find_images, size_of
+from src.data.pipelines.batch import normalise
+from src.evaluation.artifacts import warn_of_non_finite
+from src.evaluation.evaluate import evaluating, find, prepare_for_inference
+from src.evaluation.scoring import DECIMALS, write_list
 from src.report.plots import draw_prediction
 from src.report.report import RESULTS, NullReport, Report, holds_run
-from src.ssd.detect import Detections, WholeDetector
+from src.runtime.distributed import Processes
+from src.runtime.errors import UserError
+from src.runtime.output_files import NAME_KEPT, make_folder
+from src.ssd.detect import Detections, EndToEndDetector
 from src.weights.detector import known_categories
-
-from .evaluate import evaluating, find, for_inference
-from .exported import load_trained, trained_detector
-from .gallery import warn_of_non_finite
-from .scoring import DECIMALS, write_list
+from src.weights.exported import load_trained, trained_detector
 
 SUBFOLDER = "predictions"  # of a run's folder, whose own files stay
 SUFFIX = ".png"  # of a picture, behind its image's name
@@ -148,7 +147,7 @@ def predict(
     progress = progress or NullReport().progress
     share = range(dist.rank, len(images), dist.world_size)
     with evaluating(model), torch.inference_mode(), progress(len(share), "Prediction") as bar:
-        network = for_inference(model, device=device, half=half)
+        network = prepare_for_inference(model, device=device, half=half)
         for start, batch in _batches([images[number] for number in share], batch_size):
             read_ones = list(zip(share[start:], batch, strict=False))
             unreadable |= {number: read for number, read in read_ones if isinstance(read, UserError)}
@@ -156,7 +155,7 @@ def predict(
             if whole:
                 numbers, sizes, resized = zip(*whole, strict=True)
                 pixels = torch.stack(resized).to(device)
-                inputs = pixels if isinstance(model, WholeDetector) else normalise(pixels)
+                inputs = pixels if isinstance(model, EndToEndDetector) else normalise(pixels)
                 detections, broken = find(network, inputs, device=device, half=half)
                 non_finite += broken
                 for number, size, detected in zip(numbers, sizes, detections, strict=True):
@@ -232,7 +231,7 @@ def _draw(
     path: Path, size: tuple[int, int], detected: Detections, categories: Sequence[Category], picture: Path
 ) -> None:
     """Draws one image's detections; size: its width and height, larger than those of what is drawn perhaps."""
-    image = decode_within(path, LONGEST_SIDE, own=True).permute(1, 2, 0).numpy()
+    image = decode_thumbnail(path, LONGEST_SIDE, own=True).permute(1, 2, 0).numpy()
     names = [categories[label - 1].name for label in detected.labels.tolist()]
     draw_prediction(image, _in_pixels(detected, image.shape[1::-1]), names, detected.scores.cpu().numpy(), picture)
 

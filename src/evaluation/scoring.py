@@ -19,10 +19,10 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import ArrayLike
 
-from src.data.coco import Annotations
-from src.data.coco_file import AnnotationEntry, pieces
-from src.errand import Errand, spare_cores
-from src.output import replacing
+from src.data.annotations.coco import Annotations
+from src.data.annotations.coco_json import AnnotationEntry, pieces
+from src.runtime.background_process import Errand, spare_cores
+from src.runtime.output_files import atomic_write
 
 METRIC_NAMES = (
     "mAP",
@@ -96,7 +96,7 @@ def write_list(path: Path, parts: Iterable[Sequence[msgspec.Struct]]) -> None:
     Raises UserError where it cannot be written.
     """
     encoder = msgspec.json.Encoder()
-    with replacing(path) as file, _collector_paused():
+    with atomic_write(path) as file, _collector_paused():
         before = b"["
         for part in parts:
             file.write(before + encoder.encode_lines(part).rstrip().replace(b"\n", b",\n"))
@@ -116,7 +116,7 @@ def score(annotations: Annotations, results: Results, *, helpers: int = 0) -> Sc
         for errand, share in zip(errands, others, strict=True):
             errand.send(score_share, share)
         parts = [score_share(own), *(errand.answer() for errand in errands)]
-    return put_together(annotations, parts)
+    return merge_shards(annotations, parts)
 
 
 class Share(NamedTuple):
@@ -190,7 +190,7 @@ def score_share(share: Share) -> Part:
     return Part(share.labels, scorer.eval["precision"], scorer.eval["recall"])
 
 
-def put_together(annotations: Annotations, parts: Sequence[Part]) -> Scores:
+def merge_shards(annotations: Annotations, parts: Sequence[Part]) -> Scores:
     """The figures of all categories, each of which is in one of the parts."""
     order = np.argsort(np.concatenate([part.labels for part in parts]))
     precision = np.concatenate([part.precision for part in parts], axis=2)[:, :, order]  # [T, R, K, A, M]

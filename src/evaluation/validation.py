@@ -6,19 +6,18 @@ from pathlib import Path
 
 from torch import nn
 
-from src.data.coco import Annotations, check_images_exist, locations
-from src.data.loaders import EvaluationLoader
-from src.distributed import Processes
-from src.output import make_folder
+from src.data.annotations.coco import Annotations, check_images_exist, locations
+from src.data.pipelines.loaders import EvaluationLoader
+from src.evaluation.artifacts import leave_evaluation, log_evaluation_warnings, tell_figures
+from src.evaluation.background_files import BackgroundFiles
+from src.evaluation.evaluate import evaluate
 from src.report.report import NullReport, Report
-from src.report.start import tell_data
-from src.ssd.detect import WholeDetector
+from src.report.startup import tell_data
+from src.runtime.distributed import Processes
+from src.runtime.output_files import make_folder
+from src.ssd.detect import EndToEndDetector
 from src.weights.detector import read_labelled
-
-from .evaluate import evaluate
-from .exported import load_trained, trained_detector
-from .gallery import leave_evaluation, tell_figures, tell_oddities
-from .meanwhile import FilesMeanwhile
+from src.weights.exported import load_trained, trained_detector
 
 Figures = dict[str, float | None]  # COCO's 12 by name, None: not defined
 
@@ -40,7 +39,7 @@ def make_evaluation(
     The files are made while training goes on; the next evaluation and the end wait for them.
     """
     loader = _loader(model, validation, batch_size=batch_size, num_workers=num_workers, processes=processes)
-    with closing(loader), FilesMeanwhile(output, report) as files:  # the workers stay from one evaluation to the next
+    with closing(loader), BackgroundFiles(output, report) as files:  # the workers stay from one evaluation to the next
 
         def evaluate_epoch(epoch: int) -> Figures:
             files.finish()
@@ -51,7 +50,7 @@ def make_evaluation(
             )  # fmt: skip
             report.evaluation(epoch=epoch, figures=found.scores.figures, seconds=found.seconds)
             if processes.is_main:
-                tell_oddities(report, found)
+                log_evaluation_warnings(report, found)
                 files.start(found, validation)
             return found.scores.figures
 
@@ -106,5 +105,5 @@ def _loader(
 ) -> EvaluationLoader:
     return EvaluationLoader(
         validation, batch_size=batch_size, num_workers=num_workers, device=processes.device,
-        rank=processes.rank, world_size=processes.world_size, normalised=not isinstance(model, WholeDetector),
+        rank=processes.rank, world_size=processes.world_size, normalised=not isinstance(model, EndToEndDetector),
     )  # fmt: skip

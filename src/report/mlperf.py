@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from src.data.augment import FLIP_PROBABILITY
-from src.data.batch import IMAGENET_MEAN, IMAGENET_STD
+from src.data.pipelines.augment import FLIP_PROBABILITY
+from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD
 from src.ssd.default_boxes import ASPECT_RATIOS, BOXES_PER_CELL, FEATURE_SIZES, NUM_DEFAULT_BOXES, SCALES, STEPS
 
 CROPPING_ITERATIONS = 1  # windows tried before another crop condition is picked

@@ -21,10 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
 
-from src.errors import UserError
-from src.output import replacing
-
-from .canvas import (
+from src.report.drawing import (
     BLACK,
     BLUE,
     DPI,
@@ -40,6 +37,8 @@ from .canvas import (
     photograph,
     short,
 )
+from src.runtime.errors import UserError
+from src.runtime.output_files import atomic_write
 
 STYLE = {
     "axes.spines.top": False,
@@ -88,7 +87,7 @@ def _styled() -> Iterator[None]:
 
 
 def _save(figure: Figure, path: Path | str) -> Figure:
-    with replacing(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": COMPRESSION})
     return figure
 

@@ -22,11 +22,10 @@ from numbers import Real
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, SupportsFloat, TextIO
 
-from src.errors import printable
-from src.output import make_folder, replacing, writing
 from src.report import mlperf
-
-from .progress import Bar, NullBar, TrainingBar
+from src.report.progress import Bar, NullBar, TrainingBar
+from src.runtime.errors import printable
+from src.runtime.output_files import atomic_write, make_folder, writing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -162,7 +161,7 @@ class Report:
             lambda log: log.end_run(accuracy=None if isinstance(accuracy, str) else _finite(accuracy), completed=True)
         )
 
-    def break_down(self) -> None:
+    def mark_failed(self) -> None:
         """The run has ended without success and cannot be continued as it is.  (One that was stopped only closes.)"""
         self._tell_mlperf(lambda log: log.end_run(accuracy=None, completed=False))
 
@@ -179,7 +178,7 @@ class Report:
         if self._output is not None:
             content = _plain({"flags": flags, **facts, "versions": versions()})
             text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-            with replacing(make_folder(self._output) / FLAGS) as file:
+            with atomic_write(make_folder(self._output) / FLAGS) as file:
                 file.write(text.encode())
 
     def truncate(self, *, epoch: int, iteration: int) -> None:
@@ -199,7 +198,7 @@ class Report:
             if path.exists():
                 with writing(path):
                     text = path.read_text("utf-8", errors="replace")
-                with replacing(path) as file:
+                with atomic_write(path) as file:
                     file.write(truncated(text).encode())
 
     def close(self) -> None:
@@ -268,7 +267,7 @@ class NullReport:
         pass
 
     note = warn = begin_run = begin_epoch = step = iteration = end_epoch = _nothing
-    begin_evaluation = evaluation = end = break_down = flags = truncate = close = _nothing
+    begin_evaluation = evaluation = end = mark_failed = flags = truncate = close = _nothing
 
     def progress(self, total: int, name: str) -> NullBar:
         return NullBar()

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert, nms
 
-from .default_boxes import decode, default_boxes
+from src.ssd.default_boxes import decode, default_boxes
 
 SCORE_THRESHOLD = 0.05
 IOU_THRESHOLD = 0.5  # of the non-maximum suppression
 MAX_CANDIDATES = 200  # a class and image, the best ones
 MAX_DETECTIONS = 200  # an image
-FIRST_TRIED = 512  # candidates of an image, over all classes; more only where too few of them are kept
-REACH = 64.0  # images; no box is let reach further out than this, which keeps boxes of different classes apart
+INITIAL_TOPK = 512  # candidates of an image, over all classes; more only where too few of them are kept
+MAX_BOX_COORDINATE = (
+    64.0  # images; no box is let reach further out than this, which keeps boxes of different classes apart
+)
 
 
 class Detections(NamedTuple):
@@ -29,7 +31,7 @@ class Detections(NamedTuple):
     scores: Tensor  # [D] float32
 
 
-class WholeDetector(nn.Module):
+class EndToEndDetector(nn.Module):
     """A detector that is handed images as they are, and has all that follows the network inside.
 
     `forward(images [N, 3, 300, 300] uint8 RGB)` gives boxes [N, 200, 4] float32 ltrb, labels [N, 200] int64 and scores
@@ -75,7 +77,7 @@ def detect(
     keys = _keys(scores, image, first, counts)
     candidates = counts.tolist()
     found = [Detections(offsets.new_zeros(0, 4, dtype=torch.float32), label[:0], scores[:0])] * len(offsets)
-    waiting, tried = [row for row, count in enumerate(candidates) if count], FIRST_TRIED
+    waiting, tried = [row for row, count in enumerate(candidates) if count], INITIAL_TOPK
     while waiting:  # a detection depends on better candidates alone: the best suffice as long as they yield enough
         rows = torch.tensor(waiting, device=offsets.device)
         chosen = _best(keys[rows], first[rows], scores, label, tried, max_candidates)
@@ -128,13 +130,13 @@ def _rank_in_class(labels: Tensor) -> Tensor:
 def decoded(offsets: Tensor, defaults: Tensor, box: Tensor) -> Tensor:
     """Boxes ltrb of the default boxes `box` [N, T], within reach; [N, T, 4].  offsets [N, 4, A]."""
     chosen = offsets.gather(2, box[:, None].expand(-1, 4, -1)).transpose(1, 2).float()
-    return box_convert(decode(chosen, defaults[box]), "cxcywh", "xyxy").clamp(-REACH, REACH)
+    return box_convert(decode(chosen, defaults[box]), "cxcywh", "xyxy").clamp(-MAX_BOX_COORDINATE, MAX_BOX_COORDINATE)
 
 
 def _suppressed(boxes: Tensor, candidates: _Candidates, iou_threshold: float) -> Iterator[Detections]:
     """What non-maximum suppression within each class leaves of each image's candidates; boxes [N, T, 4]."""
     # Float64 holds boxes and shift with 30 bits below a pixel, so the overlaps within a class stay what they are.
-    shifted = boxes.double() + (candidates.labels * (2 * REACH + 1))[..., None]
+    shifted = boxes.double() + (candidates.labels * (2 * MAX_BOX_COORDINATE + 1))[..., None]
     scores = candidates.scores.double()
     for row, count in enumerate((candidates.scores > 0).sum(dim=1).tolist()):
         keep = nms(shifted[row, :count], scores[row, :count], iou_threshold)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .default_boxes import default_boxes, encode
+from src.ssd.default_boxes import default_boxes, encode
 
 NEGATIVES_PER_POSITIVE = 3
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 
-from .default_boxes import BOXES_PER_CELL
+from src.ssd.default_boxes import BOXES_PER_CELL
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 LAYERS_KEPT = 7  # of torchvision's ResNet: up to layer3
@@ -78,7 +78,7 @@ def feature_channels(backbone: str) -> tuple[int, ...]:
     return (first, 512, 512, 256, 256, last)
 
 
-def training_layout(backbone: str, device: torch.device) -> torch.memory_format:
+def training_memory_format(backbone: str, device: torch.device) -> torch.memory_format:
     """The layout of weights and images in memory in which training is fastest.
 
     Channels last, but for the smaller networks on a CPU with AVX2 alone: oneDNN computes the gradients of their 3 x 3

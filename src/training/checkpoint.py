@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.errors import UserError
-from src.output import replacing
+from src.runtime.errors import UserError
+from src.runtime.output_files import atomic_write
 from src.weights.detector import first_difference
 from src.weights.files import load_checkpoint
 
@@ -70,7 +70,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(buffer.getbuffer())
 
 

@@ -3,14 +3,13 @@
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from src.data.loaders import TrainLoader
-from src.distributed import Processes
-from src.errors import Terminated
+from src.data.pipelines.loaders import TrainLoader
 from src.report.report import NullReport, Report
-from src.stop_notice import StopNotice
-
-from .checkpoint import Checkpoint, Identity, Position, save_run
-from .step import Schedule, Trainer, train_epoch
+from src.runtime.distributed import Processes
+from src.runtime.errors import SigtermReceived
+from src.runtime.preemption import GracefulShutdown
+from src.training.checkpoint import Checkpoint, Identity, Position, save_run
+from src.training.step import Schedule, Trainer, train_epoch
 
 LAST, BEST = "last.pt", "best.pt"
 
@@ -32,7 +31,7 @@ class Run:
         position: Position,
         output: Path,
         processes: Processes,
-        stop: StopNotice,
+        stop: GracefulShutdown,
         report: Report | NullReport,
     ) -> None:
         """evaluate(epoch): scores the network on all processes, gives the 12 figures and tells the report.
@@ -68,7 +67,7 @@ class Run:
             evaluate = self.evaluate if self.position.epoch in self.evaluation_epochs else None
             with self.stop.deferred():
                 if self._train_epoch():
-                    raise Terminated
+                    raise SigtermReceived
                 if evaluate is None:
                     self._end_epoch(improved=False)
             if evaluate is not None:
@@ -76,7 +75,7 @@ class Run:
                 with self.stop.deferred():
                     self._end_epoch(improved)
 
-    def stopped_by(self, notice: Terminated) -> str:
+    def stopped_by(self, notice: SigtermReceived) -> str:
         """Says where SIGTERM ended `train`, and what is left of the run."""
         position, last = self.position, self.output / LAST
         where = f"in epoch {position.epoch} after {position.within} of its {position.length} iterations{notice}"

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import SGD, Optimizer
 
-from src.data.batch import Batch
-from src.distributed import Processes
-from src.errors import TrainingBreakdownError, UserError
-from src.precision import autocast
+from src.data.pipelines.batch import Batch
 from src.report.report import NullReport, Report
+from src.runtime.distributed import Processes
+from src.runtime.errors import DivergenceError, UserError
+from src.runtime.precision import autocast
+from src.runtime.preemption import GracefulShutdown
 from src.ssd.loss import LossParts, MultiBoxLoss
-from src.stop_notice import StopNotice
 
 REFERENCE_BATCH = 32  # images; --learning-rate is stated for it
 DECAY = 0.1  # of the learning rate at each --multistep epoch
@@ -113,7 +113,7 @@ class Trainer:
         self.device = device
         self.half = half
         self.layout = layout
-        self.breakdown = BreakdownWatch(processes, device, patient=self.scaler.is_enabled())
+        self.breakdown = NonFiniteLossMonitor(processes, device, patient=self.scaler.is_enabled())
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         if self.scaler.is_enabled():
             optimizer.register_step_post_hook(self._count_skipped)
@@ -135,7 +135,7 @@ class Trainer:
         statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
         spoilt = not get_total_norm([*self.model.parameters(), *statistics]).isfinite()
         if self.breakdown.processes.maximum(int(spoilt)):  # each rank has statistics of its own
-            raise TrainingBreakdownError(
+            raise DivergenceError(
                 f"the weights or batch-norm statistics are not finite after epoch {epoch}, iteration {iteration} "
                 f"(learning rate {learning_rate:.3g}): {ADVICE}"
             )
@@ -168,7 +168,7 @@ class Trainer:
             self.scaler.load_state_dict(scaler)
 
 
-class BreakdownWatch:
+class NonFiniteLossMonitor:
     """Records on the device the first iteration whose loss is not finite, so that no iteration waits for the device."""
 
     def __init__(self, processes: Processes, device: torch.device, *, patient: bool) -> None:
@@ -192,7 +192,7 @@ class BreakdownWatch:
         if self.patient and not warned:
             self._first.fill_(NEVER)
             return
-        raise TrainingBreakdownError(
+        raise DivergenceError(
             f"the loss is not finite since epoch {epoch}, iteration {first} (learning rate {learning_rate:.3g}): "
             + ADVICE
         )
@@ -215,7 +215,7 @@ def train_epoch(
     epoch: int,
     first_iteration: int,
     start: int,
-    stop: StopNotice,
+    stop: GracefulShutdown,
     report: Report | NullReport,
 ) -> EpochResult:
     """Trains on `batches`, those of `epoch` from its iteration `start` on.
@@ -246,7 +246,7 @@ def train_epoch(
     if done:
         trainer.breakdown.check(epoch=epoch, learning_rate=rate)
         trainer.check_weights(epoch=epoch, iteration=iteration, learning_rate=rate)
-        stopped = stop.settle() or stopped
+        stopped = stop.finish_poll() or stopped
         skipped = trainer.skipped_steps() - skipped
         if skipped:
             report.note(f"Epoch {epoch:2d}: {skipped} steps skipped because float16 gradients overflowed")

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from src.errors import UserError
+from src.runtime.errors import UserError
 from src.ssd.model import LAYERS_KEPT
-
-from .files import check_fit, load_checkpoint
+from src.weights.files import check_fit, load_checkpoint
 
 IMAGENET, RANDOM = "imagenet", "none"
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer

@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from src.data.coco import Annotations, Category, read_annotations
-from src.errors import UserError
+from src.data.annotations.coco import Annotations, Category, read_annotations
+from src.runtime.errors import UserError
 from src.ssd.default_boxes import BOXES_PER_CELL
 from src.ssd.model import SSD300
-
-from .files import check_fit
+from src.weights.files import check_fit
 
 LABEL_HEADS = "conf."  # names of the label heads' parameters start so
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from src.errors import UserError
+from src.runtime.errors import UserError
 
 ONNX, PROGRAM = ".onnx", ".pt2"  # suffixes of what --mode export writes, which is no checkpoint
 REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+) (?:was not an allowed|whose module)")  # in torch's messages

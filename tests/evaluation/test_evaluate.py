@@ -8,16 +8,16 @@ import torch
 from torch import nn
 from torchvision.ops import box_convert, box_iou
 
-from src.data.coco import read_annotations
-from src.data.torch_pipeline import EvaluationLoader
-from src.evaluation.evaluate import evaluate, for_inference, to_results
+from src.data.annotations.coco import read_annotations
+from src.data.pipelines.torch_pipeline import EvaluationLoader
+from src.evaluation.evaluate import evaluate, prepare_for_inference, to_results
 from src.evaluation.scoring import METRIC_NAMES
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, default_boxes_ltrb, encode
 from src.ssd.detect import Detections
 from src.ssd.model import SSD300
-from tests.datasets import annotation, write_coco
-from tests.ranks import Ranks
-from tests.recipes import quiet_output
+from tests.helpers.datasets import annotation, write_coco
+from tests.helpers.oracle_inputs import quiet_output
+from tests.helpers.ranks import Ranks
 
 CPU = torch.device("cpu")
 
@@ -142,7 +142,7 @@ def test_any_number_of_processes_scores_the_same_on_every_rank(annotations, worl
 def test_batch_norms_are_folded_unless_it_computes_in_half_precision(monkeypatch, half, fast, folds):
     monkeypatch.setattr("src.evaluation.evaluate.half_is_fast", lambda device: fast)
     model = SSD300("resnet18", 3).eval()
-    assert (for_inference(model, device=CPU, half=half) is not model) == folds
+    assert (prepare_for_inference(model, device=CPU, half=half) is not model) == folds
 
 
 def test_the_network_itself_on_real_files_in_half_precision(annotations):

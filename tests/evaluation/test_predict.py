@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from src.data.coco import Category
-from src.data.pictures import find_images
+from src.data.annotations.coco import Category
+from src.data.images.formats import find_images
 from src.evaluation.predict import predict
 from src.report.plots import draw_prediction
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, encode
-from tests.datasets import CATEGORIES as DATA_CATEGORIES
-from tests.datasets import annotation, write_annotations, write_image
-from tests.launch import LIMIT
-from tests.ranks import Ranks
+from tests.helpers.datasets import CATEGORIES as DATA_CATEGORIES
+from tests.helpers.datasets import annotation, write_annotations, write_image
+from tests.helpers.launch import LIMIT
+from tests.helpers.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -146,7 +146,7 @@ HUGE = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from src.data.coco import Annotations, read_annotations
+from src.data.annotations.coco import Annotations, read_annotations
 from src.evaluation import gallery
 from src.evaluation.scoring import Results
 from src.report.plots import draw_detections

@@ -8,8 +8,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from src.data.coco import read_annotations
-from src.errand import Errand
+from src.data.annotations.coco import read_annotations
 from src.evaluation import scoring
 from src.evaluation.scoring import (
     METRIC_NAMES,
@@ -17,12 +16,13 @@ from src.evaluation.scoring import (
     Scores,
     deal,
     join_results,
-    put_together,
+    merge_shards,
     score,
     score_share,
     write_results,
 )
-from tests.datasets import annotation, write_annotations
+from src.runtime.background_process import Errand
+from tests.helpers.datasets import annotation, write_annotations
 
 NO_RESULTS = Results(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
 
@@ -82,7 +82,7 @@ CATEGORIES = [{"id": 90, "name": "kite"}, {"id": 1, "name": "person"}, {"id": 7,
 
 def scored_in_shares(annotations, results: Results, count: int) -> Scores:
     """As so many processes score, which may be more than there are categories."""
-    return put_together(annotations, [score_share(share) for share in deal(annotations, results, count)])
+    return merge_shards(annotations, [score_share(share) for share in deal(annotations, results, count)])
 
 
 def assert_same(ours: Scores, theirs: Scores) -> None:

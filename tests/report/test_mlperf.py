@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from src.report.report import Report
-from tests.example_run import CONSTANTS, run, tags
-from tests.imported import launch
+from tests.helpers.example_run import CONSTANTS, run, tags
+from tests.helpers.preloaded_python import launch
 
 # The order in which the tags of a run are to come.
 CONSTANT_TAGS = [
@@ -100,7 +100,7 @@ def test_a_run_is_a_success_when_it_reaches_its_target(tmp_path, target, accurac
 def test_a_run_that_broke_down_is_no_success(tmp_path):
     to = Report(tmp_path, append=False, stream=io.StringIO())
     to.begin_run(CONSTANTS)
-    to.break_down()
+    to.mark_failed()
     to.close()
     assert tags(tmp_path)[-2:] == [("run_stop", {"success": False}), ("run_final", None)]
 
@@ -128,7 +128,7 @@ from pathlib import Path
 from src.report import mlperf
 from src.report import report
 assert "mlperf_compliance" not in sys.modules
-from tests.example_run import CONSTANTS, run
+from tests.helpers.example_run import CONSTANTS, run
 sink = open({str(tmp_path / "lines")!r}, "w")
 to = report.Report(Path({str(tmp_path / "out")!r}), append=False, stream=sink)
 run(to)

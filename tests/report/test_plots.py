@@ -14,8 +14,8 @@ import pytest
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from src.errors import UserError
 from src.report import plots
+from src.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 RECALLS = np.linspace(0, 1, 101)

@@ -10,14 +10,14 @@ import termios
 from pathlib import Path
 
 from src.report.report import Report
-from tests.example_run import run
-from tests.imported import launch
+from tests.helpers.example_run import run
+from tests.helpers.preloaded_python import launch
 
 PROJECT = Path(__file__).parents[2]
 BAR_SCRIPT = """
 import sys
 from src.report.report import Report
-from tests.example_run import run
+from tests.helpers.example_run import run
 to = Report(None, append=False)
 run(to)
 with to.progress(12, "Evaluation") as bar:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from src.errors import UserError
 from src.report.report import NullReport, Report, set_aside_old_run
-from tests.example_run import (
+from src.runtime.errors import UserError
+from tests.helpers.example_run import (
     CONSTANTS,
     ITERATIONS,
     PER_EPOCH,
@@ -197,7 +197,7 @@ def test_a_report_without_a_folder_writes_no_file(tmp_path, monkeypatch):
     to.flags({"seed": 0})
     run(to)
     to.truncate(epoch=0, iteration=0)
-    to.break_down()
+    to.mark_failed()
     to.close()
     assert "Epoch  2, Accuracy: 0.2857 mAP" in stream.getvalue()
     assert os.listdir(tmp_path) == []
@@ -362,7 +362,7 @@ def test_the_other_ranks_report_does_nothing_with_the_same_calls(tmp_path, monke
     run(to)
     with to.progress(3, "Evaluation") as bar:
         bar.update()
-    to.break_down()
+    to.mark_failed()
     to.close()
     assert capfd.readouterr() == ("", "") and os.listdir(tmp_path) == []
     public = {name for name in dir(Report) if not name.startswith("_")}

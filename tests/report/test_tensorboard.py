@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from src.report.report import Report
-from tests.example_run import PER_EPOCH, metrics, run
+from tests.helpers.example_run import PER_EPOCH, metrics, run
 
 
 class Failing:

@@ -7,7 +7,7 @@ from torchvision.ops import box_iou
 
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, default_boxes_ltrb, encode
 from src.ssd.detect import detect, finite_boxes
-from tests.recipes import quiet_output
+from tests.helpers.oracle_inputs import quiet_output
 
 ORACLE_CASES = {  # seed, sigma, background
     "few": (101, 1.0, 9.0),

@@ -4,7 +4,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from src.ssd.loss import MultiBoxLoss, hard_negatives
-from tests.recipes import loss_inputs
+from tests.helpers.oracle_inputs import loss_inputs
 
 
 @pytest.mark.parametrize("case", ["mixed", "all_empty"])

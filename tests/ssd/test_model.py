@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from src.ssd.detect import detect
-from src.ssd.model import BACKBONES, SSD300, folded, training_layout
-from tests.recipes import fill_weights, images
+from src.ssd.model import BACKBONES, SSD300, folded, training_memory_format
+from tests.helpers.oracle_inputs import fill_weights, images
 
 FOLDED = ("resnet18", "resnet50")  # the other backbones are made of more of their blocks
 
@@ -80,7 +80,7 @@ def test_what_has_nothing_to_fold_is_given_back():
 )
 def test_the_layout_to_train_in_follows_the_processor(monkeypatch, capability, device, backbone, layout):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert training_layout(backbone, torch.device(device)) is layout
+    assert training_memory_format(backbone, torch.device(device)) is layout
 
 
 def test_channels_last_gives_the_same_outputs():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.errors import UserError
+from src.runtime.errors import UserError
 from src.training.checkpoint import Checkpoint, Identity, Position, read_run, save_checkpoint, save_run
 from src.weights.files import load_checkpoint
 

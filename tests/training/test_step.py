@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from src.benchmark import random_batch
-from src.data.batch import Batch
-from src.distributed import Processes
-from src.errors import UserError
+from src.data.pipelines.batch import Batch
+from src.runtime.distributed import Processes
+from src.runtime.errors import UserError
 from src.ssd.model import SSD300
-from src.training.step import BreakdownWatch, Schedule, Trainer, TrainingBreakdownError, make_optimizer
-from tests.recipes import fill_weights, images, loss_inputs
+from src.training.step import DivergenceError, NonFiniteLossMonitor, Schedule, Trainer, make_optimizer
+from tests.helpers.oracle_inputs import fill_weights, images, loss_inputs
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU, None)
@@ -165,20 +165,20 @@ def test_a_batch_without_boxes_has_loss_zero_and_a_zero_gradient():
 
 
 def test_breakdown_names_the_first_bad_iteration():
-    watch = BreakdownWatch(ALONE, CPU, patient=False)
+    watch = NonFiniteLossMonitor(ALONE, CPU, patient=False)
     for iteration, loss in enumerate([1.0, 2.0, math.nan, math.inf, 3.0]):
         watch.observe(torch.tensor(loss), iteration)
-    with pytest.raises(TrainingBreakdownError, match=r"epoch 4, iteration 2 \(learning rate 0\.5\)"):
+    with pytest.raises(DivergenceError, match=r"epoch 4, iteration 2 \(learning rate 0\.5\)"):
         watch.check(epoch=4, learning_rate=0.5)
 
 
 def test_breakdown_with_loss_scaling_waits_for_a_second_bad_reading():
-    watch = BreakdownWatch(ALONE, CPU, patient=True)
+    watch = NonFiniteLossMonitor(ALONE, CPU, patient=True)
     watch.observe(torch.tensor(math.inf), 3)
     watch.check(epoch=0, learning_rate=0.1)
     watch.check(epoch=0, learning_rate=0.1)  # fine in between: forgiven
     watch.observe(torch.tensor(math.inf), 45)
     watch.check(epoch=0, learning_rate=0.1)
     watch.observe(torch.tensor(math.inf), 66)
-    with pytest.raises(TrainingBreakdownError, match="iteration 66"):
+    with pytest.raises(DivergenceError, match="iteration 66"):
         watch.check(epoch=0, learning_rate=0.1)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision import models
 
-from src.errors import UserError
+from src.runtime.errors import UserError
 from src.ssd.model import SSD300
 from src.weights.backbone import load_backbone, load_backbone_file
 from src.weights.detector import label_count, load_weights

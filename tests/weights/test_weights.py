@@ -14,16 +14,16 @@ import torch
 from torchvision import models
 
 import main
-from src.data.coco import Category
-from src.errors import UserError
+from src.data.annotations.coco import Category
 from src.evaluation.scoring import METRIC_NAMES
+from src.runtime.errors import UserError
 from src.ssd.model import SSD300
 from src.training.checkpoint import save_checkpoint
 from src.weights.backbone import load_backbone_weights
 from src.weights.detector import known_categories, load_detector, read_labelled
 from src.weights.files import load_checkpoint
-from tests.datasets import annotation, write_coco
-from tests.launch import HALF
+from tests.helpers.datasets import annotation, write_coco
+from tests.helpers.launch import HALF
 
 OURS = (Category(7, "square"), Category(9, "disc"))
 SAVED = [list(category) for category in OURS]

@@ -1,0 +1,24 @@
+"""A data set's folder as training needs it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from src.data.annotations.coco import Annotations, check_images_exist, locations, read_annotations
+
+
+def read_dataset(
+    folder: Path, *, evaluating: bool, upright: bool, tell: Callable[[str], None] | None = None
+) -> tuple[Annotations, Annotations | None]:
+    """The training annotations, and those of the validation images where they will be needed; all images are there.
+
+    upright: see `read_annotations`.  tell: gets a line now and then where looking for the images takes long.
+    Raises DataError where they cannot be trained on.
+    """
+    training = read_annotations(*locations(folder, "train"), upright=upright)
+    validation = None
+    if evaluating:
+        validation = read_annotations(*locations(folder, "val"), categories=training.categories, upright=upright)
+    for annotations in (training, validation):
+        if annotations is not None:
+            check_images_exist(annotations, tell=tell)
+    return training, validation

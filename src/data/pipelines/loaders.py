@@ -1,0 +1,80 @@
+"""The one place that picks a pipeline."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from src.data.annotations.coco import Annotations
+from src.data.pipelines.batch import Batch
+from src.data.pipelines.torch_pipeline import EvaluationLoader, TorchTrainLoader
+from src.data.pipelines.workers import allow_open_files
+from src.runtime.errors import DataError
+from src.runtime.precision import image_dtype
+
+PIPELINES = ("dali", "no_dali")
+
+
+class TrainLoader(Protocol):
+    """What training needs of a pipeline; both have it."""
+
+    num_images: int  # trained on, by all processes
+    warnings: list[str]  # what `load_state_dict` found odd
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def set_epoch(self, epoch: int, start_iteration: int = 0) -> None: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict, *, epoch: int, iteration: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class DecodeCheck(Protocol):
+    """Tries pictures as a pipeline decodes them."""
+
+    def faults(self, indices: Sequence[int]) -> list[DataError]: ...
+
+
+def make_decode_check(
+    pipeline: str, annotations: Annotations, *, device: torch.device, num_threads: int
+) -> DecodeCheck | None:
+    """Tries whether `--data_pipeline` can train on pictures that `read_image` reads; None where it reads by that."""
+    if pipeline == "no_dali":
+        return None
+    from src.data.pipelines.dali_decode_check import DaliTrial
+
+    return DaliTrial(annotations, device=device, num_threads=num_threads)
+
+
+def make_train_loader(
+    pipeline: str,
+    annotations: Annotations,
+    *,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    half: bool,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> TrainLoader:
+    """The training loader of `--data_pipeline`.  Raises UserError where DALI is asked for and cannot be used."""
+    dtype = image_dtype(device, half)
+    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": dtype, "seed": seed}
+    options |= {"rank": rank, "world_size": world_size}
+    if pipeline == "no_dali":
+        return TorchTrainLoader(annotations, num_workers=num_workers, **options)
+    allow_open_files(num_workers)  # the evaluation's worker processes come later
+    from src.data.pipelines.dali_pipeline import (
+        DaliTrainLoader,  # here, because DALI is a heavy import that no_dali must not need
+    )
+
+    return DaliTrainLoader(annotations, num_threads=num_workers, **options)
+
+
+__all__ = ["PIPELINES", "DecodeCheck", "EvaluationLoader", "TrainLoader", "make_decode_check", "make_train_loader"]

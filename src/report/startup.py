@@ -1,0 +1,71 @@
+"""What is told before the work begins: the data, the machine, and what a run found and will do."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from src.data.annotations.coco import Annotations
+from src.data.pipelines.loaders import TrainLoader
+from src.report.report import NullReport, Report, set_aside_old_run
+from src.runtime.distributed import Processes
+from src.runtime.precision import SLOW_HALF, half_is_fast
+
+
+class ResumedFrom(NamedTuple):
+    """Where a run goes on."""
+
+    file: Path  # the checkpoint
+    epoch: int
+    iteration: int  # the next one, counted from the run's start
+
+
+def start_report(
+    output: Path, *, continued: ResumedFrom | None, flags: Mapping[str, object], processes: Processes
+) -> Report:
+    """Opens a run's files; those of an older run are set aside first, or cut back to where this one goes on."""
+    appended = continued is not None and continued.file.parent.resolve() == output.resolve()
+    moved = None if appended else set_aside_old_run(output)
+    report = Report(output, append=appended)
+    if moved:
+        report.note(moved)
+    if continued is not None:
+        report.truncate(epoch=continued.epoch, iteration=continued.iteration)
+        report.note(f"Continued from {continued.file}: epoch {continued.epoch}, iteration {continued.iteration}")
+    report.flags(flags, device=device_name(processes.device), processes=processes.world_size)
+    return report
+
+
+def tell_data(report: Report | NullReport, *data: Annotations | None, half: bool, device: torch.device) -> None:
+    """What is odd about the data and the machine.  half: whether --fp16 is asked for."""
+    for annotations in data:
+        for warning in annotations.warnings if annotations else ():
+            report.warn(warning)
+    if half and not half_is_fast(device):
+        report.warn(SLOW_HALF)
+
+
+def tell_start(
+    report: Report | NullReport,
+    *,
+    processes: Processes,
+    loader: TrainLoader,
+    images: int,
+    learning_rate: float,
+    training: Annotations,
+    validation: Annotations | None,
+) -> None:
+    """What a run found and will do, in a few lines.  images: an iteration, over all processes."""
+    report.note(f"Device: {device_name(processes.device)}, processes: {processes.world_size}")
+    report.note(
+        f"Training images: {loader.num_images} with {len(training.boxes)} boxes of {len(training.categories)} "
+        f"categories ({len(training) - loader.num_images} without boxes left out)"
+    )
+    if validation is not None:
+        report.note(f"Validation images: {len(validation)} with {len(validation.boxes)} boxes")
+    report.note(f"Iterations an epoch: {len(loader)} of {images} images, learning rate: {learning_rate:.4g}")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -1,0 +1,30 @@
+"""Errors that end a run in one line: most are the user's to mend, and name the file, the field and what to do."""
+
+
+class UserError(Exception):
+    """Bad flags, files or data; `main.py` prints the message as one line and exits with status 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+class DataError(UserError):
+    """A data set that cannot be trained on or scored as it is."""
+
+
+class DivergenceError(Exception):
+    """The loss is not finite; the message names epoch, iteration and rate."""
+
+
+def printable(text: str) -> str:
+    r"""The text in one line that a terminal only shows: control characters and the like as escapes such as \n.
+
+    Names of files and categories are other people's, and may hold anything.
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+class SigtermReceived(BaseException):
+    """SIGTERM arrived where nothing is to be finished first, or what is cannot be; the message says why."""

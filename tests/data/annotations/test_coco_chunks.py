@@ -1,0 +1,147 @@
+"""An annotation file cut into pieces is read as Python reads it whole, however it is written."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from src.data.annotations import coco_json
+from src.runtime.errors import DataError
+from tests.data.annotations.test_coco_property import SOUND, good
+from tests.helpers.annotation_files import IMAGES, content, error_of
+from tests.helpers.datasets import CATEGORIES, annotation
+
+QUICKLY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+NASTY = ['}, {"id": 1', '"},{"', "\\", "[{", "]}", "},{", "\\u0022}, {", "é猫", '\\"', "NaN", ""]
+KEYS = ["id", "images", "annotations", "categories", "parts", "a}, {b", '"']
+INNER = st.recursive(
+    st.none() | st.integers(-9, 9) | st.sampled_from(NASTY) | st.just(float("nan")) | st.just(float("-inf")),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
+    max_leaves=8,
+)
+ORDERS = st.permutations(["info", "images", "annotations", "categories", "more"])
+FORMS = st.sampled_from([{}, {"separators": (",", ":")}, {"indent": 1}, {"ensure_ascii": False}, {"indent": "\t"}])
+
+
+def read_in_pieces(path: Path, monkeypatch, size: int) -> dict[str, list]:
+    """The entries of each list as plain values, decoded `size` bytes at a time."""
+    lists: dict[str, list] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(coco_json, "PIECE", size)
+        for part, first, entries in coco_json.pieces(path):
+            assert first == (len(lists[part]) if first else 0)
+            lists[part] = lists.get(part, [])[:first] + entries
+    return {part: [plain(entry) for entry in entries] for part, entries in lists.items()}
+
+
+def plain(entry) -> dict:
+    return {name: getattr(entry, name) for name in entry.__struct_fields__ if name != "attributes"}
+
+
+def expected(value: dict, part: str) -> list[dict]:
+    """The same entries, taken from what Python's reader has made of them."""
+    optional = {"id": None, "area": None, "iscrowd": 0}
+    fields = {
+        "images": ("id", "file_name", "width", "height"),
+        "annotations": ("image_id", "category_id", "bbox", "id", "area", "iscrowd"),
+        "categories": ("id", "name"),
+    }
+    entries = [{name: entry.get(name, optional.get(name)) for name in fields[part]} for entry in value[part]]
+    return [{**entry, "bbox": tuple(entry["bbox"])} if "bbox" in entry else entry for entry in entries]
+
+
+@st.composite
+def written(draw) -> str:
+    """A sound file's text in some order of keys and some layout, with odd fields that are not read."""
+    value = draw(good())
+    for part in ("images", "annotations", "categories"):
+        value[part] = [
+            {**draw(st.dictionaries(st.just("parts"), INNER)), **entry, **draw(st.dictionaries(st.just("more"), INNER))}
+            for entry in value[part]
+        ]
+    value |= {"info": draw(INNER), "more": draw(INNER)}
+    text = json.dumps({key: value[key] for key in draw(ORDERS)}, **draw(FORMS))
+    return draw(st.sampled_from(["", " \n", "\ufeff"])) + text + draw(st.sampled_from(["", "\n \t"]))
+
+
+@QUICKLY
+@given(written(), st.sampled_from([1, 20, 90, 400, 2**24]))
+def test_pieces_together_are_the_whole(tmp_path, monkeypatch, text, size):
+    path = tmp_path / "instances.json"
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    value = json.loads(text.removeprefix("\ufeff"))
+    found = read_in_pieces(path, monkeypatch, size)
+    assert found == {part: expected(value, part) for part in ("images", "annotations", "categories")}
+
+
+@pytest.mark.parametrize("size", [1, 50, 2**24])
+def test_of_a_list_that_is_there_twice_the_last_counts(tmp_path, monkeypatch, size):
+    """As for Python's reader; the boxes are those of the images that count."""
+    path = tmp_path / "instances.json"
+    one, other = content([annotation(1)] * 3), content([annotation(2)] * 2, images=IMAGES[1:])
+    for order in (["annotations", "images", "annotations", "images"], ["images", "annotations", "images"]):
+        sources = [one, other] if len(order) == 3 else [one, one, other, other]
+        parts = [f'"{key}": {json.dumps(source[key])}' for key, source in zip(order, [*sources, other], strict=False)]
+        text = "{" + ", ".join([*parts, f'"c\\u0061tegories": {json.dumps(CATEGORIES)}']) + "}"
+        path.write_text(text)
+        value = json.loads(text)
+        found = read_in_pieces(path, monkeypatch, size)
+        assert found == {part: expected(value, part) for part in ("images", "annotations", "categories")}
+
+
+def test_annotations_come_after_the_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco_json, "PIECE", 60)
+    path = tmp_path / "instances.json"
+    value = content([annotation(1)] * 9)
+    for order in (["annotations", "images", "categories"], ["images", "annotations", "categories"]):
+        path.write_text(json.dumps({key: value[key] for key in order}))
+        parts = [piece.part for piece in coco_json.pieces(path)]
+        assert parts.count("annotations") > 3 and parts.index("annotations") > max(
+            place for place, part in enumerate(parts) if part == "images"
+        )
+
+
+def test_a_piece_is_not_much_larger_than_asked_for(tmp_path, monkeypatch):
+    """Even where entries hold lists of objects that begin like themselves."""
+    monkeypatch.setattr(coco_json, "PIECE", 4096)
+    parts = [{"id": 5, "area": 1}] * 3
+    entries = [{"id": number, "segments": parts, **annotation(1), "text": "}, {"} for number in range(2000)]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(content(entries)))
+    sizes = [len(piece.entries) for piece in coco_json.pieces(path) if piece.part == "annotations"]
+    assert sum(sizes) == 2000 and max(sizes) < 120  # of 200 bytes each
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@QUICKLY
+@example(122, 2, b"NaN")  # in a text that lasts over the end of its entry
+@given(st.integers(0, len(SOUND)), st.integers(0, 3), st.sampled_from([b"", b"NaN", b"}", b"]", b'"', b",", b"\xff"]))
+def test_the_error_is_the_same_for_every_size_of_the_pieces(tmp_path, monkeypatch, place, removed, piece):
+    path = tmp_path / "instances.json"
+    path.write_bytes(SOUND[:place] + piece + SOUND[place + removed :])
+    outcomes = []
+    for size in (1, 64, 2**24):
+        try:
+            outcomes.append(read_in_pieces(path, monkeypatch, size))
+        except DataError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def test_faults_far_down_a_file_are_placed(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco_json, "PIECE", 300)
+    entries = [annotation(1, score=float("nan")) for _ in range(400)]
+    entries[333] |= {"bbox": [1, 2, 3, float("inf")]}
+    message = error_of(tmp_path, json.dumps(content(entries), indent=1))
+    assert "bbox is [1, 2, 3, Infinity] in annotations[333] (id 334): it must be four finite numbers" in message
+    lines = json.dumps(content(entries[:300]), indent=1).splitlines()
+    number = random.Random(0).randrange(2000, len(lines) - 50)
+    lines[number] = "  ?" + lines[number].strip()
+    text = "\n".join(lines)
+    message = error_of(tmp_path, text)
+    assert f"line {number + 1}, column 3 (byte {text.index('?')})" in message

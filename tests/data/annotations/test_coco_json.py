@@ -1,0 +1,159 @@
+"""Annotation files as JSON: entries and fields of the wrong form, text that is not JSON, files that cannot be read."""
+
+import json
+import os
+import re
+
+import pytest
+
+from src.data.annotations.coco import read_annotations
+from src.data.annotations.coco_errors import BLOCK
+from src.runtime.errors import DataError
+from tests.helpers.annotation_files import IMAGES, content, error_of, without
+from tests.helpers.datasets import CATEGORIES, annotation, write_annotations
+
+BBOX_FAULTS = ["[]", "[1, 2, 3]", "[1, 2, 3, 4, 5]", '[1, 2, "3", 4]', "[1, 2, 3, null]", "null", '"1 2 3 4"', "7",
+               "[1, 2, NaN, 4]", "[1, 2, 3, Infinity]", "[-Infinity, 2, 3, 4]", "[1, 2, 3, 1e999]", "[[1, 2, 3, 4]]",
+               "{}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("bbox", BBOX_FAULTS)
+def test_a_bbox_that_is_not_four_numbers(tmp_path, bbox):
+    entries = [annotation(1), annotation(1, score="S"), annotation(1, bbox=["B"]), annotation(1, bbox=["B"])]
+    text = json.dumps(content(entries), indent=1)
+    text = re.sub(r'\[\s*"B"\s*\]', bbox, text).replace('"S"', "NaN")
+    message = error_of(tmp_path, text)
+    shown = bbox.replace("1e999", "Infinity")
+    assert f"bbox is {shown} in annotations[2] (id 3): it must be four finite numbers, [x, y, width, height]" in message
+
+
+# --- entries ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["bbox", "image_id", "category_id"])
+def test_an_annotation_without_a_field(tmp_path, field):
+    assert f"annotations[1] (id 2) has no {field}: it must be" in error_of(
+        tmp_path, content([annotation(1), without(annotation(1), field)])
+    )
+
+
+@pytest.mark.parametrize("field", ["file_name", "width", "height", "id"])
+def test_an_image_without_a_field(tmp_path, field):
+    message = error_of(tmp_path, content(images=[IMAGES[0], without(IMAGES[1], field)]))
+    known = {"id": 'file_name "2.jpg"', "file_name": "id 2"}.get(field, 'id 2, file_name "2.jpg"')
+    assert f"images[1] ({known}) has no {field}: it must be" in message
+
+
+@pytest.mark.parametrize("field", ["id", "name"])
+def test_a_category_without_a_field(tmp_path, field):
+    assert f"has no {field}" in error_of(tmp_path, content(categories=[CATEGORIES[0], without(CATEGORIES[1], field)]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("file_name", ""),
+        ("file_name", 3),
+        ("width", 0),
+        ("height", -3),
+        ("width", "160"),
+        ("height", 2**31),
+        ("width", None),
+    ],
+)
+def test_a_wrong_field_of_an_image(tmp_path, field, value):
+    message = error_of(tmp_path, content(images=[{**IMAGES[0], field: value}, IMAGES[1]]))
+    assert f"{field} is {json.dumps(value)} in images[0]" in message
+
+
+@pytest.mark.parametrize("name", ["/etc/1.jpg", "../1.jpg", "a/../../1.jpg", "a/..", "a\0.jpg"])
+def test_a_file_name_must_stay_in_the_folder(tmp_path, name):
+    message = error_of(tmp_path, content(images=[IMAGES[0], {**IMAGES[1], "file_name": name}]))
+    assert "images[1]" in message and repr(name) in message and str(tmp_path / "train2017") in message
+
+
+@pytest.mark.parametrize("field", ["area", "iscrowd"])
+def test_a_wrong_optional_field(tmp_path, field):
+    assert f'{field} is "much" in annotations[0] (id 1): it must be' in error_of(
+        tmp_path, content([annotation(1, **{field: "much"})])
+    )
+
+
+@pytest.mark.parametrize("part", ["images", "annotations", "categories"])
+def test_parts_that_are_missing_or_no_list(tmp_path, part):
+    assert f"has no `{part}`" in error_of(tmp_path, without(content(), part))
+    assert f"`{part}` is of type null" in error_of(tmp_path, {**content(), part: None})
+    assert f"{part}[0] must be an object with" in error_of(tmp_path, {**content(), part: [3]})
+
+
+def test_no_images(tmp_path):
+    message = error_of(tmp_path, content(images=[]))
+    assert "`images` is empty" in message and str(tmp_path / "train2017") in message
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is empty"),
+        (" \n", "is empty"),
+        ("[]", "is of type array: it must be an object with images, annotations, categories"),
+        ("null", "is of type null"),
+        ("<html>", "line 1, column 1 (byte 0), around \"<html>\""),
+        ('{"images": [],\n "extra": [1,,2]}', "line 2, column 14 (byte 28)"),
+        (json.dumps(content())[:-20], "ends in the middle"),
+        (json.dumps(content()) + "}", "trailing characters at line 1"),
+        ('{"a": ' + "[" * 999_999 + "]" * 999_999 + "}", "nested too deep"),
+        (json.dumps(content()).replace("1.jpg", "\\ud800"), ""),
+        (json.dumps(content()).replace("1.jpg", "\\NaN"), "invalid escape character"),
+        (json.dumps(content()).replace("annotations", "annotat\\NaN"), "invalid escape character"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_json_object(tmp_path, text, expected):
+    assert expected in error_of(tmp_path, text)
+
+
+def test_other_encodings(tmp_path):
+    path = write_annotations(tmp_path, "")
+    path.write_bytes(json.dumps(content()).encode("utf-16"))
+    with pytest.raises(DataError, match="UTF-16 text: save it as UTF-8"):
+        read_annotations(path, tmp_path)
+    latin = json.dumps(content(), ensure_ascii=False).replace("2.jpg", "ä.jpg").encode("latin-1")
+    for before in (b"{", b'{"info":\n "' + "ä".encode() * BLOCK + b'", '):  # a block of it begins inside a letter
+        path.write_bytes(before + latin[1:])
+        lines = (before + latin[1:]).partition(b"\xe4.jpg")[0].split(b"\n")
+        with pytest.raises(DataError, match=rf"not UTF-8 at line {len(lines)}, column {len(lines[-1]) + 1} "):
+            read_annotations(path, tmp_path)
+
+
+@pytest.mark.parametrize("extra", [b'"info": "\xff"', b'"info": {"by": "\xff"}', b'"\xff": 1'])
+def test_an_encoding_does_not_matter_where_nothing_is_read(tmp_path, extra):
+    path = write_annotations(tmp_path, "")
+    path.write_bytes(json.dumps(content()).encode().replace(b"{", b"{" + extra + b", ", 1))
+    assert len(read_annotations(path, tmp_path).image_ids) == len(content()["images"])
+
+
+def test_an_annotation_file_that_cannot_be_read(tmp_path):
+    path = tmp_path / "annotations.json"
+    with pytest.raises(DataError, match=rf"{path}: no such annotation file"):
+        read_annotations(path, tmp_path)
+    with pytest.raises(DataError, match=rf"{tmp_path}: the annotation file cannot be read \(Is a directory\)"):
+        read_annotations(tmp_path, tmp_path)
+    path.symlink_to(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_annotations(path, tmp_path)
+    path.unlink()
+    path.write_text("{}")
+    with pytest.raises(DataError, match="--data must be a folder in the COCO 2017 layout"):
+        read_annotations(path / "below-a-file", tmp_path)
+
+
+def test_a_pipe_is_read_too(tmp_path):
+    """`--data` may hold what a decompressor writes."""
+    reading, writing = os.pipe()
+    os.write(writing, json.dumps(content()).encode())
+    os.close(writing)
+    assert len(read_annotations(f"/dev/fd/{reading}", tmp_path)) == 4
+    os.close(reading)

@@ -1,0 +1,324 @@
+"""Other people's data in the whole program, in both pipelines side by side.
+
+The annotation reader's own tests are test_coco*.py; here is what only the parts together can show.
+"""
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.ops import box_convert
+
+import main
+from src.data.annotations.coco import read_annotations
+from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD
+from src.runtime.errors import UserError
+from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, encode
+from tests.evaluation.test_scoring import plain_scorer
+from tests.helpers.both_pipelines import error_line, read, run, train_loader
+from tests.helpers.datasets import annotation, write_annotations, write_coco, write_image
+from tests.helpers.example_run import metrics
+from tests.integration.test_main import flags
+
+pytestmark = pytest.mark.usefixtures("narrow")
+
+# --- annotations -----------------------------------------------------------------------------------------------------
+
+LARGEST = 2**63 - 1
+IMAGES = [
+    {"id": LARGEST, "file_name": "sub/folder/ünï 1.jpg", "width": 160, "height": 120},
+    {"id": 0, "file_name": "2.png", "width": 160, "height": 120},
+    {"id": 3, "file_name": "crowd.jpg", "width": 160, "height": 120},
+    {"id": 4, "file_name": "nothing.jpg", "width": 160, "height": 120},
+    {"id": 5, "file_name": "no use.jpg", "width": 160, "height": 120},
+]
+FAULTY = [
+    annotation(LARGEST, (30, 20, 90, 80), 0),
+    annotation(0, (-0.4, 5, 60, 115.3), 90),
+    annotation(0, (100, 5, 900, 90), 90),  # 3: clipped
+    annotation(3, (20, 20, 100, 90), 0, iscrowd=1),
+    annotation(5, (5, 5, 0, 9), 0),  # 5: no width
+    annotation(5, (5, 5, 9, -4), 0),  # 6: negative height
+    annotation(5, (500, 500, 9, 9), 0),  # 7: outside
+    annotation(77, (5, 5, 9, 9), 0),
+]
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """Everything that is mended or passed over, and category ids with gaps from 0 in another order in each file."""
+    folder = tmp_path_factory.mktemp("faulty")
+    categories = [{"id": 90, "name": "kite"}, {"id": 0, "name": "zero"}]
+    write_coco(folder, FAULTY, images=IMAGES, categories=categories)
+    for split in ("train", "val"):
+        path = folder / "annotations" / f"instances_{split}2017.json"
+        content = json.loads(path.read_text())
+        if split == "val":
+            content["categories"].reverse()
+        write_annotations(folder, "\ufeff" + json.dumps({"info": {"year": float("nan")}, **content}), split)
+    return folder
+
+
+def test_what_can_be_mended_is_told_and_trained_on_and_scored(pipeline, faulty, tmp_path, capsys):
+    assert run(pipeline, faulty, tmp_path, "--evaluation", "0", "9") == 0
+    told = capsys.readouterr()
+    for split in ("train", "val"):
+        start = f"main.py: warning: {faulty}/annotations/instances_{split}2017.json: "
+        lines = [line.removeprefix(start) for line in told.err.splitlines() if line.startswith(start)]
+        assert lines == [
+            "1 of 8 annotations left out: no image has their image_id (77)",
+            "2 of 8 annotations left out: the width or height of their `bbox` is not positive (annotation ids 5, 6)",
+            "1 of 8 annotations left out: their `bbox` is outside the image (annotation ids 7)",
+            "1 of 8 annotations clipped: their `bbox` reaches more than a pixel outside the image (annotation ids 3)",
+        ]
+    assert "warning: --evaluation 9: not reached, the epochs are 0 to 0" in told.err
+    assert "Training images: 3 with 4 boxes of 2 categories (2 without boxes left out)" in told.out
+    assert "Validation images: 5 with 4 boxes" in told.out
+    losses = [entry["loss"] for entry in metrics(tmp_path) if entry["kind"] == "iteration"]
+    assert losses and all(np.isfinite(losses))
+    found = json.loads((tmp_path / "detections.json").read_text())
+    assert {entry["image_id"] for entry in found} <= {image["id"] for image in IMAGES}
+    assert {entry["category_id"] for entry in found} <= {0, 90}
+
+
+def test_crowds_are_trained_as_ordinary_boxes(pipeline, faulty):
+    annotations = read(faulty)
+    loader = train_loader(pipeline, annotations)
+    assert loader.num_images == 3
+    # Labels 1 and 2 are kite and zero, as the training file lists them; image 0 has two boxes, those of zero one each.
+    seen = sorted(batch.labels.unique().tolist() for batch in loader)
+    assert seen == [[0, 1], [0, 2], [0, 2]]
+
+
+WRONG = {
+    "bbox of three numbers": lambda content: content["annotations"][1].update(bbox=[1, 2, 3]),
+    "no image_id": lambda content: content["annotations"][1].pop("image_id"),
+    "unknown category": lambda content: content["annotations"][1].update(category_id=8),
+    "fraction as id": lambda content: content["images"][1].update(id=1.5),
+    "same id twice": lambda content: content["images"][1].update(id=1),
+    "same file twice": lambda content: content["images"][1].update(file_name="000001.jpg"),
+    "no width": lambda content: content["images"][1].pop("width"),
+    "no usable box": lambda content: content.update(annotations=[annotation(50), annotation(51)]),
+}
+SAYS = {
+    "bbox of three numbers": "bbox is [1, 2, 3] in annotations[1] (id 2): ",
+    "no image_id": "annotations[1] (id 2) has no image_id",
+    "unknown category": "annotations[1] (id 2) has category_id 8",
+    "fraction as id": "id is 1.5 in images[1]",
+    "same id twice": "images[0] and images[1] have the same id 1",
+    "same file twice": "images[0] and images[1] have the same file_name '000001.jpg'",
+    "no width": 'images[1] (id 2, file_name "000002.jpg") has no width',
+    "no usable box": "0 of 2 images have a usable annotation (the first image_id that no image has is 50; images in ",
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_what_cannot_be_mended_ends_the_run_at_the_start(pipeline, tmp_path, capsys, fault):
+    data = write_coco(tmp_path / "data", [annotation(1), annotation(2)], images=2)
+    path = data / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    WRONG[fault](content)
+    write_annotations(data, content)
+    assert run(pipeline, data, tmp_path / "output") == 2
+    assert error_line(capsys).startswith(f"main.py: error: {path}: {SAYS[fault]}")
+    assert main.main(flags(data, tmp_path / "output", "--mode", "check")) == 2
+    assert f"{path}: {SAYS[fault]}" in capsys.readouterr().out
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "missing": (lambda path: path.unlink(), "no such image file"),
+    "empty": (lambda path: path.write_bytes(b""), r"cannot be read as an image \(it is empty\)"),
+    "cut in half": (lambda path: path.write_bytes(path.read_bytes()[:1000]), r"\(Image is incomplete or truncated\)"),
+    "text": (
+        lambda path: path.write_text("no picture " * 9),
+        r"\(Unsupported image file. Only jpeg, png, webp and gif",
+    ),
+    "of another size": (lambda path: write_image(path, 90, 70), "the picture is 90 x 70, but .* width 160, height 120"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_image_ends_the_run_with_its_full_path(pipeline, tmp_path, capsys, fault):
+    data = write_coco(tmp_path / "data", [annotation(1)], images=1)
+    path = data / "train2017" / "000001.jpg"
+    spoil, said = BROKEN[fault]
+    spoil(path)
+    assert run(pipeline, data, tmp_path / "output", "--evaluation") == 2
+    line = error_line(capsys)
+    assert re.match(rf"main\.py: error: {path}: .*{said}", line)
+    assert ".cpp" not in line
+    assert (tmp_path / "output").exists() == (fault != "missing")
+
+
+def kinds() -> dict:
+    """Pictures of every kind that both pipelines read: file name -> what to save and how."""
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    colours = Image.fromarray(coarse).resize((160, 120), Image.Resampling.BICUBIC)
+    grey, transparent = colours.convert("L"), colours.convert("RGBA")
+    transparent.putalpha(grey)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    return {
+        "colours.jpg": (colours, {}),
+        "progressive.jpg": (colours, {"progressive": True}),
+        "grey.jpg": (grey, {}),
+        "cmyk.jpg": (colours.convert("CMYK"), {}),
+        "turned.jpg": (colours, {"exif": turned}),
+        "colours.png": (colours, {}),
+        "grey.png": (grey, {}),
+        "grey 16 bits.png": (Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), {}),
+        "transparent.png": (transparent, {}),
+        "palette.png": (colours.convert("P"), {}),
+        "transparent palette.png": (colours.convert("P"), {"transparency": 3}),
+        "black and white.png": (colours.convert("1"), {}),
+        "colours.webp": (colours, {}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("device", "difference"), [("cpu", 2), pytest.param("cuda:0", 16, marks=pytest.mark.gpu)], ids=["cpu", "gpu"]
+)
+def test_every_kind_of_picture_is_the_same_in_both_pipelines(tmp_path, device, difference):
+    pytest.importorskip("nvidia.dali")
+    pictures = kinds()
+    (tmp_path / "train2017").mkdir()
+    for name, (picture, options) in pictures.items():
+        picture.save(tmp_path / "train2017" / name, **options)
+    names = dict(enumerate(pictures, 1))
+    content = {
+        "images": [{"id": i, "file_name": name, "width": 160, "height": 120} for i, name in names.items()],
+        "annotations": [annotation(i, (20, 20, 90, 60), i, id=i) for i in names],
+        "categories": [{"id": i, "name": name} for i, name in names.items()],
+    }
+    write_annotations(tmp_path, content)
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    seen = [
+        {names[int(batch.labels.max())]: (batch.images[0].cpu() * deviation + mean) * 255 for batch in loader}
+        for loader in (
+            train_loader("no_dali", read(tmp_path)),
+            train_loader("dali", read(tmp_path), device=torch.device(device)),
+        )
+    ]
+    for name in pictures:
+        assert (seen[0][name] - seen[1][name]).abs().max() <= difference, name
+        assert (seen[0][name] - seen[1][name]).abs().mean() <= 2, name
+        assert (name.startswith(("grey", "black"))) == bool((seen[0][name].std(dim=0) < 1).all()), name
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2000, 1)])
+def test_pictures_of_extreme_sizes(pipeline, tmp_path, size):
+    images = [{"id": i, "file_name": f"{i}.png", "width": size[0], "height": size[1]} for i in (1, 2)]
+    data = write_coco(tmp_path, [annotation(i, (0, 0, *size)) for i in (1, 2)], images=images, splits=("train",))
+    for batch in train_loader(pipeline, read(data), augment=True, batch_size=2):
+        assert batch.images.isfinite().all() and (batch.labels > 0).any()
+
+
+def test_a_folder_whose_name_is_not_utf_8(pipeline, tmp_path):
+    folder = tmp_path / os.fsdecode(b"lat\xe9")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system knows only UTF-8 names")
+    annotations = read(write_coco(folder, [annotation(1)], images=1))
+    with pytest.raises(UserError, match="its path is not UTF-8 text"):
+        next(iter(train_loader(pipeline, annotations)))
+
+
+# --- what the network gives ------------------------------------------------------------------------------------------
+
+
+class Told(nn.Module):
+    """Gives its answers in the order of the images: boxes near the true ones, nothing, or nothing that is finite."""
+
+    def __init__(self, annotations, *, shift: float = 0.0, quiet: bool = False, broken: int = 0) -> None:
+        super().__init__()
+        self.annotations = annotations
+        self.shift = shift  # pixels more for each further box
+        self.quiet = quiet
+        self.broken = broken  # default boxes of each image that give NaN
+        self.index = 0
+
+    def forward(self, images):
+        offsets = torch.zeros(len(images), 4, NUM_DEFAULT_BOXES)
+        logits = torch.zeros(len(images), len(self.annotations.categories) + 1, NUM_DEFAULT_BOXES)
+        logits[:, 0] = 20
+        for row in range(len(images)):
+            if not self.quiet:
+                self.answer(offsets[row], logits[row])
+            logits[row, 1, -self.broken or NUM_DEFAULT_BOXES :] = float("nan")
+            self.index += 1
+        return offsets, logits
+
+    def answer(self, offsets, logits) -> None:
+        boxes, labels = self.annotations.of_image(self.index)
+        scale = torch.from_numpy(np.tile(self.annotations.sizes[self.index], 2))
+        for number, (box, label) in enumerate(zip(torch.from_numpy(boxes), labels.tolist(), strict=True)):
+            place = 1000 * number  # far apart, so that no two answers share a default box
+            moved = (box + self.shift * (number + 1)) / scale
+            offsets[:, place] = encode(box_convert(moved, "xyxy", "cxcywh"), default_boxes()[place])
+            logits[label, place] = 22.0 + number
+
+
+@pytest.fixture
+def evaluate(monkeypatch, tmp_path, capsys):
+    """`evaluate(data, **told)`: the status and what is printed of --mode evaluation with such a network."""
+
+    def run_evaluation(data, **told):
+        file = data / "annotations" / "instances_val2017.json"
+        annotations = read_annotations(file, data / "val2017")
+        checkpoint = {"model": {"weight": torch.zeros(1)}, "categories": [list(one) for one in annotations.categories]}
+        torch.save(checkpoint, tmp_path / "told.pt")
+        monkeypatch.setattr("src.evaluation.validation.trained_detector", lambda *_, **__: Told(annotations, **told))
+        asked = ("--mode", "evaluation", "--checkpoint", str(tmp_path / "told.pt"))
+        status = main.main(flags(data, tmp_path / "scores", *asked))
+        return status, *capsys.readouterr()
+
+    return run_evaluation
+
+
+def test_the_results_file_has_the_printed_figures_in_a_plain_scorer(evaluate, tmp_path):
+    boxes = [
+        annotation(image, (10 + 20 * k, 10 + 15 * k, 60, 40), 1 + k % 2, iscrowd=int(k == 2), area=2400)
+        for image in (1, 2, 3)
+        for k in range(4)
+    ]
+    data = write_coco(tmp_path / "data", boxes, images=4)
+    status, printed, _ = evaluate(data, shift=2.5)
+    assert status == 0
+    theirs = plain_scorer(data / "annotations" / "instances_val2017.json", tmp_path / "scores" / "detections.json")
+    assert 0.1 < theirs.stats[0] < 0.9
+    for name, value in zip(("mAP", "AP50", "AP75"), theirs.stats, strict=False):
+        assert f"{name:<9} {value:.4f}\n" in printed
+
+
+def test_a_network_that_finds_nothing_scores_0(evaluate, tmp_path):
+    categories = [{"id": 1, "name": "twin"}, {"id": 2, "name": "twin"}, {"id": 3, "name": "new\nline\x1b[31m"}]
+    data = write_coco(tmp_path / "data", [annotation(1), annotation(2, category_id=2)], categories=categories)
+    status, printed, warned = evaluate(data, quiet=True)
+    assert status == 0
+    assert "mAP       0.0000\n" in printed
+    assert "Nothing was detected with a score above the threshold\n" in printed
+    assert json.loads((tmp_path / "scores" / "detections.json").read_text()) == []
+    assert [line.split() for line in printed.splitlines()[-4:-1]] == [
+        ["twin", "(id", "1)", "0.0000"],
+        ["twin", "(id", "2)", "0.0000"],
+        [r"new\nline\x1b[31m", "not", "defined"],
+    ]
+    assert warned.count("the same name 'twin'") == 1
+
+
+def test_output_that_is_not_finite_is_counted_and_the_rest_is_scored(evaluate, tmp_path):
+    data = write_coco(tmp_path / "data", [annotation(image) for image in (1, 2, 3, 4)])
+    status, printed, warned = evaluate(data, broken=3)
+    assert status == 0
+    assert warned == "main.py: warning: 12 default boxes' outputs were not finite: they detect nothing\n"
+    assert "AP50      1.0000\n" in printed
+    scores = [entry["score"] for entry in json.loads((tmp_path / "scores" / "detections.json").read_text())]
+    assert len(scores) == 4 and all(np.isfinite(scores))

@@ -1,0 +1,50 @@
+"""Small data sets and DALI loaders of them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from src.data.annotations.coco import Annotations, read_annotations
+from src.data.pipelines.dali_pipeline import DaliTrainLoader
+from tests.helpers.datasets import annotation, write_coco
+
+CPU = torch.device("cpu")
+
+
+def read(folder: Path) -> Annotations:
+    return read_annotations(folder / "annotations" / "instances_train2017.json", folder / "train2017")
+
+
+def small(folder: Path, images: int = 7, *, seed: int = 0) -> Annotations:
+    """Images with one to three random boxes each."""
+    rng = np.random.default_rng(seed)
+    annotations = [
+        annotation(image, (*rng.uniform(0, 50, 2).tolist(), *rng.uniform(20, 60, 2).tolist()), int(rng.integers(1, 3)))
+        for image in range(1, images + 1)
+        for _ in range(int(rng.integers(1, 4)))
+    ]
+    return read(write_coco(folder, annotations, images=images, splits=("train",)))
+
+
+def loader(annotations: Annotations, **options) -> DaliTrainLoader:
+    return DaliTrainLoader(annotations, **{"batch_size": 2, "device": CPU, "num_threads": 2, **options})
+
+
+def epoch(train_loader: DaliTrainLoader, number: int) -> list:
+    train_loader.set_epoch(number)
+    return list(train_loader)
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def all_same(ones: list, others: list) -> bool:
+    return len(ones) == len(others) and all(map(same, ones, others))
+
+
+def orders(train_loader: DaliTrainLoader, epochs: int) -> list[list[list[int]]]:
+    """The image ids of every batch of some epochs, as a graph that decodes nothing gives them."""
+    pipeline = train_loader.build(("ids",))
+    return [[pipeline.run()[0].as_array()[:, 0].tolist() for _ in range(len(train_loader))] for _ in range(epochs)]

@@ -1,0 +1,125 @@
+"""Runs of main.py that are stopped and continued, in this process and in two on gloo."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import distributed as dist
+
+import main
+from src.ssd.loss import LossParts
+from src.training.step import Trainer
+from src.weights.backbone import load_backbone_weights
+from tests.helpers.datasets import annotation, write_coco
+from tests.helpers.tiny_model import narrow_network
+
+SETTINGS = [(pipeline, half) for pipeline in ("dali", "no_dali") for half in (False, True)]
+PAIR_SETTINGS = [(pipeline, True) for pipeline in ("dali", "no_dali")]  # on two processes precision changes nothing
+# The warm-up ends inside the second epoch, in which the rate is a tenth.
+FLAGS = ("--backbone", "resnet18", "--backbone-weights", "none", "-b", "2", "--num-workers", "0", "--lr", "0.16",
+         "--warmup", "4", "--multistep", "1", "--evaluation")  # fmt: skip
+FULL_RATE = 0.16 * 2 / 32  # for two images
+INSIDE, BOUNDARY = "inside.pt", "boundary.pt"  # checkpoints inside the first epoch and at its end
+
+
+def small(folder: Path, images: int, **options) -> Path:
+    boxes = [annotation(image, (5 * image, 20, 60, 50), 1 + image % 2) for image in range(1, images + 1)]
+    return write_coco(folder, boxes, images=images, **options)
+
+
+def flags(pipeline: str, half: bool) -> tuple[str, ...]:
+    return "--data_pipeline", pipeline, *(["--fp16"] if half else [])
+
+
+def run(data: Path, output: Path, *more: str, signalled_at: int | None = None) -> int:
+    """main.py on `data`, telling the loss of every iteration; SIGTERM comes in its n-th training step, if at all."""
+    step, steps = Trainer.step, iter(range(1, 100))
+
+    def signalled(*arguments):
+        if next(steps) == signalled_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    with mock.patch.object(Trainer, "step", signalled), mock.patch("src.training.step.LOG_INTERVAL", 1):
+        return main.main(["--data", str(data), "--output", str(output), "--epochs", "2", *FLAGS, *more])
+
+
+def run_and_stop(data: Path, folder: Path, stops: list[int | None], start: Callable) -> None:
+    """`folder/whole` is never stopped; `folder/stopped` is, in those steps since it started, and continued each time.
+
+    INSIDE and BOUNDARY in `folder` are its first two checkpoints.
+    """
+    assert start(data, folder / "whole") == main.DONE
+    names = iter([INSIDE, BOUNDARY])
+    for number, stop in enumerate(stops):
+        resumed = ["--resume"] if number else []
+        assert start(data, folder / "stopped", *resumed, signalled_at=stop) == (main.TERMINATED if stop else main.DONE)
+        shutil.copy(folder / "stopped" / "last.pt", folder / next(names, "later.pt"))
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in records(folder, "iteration")]
+
+
+def state_of(folder: Path) -> dict:
+    return torch.load(folder / "last.pt")
+
+
+def same(one, other) -> bool:
+    """Whether two states are the same, tensors bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def idle_run(data: Path, output: Path, *more: str) -> tuple[int, int]:
+    """Exit status of a run whose training steps do nothing, and how many there were."""
+    nothing = LossParts(torch.ones(()), torch.ones(()))
+    with mock.patch.object(Trainer, "step", return_value=nothing) as step:
+        status = main.main(["--data", str(data), "--output", str(output), "--epochs", "2", *FLAGS, *more])
+        return status, step.call_count
+
+
+def be_one_of_two(rank: int, data: Path, folder: Path, ports: list[int]) -> None:
+    """All runs of two processes, one after another, as their launcher would start this one each time."""
+    torch.set_num_threads(1)
+    environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(environment)
+    numbers = iter(ports)
+
+    def start(data: Path, output: Path, *more: str, signalled_at: int | None = None) -> int:
+        os.environ["MASTER_PORT"] = str(next(numbers))
+        fetching = mock.patch("src.training.resume.load_backbone_weights", wraps=load_backbone_weights)
+        with narrow_network(), fetching as fetched:
+            status = run(data, output, *setting, *more, signalled_at=signalled_at if rank == 1 else None)
+        assert fetched.call_count == int(rank == 0 and "--resume" not in more)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return status
+
+    for pipeline, half in PAIR_SETTINGS:
+        setting = flags(pipeline, half)
+        run_and_stop(data, folder / f"{pipeline} {half}", [1, 1, None], start)  # they stop an iteration later
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports

@@ -1,0 +1,85 @@
+"""The place among the processes that a launcher's environment variables tell."""
+
+import pytest
+
+from src.runtime.errors import UserError
+from src.runtime.launcher_env import RankInfo, first_host, rank_info_from_env
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29400"}
+MPIRUN = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+# As Slurm 22.05 sets them: in the script of a batch job, and in the last of four processes of its step.
+BATCH = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7",
+         "SLURM_JOB_NODELIST": "n[1-3]"}  # fmt: skip
+STEP = {**BATCH, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_NODELIST": "n[2-3]"}  # fmt: skip
+
+
+def test_torchruns_place():
+    assert rank_info_from_env(0, TORCHRUN) == RankInfo(5, 8, 1, "node0", 29400)
+    assert rank_info_from_env(0, {**STEP, **MPIRUN, **TORCHRUN}) == RankInfo(5, 8, 1, "node0", 29400)
+
+
+def test_the_places_of_a_slurm_step():
+    place = rank_info_from_env(0, STEP)
+    assert place[:4] == (3, 4, 1, "n2")
+    assert 20000 <= place.port < 32768
+    assert rank_info_from_env(0, {**STEP, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).port == place.port
+    others = [{**STEP, "SLURM_JOB_ID": "8"}, {**STEP, "SLURM_STEP_ID": "1"}]
+    assert len({place.port, *(rank_info_from_env(0, other).port for other in others)}) == 3
+    assert rank_info_from_env(0, {**STEP, "MASTER_ADDR": "other", "MASTER_PORT": "1"}) == RankInfo(3, 4, 1, "other", 1)
+
+
+@pytest.mark.parametrize("variables", [{}, BATCH, {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}])
+def test_a_lone_process_is_one(variables):
+    """Also in a batch job's script, and where a step has one process."""
+    assert rank_info_from_env(0, variables) == RankInfo(0, 1, 0)
+
+
+def test_a_launcher_of_one_process_wins_over_slurm():
+    assert rank_info_from_env(0, {**STEP, "WORLD_SIZE": "1"}) == RankInfo(0, 1, 0)
+
+
+def test_mpiruns_place():
+    assert rank_info_from_env(0, {**STEP, **MPIRUN, "MASTER_ADDR": "a"}) == RankInfo(3, 4, 1, "a", 29500)
+    assert rank_info_from_env(0, {**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}) == RankInfo(3, 4, 1, "127.0.0.1", 29500)
+    with pytest.raises(UserError, match="mpirun -x MASTER_ADDR=HOST"):
+        rank_info_from_env(0, {**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+def test_an_empty_variable_counts_as_none(name):
+    assert rank_info_from_env(2, {name: ""}) == RankInfo(0, 1, 2)
+    assert rank_info_from_env(2, {name: " "}) == RankInfo(0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a whole number from 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', not a whole number from 1"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1', not a whole number from 0"),
+        ({**TORCHRUN, "RANK": "1.0"}, "RANK is '1.0', not a whole number"),
+        ({**TORCHRUN, "RANK": "8"}, "RANK is 8, but there are 8 processes, from 0 on"),
+        ({**TORCHRUN, "RANK": ""}, "RANK is not set: start the processes with torchrun"),
+        ({**TORCHRUN, "MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+        ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT is '70000', not a whole number from 0 to 65535"),
+        ({**STEP, "SLURM_PROCID": ""}, "SLURM_PROCID is '', not a whole number"),
+    ],
+)
+def test_nonsense_is_named_in_a_line(variables, said):
+    with pytest.raises(UserError, match=said):
+        rank_info_from_env(0, variables)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node[001-003,7],x", "node001"),
+        ("x,node[001-003]", "x"),
+        ("n[7,9]", "n7"),
+        ("rack[2-3]node[04-07]-ib,n1", "rack2node04-ib"),
+    ],
+)
+def test_the_first_of_slurms_node_list(nodes, first):
+    assert first_host(nodes) == first
