@@ -24,7 +24,7 @@ from src.evaluation.evaluate import to_results
 from src.evaluation.scoring import Results, score, write_results
 from src.ssd.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES
 from src.ssd.detect import detect
-from src.ssd.model import SSD300, folded
+from src.ssd.model import SSD300, fold_batch_norms
 
 CPU = torch.device("cpu")
 BATCH = 32
@@ -138,7 +138,7 @@ def _batch_seconds(scene: Scene, device: torch.device) -> tuple[float, float, fl
     images = torch.randn(BATCH, 3, IMAGE_SIZE, IMAGE_SIZE).to(device, memory_format=torch.channels_last)
     offsets, logits = network_output(1.0, 6.0, device)
     indices = np.arange(BATCH)
-    network, unfolded = alternately(partial(folded(model), images), partial(model, images), device, repeats=2)
+    network, unfolded = alternately(partial(fold_batch_norms(model), images), partial(model, images), device, repeats=2)
     detections, _ = alternately(
         lambda: to_results(detect(offsets, logits), indices, scene.annotations), lambda: None, device, repeats=2
     )

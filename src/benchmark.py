@@ -3,7 +3,6 @@
 Times are read after the device has finished, so a step here cannot overlap the next one's preparation on a GPU.
 """
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -45,7 +44,7 @@ class Timing(NamedTuple):
 
     def line(self) -> str:
         """What a user reads: median, spread and waiting."""
-        fast, slow = self.images / np.quantile(self.seconds, (0.1, 0.9))
+        fast, slow = self.images / np.quantile(self.seconds, (0.05, 0.95))
         return (
             f"{self.name:<24} {self.images_per_second:9.1f} images/s  ({slow:.1f} to {fast:.1f} in nine of ten steps), "
             f"waiting for input: {self.waiting.sum() / self.seconds.sum():.1%}"
@@ -112,10 +111,14 @@ def _timed(
     return Timing(name, images, np.array(seconds[WARM_UP:]), np.array(waiting[WARM_UP:]))
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most memory in use so far, in bytes: the GPU's, or this process's on a CPU."""
+def peak_memory(device: torch.device) -> int | None:
+    """The most memory in use so far, in bytes: the GPU's, or this process's on a CPU; None where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # here, because Windows lacks it
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -144,4 +147,6 @@ def benchmark(
         ("evaluation", time_evaluation, repeat(noise)),
     ):
         report.note(measure(name, trainer, batches, steps=STEPS).line())
-    report.note(f"peak memory: {peak_memory(device) / 2**20:.0f} MiB")
+    peak = peak_memory(device)
+    if peak is not None:
+        report.note(f"peak memory: {peak / 2**20:.0f} MiB")

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ import torch
 from benchmarks import __main__ as benchmarks
 from benchmarks import annotations, learning, loaders, machine, sharing, step
 from benchmarks.table import cost, speed, table
+from src.benchmark import Timing, peak_memory
 from src.data.annotations.coco import locations, read_annotations
 from src.evaluation.scoring import Results
 from tests.helpers.datasets import annotation, write_coco
@@ -149,3 +152,17 @@ def test_what_was_measured_is_kept_when_the_rest_is_not(data, tmp_path, monkeypa
     assert capsys.readouterr().out.splitlines()[1].split() == ["first", "1.00", "2.00", "0.500"]
     kept = json.loads(file.read_text())
     assert kept["rows"] == [cost("first", 1, 2)] and "versions" in kept["machine"]
+
+
+def test_the_spread_holds_nine_of_ten_steps():
+    seconds = np.arange(1.0, 21.0)
+    timing = Timing("steps", 60, seconds, np.zeros(20))
+    slow, fast = map(float, re.search(r"\((\S+) to (\S+) in nine of ten steps\)", timing.line()).groups())
+    inside = sum(slow <= round(60 / second, 1) <= fast for second in seconds)
+    assert inside == 18
+
+
+def test_peak_memory_is_unknown_where_the_system_does_not_count_it(monkeypatch):
+    assert peak_memory(CPU) > 2**20
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert peak_memory(CPU) is None

@@ -20,8 +20,8 @@ from src.report.report import NullReport
 from src.runtime.distributed import Processes
 from src.runtime.precision import autocast, half_is_fast
 from src.ssd.default_boxes import default_boxes
-from src.ssd.detect import Detections, EndToEndDetector, detect, filled, finite_boxes
-from src.ssd.model import folded
+from src.ssd.detect import Detections, EndToEndDetector, detect, finite_boxes, strip_padding
+from src.ssd.model import fold_batch_norms
 
 
 @torch.no_grad()
@@ -41,15 +41,15 @@ def find(
     """
     watch = watch or Stopwatch()
     if isinstance(model, EndToEndDetector):
-        found = filled(*model(images))
+        found = strip_padding(*model(images))
         watch.lap("network")
         return found, 0
     with autocast(device, half):
         offsets, logits = model(images)
-    usable = finite_boxes(offsets, logits)
-    broken = int((~usable).sum())  # waits for a GPU, so that the network's time is told apart
+    valid = finite_boxes(offsets, logits)
+    broken = int((~valid).sum())  # waits for a GPU, so that the network's time is told apart
     watch.lap("network")
-    return detect(offsets, logits, defaults=defaults, usable=usable), broken
+    return detect(offsets, logits, defaults=defaults, valid=valid), broken
 
 
 def prepare_for_inference(model: nn.Module, *, device: torch.device, half: bool) -> nn.Module:
@@ -57,7 +57,7 @@ def prepare_for_inference(model: nn.Module, *, device: torch.device, half: bool)
 
     The rounding of folded weights to float16 would move detections.
     """
-    return model if half and half_is_fast(device) else folded(model)
+    return model if half and half_is_fast(device) else fold_batch_norms(model)
 
 
 class Evaluation(NamedTuple):

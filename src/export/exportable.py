@@ -17,14 +17,14 @@ from src.ssd.detect import (
     decoded,
     finite_boxes,
 )
-from src.ssd.model import folded
+from src.ssd.model import fold_batch_norms
 
 PLACE = 2.0**-45  # a place among the default boxes behind a score; scores above the threshold lie 2^-28 apart
 
 
 def fused(network: nn.Module) -> nn.Module:
     """A copy of the network for evaluation, in float32 on the CPU, its batch-norms folded into the convolutions."""
-    return folded(network.to("cpu", torch.float32).eval()).to(memory_format=torch.contiguous_format)
+    return fold_batch_norms(network.to("cpu", torch.float32).eval()).to(memory_format=torch.contiguous_format)
 
 
 class ExportableDetector(EndToEndDetector):
@@ -53,8 +53,8 @@ def candidates(offsets: Tensor, logits: Tensor, defaults: Tensor) -> tuple[Tenso
 
     A score of 0 is none.  offsets [N, 4, A], logits [N, C, A], defaults [A, 4] cxcywh.
     """
-    usable = finite_boxes(offsets, logits)[:, None]  # [N, 1, A]
-    probabilities = torch.where(usable, logits.softmax(dim=1)[:, 1:], 0)  # [N, K, A]
+    valid = finite_boxes(offsets, logits)[:, None]  # [N, 1, A]
+    probabilities = torch.where(valid, logits.softmax(dim=1)[:, 1:], 0)  # [N, K, A]
     # Of equal scores the first default box is better, as for `detect`; topk alone gives any of them.
     place = torch.arange(probabilities.shape[2], device=logits.device) * PLACE
     box = (probabilities.double() - place).topk(MAX_CANDIDATES, dim=2).indices  # [N, K, T]

@@ -58,23 +58,23 @@ def detect(
     max_candidates: int = MAX_CANDIDATES,
     max_detections: int = MAX_DETECTIONS,
     defaults: Tensor | None = None,
-    usable: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> list[Detections]:
     """The detections of each image, on the device of the outputs.
 
     offsets [N, 4, A] and logits [N, C, A] of any floating-point type; defaults [A, 4] cxcywh, `default_boxes()` where
-    not given; usable [N, A] bool, the default boxes that may detect anything, `finite_boxes()` where not given.
+    not given; valid [N, A] bool, the default boxes that may detect anything, `finite_boxes()` where not given.
     Liu et al. 2016, section 2.2: of each class the best `max_candidates` scores above the threshold, non-maximum
     suppression within the class, then the best of all classes.
     """
     defaults = default_boxes().to(offsets.device) if defaults is None else defaults
-    usable = finite_boxes(offsets, logits) if usable is None else usable
+    valid = finite_boxes(offsets, logits) if valid is None else valid
     probabilities = logits.float().softmax(dim=1)[:, 1:]  # [N, K, A]
     image, label, box = (probabilities > score_threshold).nonzero(as_tuple=True)  # [M] each, image by image
-    scores = torch.where(usable[image, box], probabilities[image, label, box], 0)
+    scores = torch.where(valid[image, box], probabilities[image, label, box], 0)
     counts = torch.bincount(image, minlength=len(offsets))
     first = counts.cumsum(0) - counts  # [N] of each image's candidates
-    keys = _keys(scores, image, first, counts)
+    keys = _sort_keys(scores, image, first, counts)
     candidates = counts.tolist()
     found = [Detections(offsets.new_zeros(0, 4, dtype=torch.float32), label[:0], scores[:0])] * len(offsets)
     waiting, tried = [row for row, count in enumerate(candidates) if count], INITIAL_TOPK
@@ -89,7 +89,7 @@ def detect(
     return found
 
 
-def _keys(scores: Tensor, image: Tensor, first: Tensor, counts: Tensor) -> Tensor:
+def _sort_keys(scores: Tensor, image: Tensor, first: Tensor, counts: Tensor) -> Tensor:
     """Integers that order each image's candidates, best first, padded with 0; [N, most candidates].
 
     scores, image [M]; first, counts [N].  The score's bits, then the place: no two are alike, so equal scores do not
@@ -143,7 +143,7 @@ def _suppressed(boxes: Tensor, candidates: _Candidates, iou_threshold: float) ->
         yield Detections(boxes[row, keep], candidates.labels[row, keep], candidates.scores[row, keep])
 
 
-def filled(boxes: Tensor, labels: Tensor, scores: Tensor) -> list[Detections]:
+def strip_padding(boxes: Tensor, labels: Tensor, scores: Tensor) -> list[Detections]:
     """What a WholeDetector found in each image, without the rows of 0."""
     counts = (scores > 0).sum(dim=1).tolist()
     return [

@@ -115,7 +115,7 @@ def _predict(heads: nn.ModuleList, features: list[Tensor], values: int) -> Tenso
     return torch.cat([output.reshape(output.shape[0], values, -1) for output in outputs], dim=2)
 
 
-def folded(model: nn.Module) -> nn.Module:
+def fold_batch_norms(model: nn.Module) -> nn.Module:
     """A copy for inference, its batch-norms folded into the convolutions before them; the model itself without any.
 
     The copy has channels last.

@@ -29,7 +29,7 @@ from src.report.report import Report
 from src.runtime.errors import UserError
 from src.runtime.version import VERSION
 from src.ssd.default_boxes import default_boxes
-from src.ssd.detect import Detections, detect, filled
+from src.ssd.detect import Detections, detect, strip_padding
 from src.ssd.model import SSD300
 from src.weights.exported import load_trained, trained_detector
 from src.weights.files import load_checkpoint
@@ -99,7 +99,7 @@ def test_output_of_all_kinds_is_detected_as_by_detect(onnx_detections, tensor_de
     assert sum(len(image.scores) for image in expected) == 0 or images != [1]
     for run, tolerance in ((tensor_detections, 0), (onnx_detections, 1e-6)):
         boxes, found, scores = run(offsets, logits)
-        assert_same(filled(boxes, found, scores), expected, tolerance)
+        assert_same(strip_padding(boxes, found, scores), expected, tolerance)
         assert (boxes.dtype, found.dtype, scores.dtype) == (torch.float32, torch.int64, torch.float32)
         assert (tuple(boxes.shape), tuple(found.shape)) == ((len(images), 200, 4), (len(images), 200))
         nothing = scores == 0
@@ -111,7 +111,7 @@ def test_detections_are_the_published_models(oracle, onnx_detections, tensor_det
     arrays = oracle("decode.npz")
     boxes, labels, scores = (torch.from_numpy(arrays[f"{case}_{part}"]) for part in ("ltrb", "labels", "scores"))
     for run in (tensor_detections, onnx_detections):
-        difference = compare([Detections(boxes, labels, scores)], filled(*run(*oracle_output(case))))
+        difference = compare([Detections(boxes, labels, scores)], strip_padding(*run(*oracle_output(case))))
         assert difference.detections == len(scores)
         assert difference.furthest < 1e-5 and difference.unmatched == 0
 
@@ -124,7 +124,7 @@ def test_a_box_that_reaches_far_out_and_one_without_area(onnx_detections, tensor
     expected = detect(offsets, logits)
     assert len(expected[0].scores) == 3
     for run in (tensor_detections, onnx_detections):
-        assert_same(filled(*run(offsets, logits)), expected)
+        assert_same(strip_padding(*run(offsets, logits)), expected)
 
 
 def network(backbone: str, categories: int, seed: int = 0) -> SSD300:
@@ -149,7 +149,7 @@ def test_an_onnx_file_of_a_whole_network_finds_what_the_network_finds(made, cate
     with torch.inference_mode():
         expected, _ = find(model, normalise(images), device=CPU)
     outputs = onnxruntime.InferenceSession(content).run(None, {"images": images.numpy()})
-    difference = compare(expected, filled(*map(torch.from_numpy, outputs)))
+    difference = compare(expected, strip_padding(*map(torch.from_numpy, outputs)))
     assert difference.detections > 100 and difference.furthest < 1e-4
     assert difference.unmatched <= AT_A_THRESHOLD * difference.detections
 
@@ -291,7 +291,7 @@ def test_the_torch_program_needs_neither_this_project_nor_torchvision(files, tmp
     with torch.inference_mode():
         expected, _ = find(files.model, normalise(images), device=CPU)
     assert len(expected[0].scores) > 3
-    assert_same(filled(*torch.load(tmp_path / "found.pt")), expected)
+    assert_same(strip_padding(*torch.load(tmp_path / "found.pt")), expected)
 
 
 @pytest.mark.parametrize("mode", ["export", "evaluation", "prediction"])

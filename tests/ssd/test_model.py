@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from src.ssd.detect import detect
-from src.ssd.model import BACKBONES, SSD300, folded, training_memory_format
+from src.ssd.model import BACKBONES, SSD300, fold_batch_norms, training_memory_format
 from tests.helpers.oracle_inputs import fill_weights, images
 
 FOLDED = ("resnet18", "resnet50")  # the other backbones are made of more of their blocks
@@ -18,7 +18,7 @@ def test_names_shapes_and_outputs_are_the_oracles(oracle, backbone):
     assert sum(parameter.numel() for parameter in model.parameters()) == expected["parameters"]
     with torch.inference_mode():
         offsets, logits = model(images())
-        in_folds = folded(model)(images()) if backbone in FOLDED else (offsets, logits)
+        in_folds = fold_batch_norms(model)(images()) if backbone in FOLDED else (offsets, logits)
     assert list(offsets.shape) == expected["loc_shape"]
     assert list(logits.shape) == expected["conf_shape"]
     assert offsets.norm().item() == pytest.approx(expected["loc_norm"], rel=1e-4)
@@ -47,7 +47,7 @@ def seasoned(model: SSD300) -> SSD300:
 def test_folded_batch_norms_detect_the_same_and_leave_the_model_as_it_was():
     model = seasoned(SSD300("resnet18", 5)).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    copy = folded(model)
+    copy = fold_batch_norms(model)
     assert not [module for module in copy.modules() if isinstance(module, nn.BatchNorm2d)]
     assert model.training and all(torch.equal(model.state_dict()[name], before[name]) for name in before)
     with torch.inference_mode():
@@ -64,7 +64,7 @@ def test_folded_batch_norms_detect_the_same_and_leave_the_model_as_it_was():
 
 def test_what_has_nothing_to_fold_is_given_back():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3))
-    assert folded(model) is model
+    assert fold_batch_norms(model) is model
 
 
 @pytest.mark.parametrize(
