@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import table
 from src.data.annotations.coco import Annotations, locations, read_annotations
-from src.data.images.decode import read_image, resize
+from src.data.images.decode import resize
 from src.data.pipelines.dali_pipeline import DaliTrainLoader
+from src.data.pipelines.image_reader import read_image
 from src.data.pipelines.torch_pipeline import TorchTrainLoader
 from src.data.pipelines.workers import PREFETCH
 

@@ -15,8 +15,8 @@ import torch
 from torchvision.ops import box_convert
 
 from src.data.annotations.coco import Annotations, Category, locations, read_annotations
-from src.data.images.decode import read_image
 from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
+from src.data.pipelines.image_reader import read_image
 from src.data.pipelines.loaders import DecodeCheck, TrainLoader
 from src.report.exit_status import BAD_INPUT, DONE
 from src.report.plots import draw_batch

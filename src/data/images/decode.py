@@ -8,8 +8,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
-from src.data.annotations.coco import Annotations
-from src.data.images.exif import TRANSPOSED, orientation, turned
+from src.data.images.exif import orientation, turned
 from src.data.images.png import PNG, DamagedPngError, decode_png
 from src.runtime.errors import DataError
 from src.ssd.default_boxes import IMAGE_SIZE
@@ -72,29 +71,6 @@ def _by_torchvision(content: bytearray) -> Tensor:
 def _reason(error: Exception) -> str:
     """The error's first line; torchvision's begins with a place in its source."""
     return re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0]).split(". For ")[0].rstrip(".")
-
-
-def read_image(annotations: Annotations, index: int) -> Tensor:
-    """`decode` of an image of the annotation file, turned as that has it, whose size must be the one given there."""
-    # Both pipelines read the same files.
-    image = decode(annotations.image_path(index), gif=False, upright=annotations.upright)
-    width, height = annotations.sizes[index]
-    if image.shape[1:] != (height, width):
-        raise DataError(
-            f"{annotations.image_path(index).absolute()}: the picture is {image.shape[2]} x {image.shape[1]}, but "
-            f"{annotations.path} says width {width}, height {height}: {_advice(annotations, index, image)}"
-        )
-    return image
-
-
-def _advice(annotations: Annotations, index: int, image: Tensor) -> str:
-    """What to do about a picture [3, H, W] whose size is not the annotation file's."""
-    is_turned = orientation(annotations.image_path(index).read_bytes()) in TRANSPOSED
-    if is_turned and tuple(image.shape[1:]) == tuple(annotations.sizes[index]):
-        if annotations.upright:
-            return "it is the stored picture's size, which --orientation stored reads"
-        return "it is the size of the picture turned by its orientation tag, which --orientation upright reads"
-    return f"correct the entry of image {annotations.image_ids[index]}"
 
 
 def resize(image: Tensor) -> Tensor:

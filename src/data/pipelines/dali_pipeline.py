@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from src.data.annotations.coco import Annotations
-from src.data.images.decode import is_text, read_image
+from src.data.images.decode import is_text
 from src.data.pipelines.augment import colour_matrix
 from src.data.pipelines.batch import Batch, coloured, normalise
 from src.data.pipelines.dali_decode_check import DaliTrial, wrong_size
@@ -34,6 +34,7 @@ from src.data.pipelines.dali_graph import (
     device_index,
     make_pipeline,
 )
+from src.data.pipelines.image_reader import read_image
 from src.runtime.errors import UserError
 from src.runtime.output_files import writing
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from src.data.annotations.coco import Annotations
-from src.data.images.decode import read_image, resize
+from src.data.images.decode import resize
 from src.data.pipelines.augment import FLIP_PROBABILITY, NO_COLOUR, random_colour_matrix, random_crop
 from src.data.pipelines.batch import Batch, BatchMaker, HostBatch, normalise
+from src.data.pipelines.image_reader import read_image
 from src.data.pipelines.workers import data_loader, end_workers, guarded, share
 from src.runtime.errors import UserError
 

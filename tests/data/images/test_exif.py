@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageOps
 
 from src.data.annotations.coco import Annotations, read_annotations
-from src.data.images.decode import decode, read_image, resize
+from src.data.images.decode import decode, resize
+from src.data.pipelines.image_reader import read_image
 from src.data.pipelines.torch_pipeline import EvaluationLoader
 from src.runtime.errors import DataError
 from tests.helpers.both_pipelines import CPU, train_loader
