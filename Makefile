@@ -3,7 +3,7 @@
 # make test   runs every test on the CPU, whether there is a GPU or not
 # make test-gpu   runs the tests that need a GPU
 # make gpu    runs those and the CUDA benchmarks, and leaves the card, versions and figures in gpu.json
-# make lint   checks style and types
+# make lint   checks style and types, and that the docs build without warnings
 # All make .venv first; PYTHON names the interpreter that it is made with.
 
 PYTHON ?= python3
@@ -46,6 +46,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@for page in *.rst docs/*.rst; do $(BIN)/rst2html --halt=warning $$page > /dev/null || exit 1; done
 
 clean:
 	rm -rf $(VENV) $(DEMO) gpu.json
