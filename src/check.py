@@ -3,7 +3,6 @@
 Where nothing is wrong, it draws a training batch too.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
@@ -21,6 +20,7 @@ from src.data.pipelines.loaders import DecodeCheck, TrainLoader
 from src.report.exit_status import BAD_INPUT, DONE
 from src.report.plots import draw_batch
 from src.report.report import NullReport, Report
+from src.runtime.cores import usable_cores
 from src.runtime.errors import DataError
 from src.runtime.output_files import make_folder
 from src.ssd.default_boxes import IMAGE_SIZE
@@ -55,7 +55,7 @@ def check(
     make_folder(output)
     files = [locations(folder, split) for split in ("train", "val")]
     status = check_dataset(
-        files, upright=upright, make_decode_check=make_decode_check, workers=os.cpu_count() or 1,
+        files, upright=upright, make_decode_check=make_decode_check, workers=usable_cores(),
         progress=report.progress, write=report.note,
     )  # fmt: skip
     if status == DONE:

@@ -98,7 +98,7 @@ def _among(place: RankInfo, name: str) -> RankInfo:
 
 
 def _port(given: Mapping[str, str], default: int | None = None) -> int:
-    return _whole(given, "MASTER_PORT", default, most=LARGEST_PORT)
+    return _whole(given, "MASTER_PORT", default, least=1, most=LARGEST_PORT)
 
 
 def _whole(

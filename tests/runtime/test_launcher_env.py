@@ -62,7 +62,10 @@ def test_an_empty_variable_counts_as_none(name):
         ({**TORCHRUN, "RANK": "8"}, "RANK is 8, but there are 8 processes, from 0 on"),
         ({**TORCHRUN, "RANK": ""}, "RANK is not set: start the processes with torchrun"),
         ({**TORCHRUN, "MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
-        ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT is '70000', not a whole number from 0 to 65535"),
+        ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT is '70000', not a whole number from 1 to 65535"),
+        ({**TORCHRUN, "MASTER_PORT": "0"}, "MASTER_PORT is '0', not a whole number from 1 to 65535"),
+        ({**MPIRUN, "MASTER_ADDR": "a", "MASTER_PORT": "0"}, "MASTER_PORT is '0', not a whole number from 1"),
+        ({**STEP, "MASTER_PORT": "0"}, "MASTER_PORT is '0', not a whole number from 1"),
         ({**STEP, "SLURM_PROCID": ""}, "SLURM_PROCID is '', not a whole number"),
     ],
 )
