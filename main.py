@@ -20,7 +20,7 @@ from src.benchmark import benchmark
 from src.check import check
 from src.data.annotations.coco import Annotations
 from src.data.annotations.dataset import read_dataset
-from src.data.pipelines.loaders import TrainLoader, make_decode_check, make_train_loader
+from src.data.pipelines.loaders import LoaderConfig, TrainLoader, make_decode_check, make_train_loader
 from src.evaluation.predict import predict_folder
 from src.evaluation.validation import make_evaluation, score_checkpoint
 from src.export.export import export
@@ -168,10 +168,11 @@ def train_to_the_end(run: Run, *, epochs: int, began: float) -> None:
 
 def loader_maker(flags: Flags, processes: Processes) -> Callable[[Annotations], TrainLoader]:
     """Of the training annotations."""
-    return partial(
-        make_train_loader, flags.data_pipeline, batch_size=flags.batch_size, num_workers=flags.num_workers,
-        device=processes.device, half=flags.fp16, seed=flags.seed, rank=processes.rank, world_size=processes.world_size,
+    config = LoaderConfig(
+        batch_size=flags.batch_size, num_workers=flags.num_workers, device=processes.device, amp=flags.fp16,
+        seed=flags.seed, shard=processes.shard,
     )  # fmt: skip
+    return partial(make_train_loader, flags.data_pipeline, config=config)
 
 
 def make_trainer(flags: Flags, processes: Processes, model: SSD300) -> Trainer:

@@ -205,7 +205,7 @@ def first_batch(pipeline: str, file: Path, image_folder: Path) -> tuple[float, f
     """Seconds from the annotations to a batch on the CPU, imports left out, and the peak in MB."""
     import torch
 
-    from src.data.pipelines.loaders import make_train_loader
+    from src.data.pipelines.loaders import LoaderConfig, make_train_loader
 
     if pipeline == "dali":
         import src.data.pipelines.dali_pipeline  # noqa: F401
@@ -213,7 +213,7 @@ def first_batch(pipeline: str, file: Path, image_folder: Path) -> tuple[float, f
     annotations = read_annotations(file, image_folder)
     start = time.perf_counter()
     loader = make_train_loader(
-        pipeline, annotations, batch_size=32, num_workers=2, device=torch.device("cpu"), half=False, seed=0
+        pipeline, annotations, LoaderConfig(batch_size=32, num_workers=2, device=torch.device("cpu"))
     )
     loader.set_epoch(0)
     next(iter(loader))

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.step import make_trainer
 from src.data.annotations.coco import Annotations, locations, read_annotations
+from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.loaders import PIPELINES, EvaluationLoader, make_train_loader
 from src.evaluation.evaluate import evaluate
 from src.report.report import Report
@@ -63,10 +64,9 @@ def train_and_score(annotations: Annotations, *, pipeline: str, seed: int, devic
         warmup=WARM_UP,
         multistep=tuple(round(share * epochs) for share in DECAYS),
     )
-    processes = Processes(0, 1, device, None)
-    loader = make_train_loader(
-        pipeline, annotations, batch_size=BATCH, num_workers=2, device=device, half=trainer.half, seed=seed
-    )
+    processes = Processes.single(device)
+    config = LoaderConfig(batch_size=BATCH, num_workers=2, device=device, amp=trainer.half, seed=seed)
+    loader = make_train_loader(pipeline, annotations, config)
     with closing(loader), closing(GracefulShutdown(processes)) as stop, closing(Report(None, append=True)) as report:
         for epoch in range(epochs):
             loader.set_epoch(epoch)
@@ -74,7 +74,7 @@ def train_and_score(annotations: Annotations, *, pipeline: str, seed: int, devic
                 trainer, loader, schedule, epoch=epoch, first_iteration=epoch * len(loader), start=0, stop=stop,
                 report=report,
             )  # fmt: skip
-    images = EvaluationLoader(annotations, batch_size=IMAGES, num_workers=0, device=device)
+    images = EvaluationLoader(annotations, LoaderConfig(batch_size=IMAGES, num_workers=0, device=device))
     found = evaluate(trainer.model, images, annotations, device=device, half=trainer.half)
     print(", ".join(f"{name} {value:.4f}" for name, value in found.scores.figures.items() if value is not None))
     mean_precision = found.scores.figures["mAP"]

@@ -20,6 +20,7 @@ from src.data.annotations.coco import Annotations, locations, read_annotations
 from src.data.images.decode import resize
 from src.data.pipelines.dali_pipeline import DaliTrainLoader
 from src.data.pipelines.image_reader import read_image
+from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import TorchTrainLoader
 from src.data.pipelines.workers import PREFETCH
 
@@ -91,7 +92,7 @@ def speed(next_batch: Callable, batches: int, warm_up: int) -> float:
 
 
 def torch_batches(annotations: Annotations, workers: int, stack: ExitStack) -> Callable:
-    loader = TorchTrainLoader(annotations, batch_size=BATCH_SIZE, num_workers=workers, device=CPU)
+    loader = TorchTrainLoader(annotations, LoaderConfig(batch_size=BATCH_SIZE, num_workers=workers, device=CPU))
     stack.callback(loader.close)
     loader.sampler.images = endless(loader.sampler.images)
     return iter(loader).__next__
@@ -105,7 +106,7 @@ def decoded_batches(annotations: Annotations, workers: int) -> Callable:
 
 
 def dali_batches(annotations: Annotations, threads: int, stack: ExitStack) -> Callable:
-    loader = DaliTrainLoader(annotations, batch_size=BATCH_SIZE, num_threads=threads, device=CPU)
+    loader = DaliTrainLoader(annotations, LoaderConfig(batch_size=BATCH_SIZE, num_workers=threads, device=CPU))
     stack.callback(loader.close)
     return epochs(loader).__next__
 
@@ -116,7 +117,7 @@ def epochs(loader: DaliTrainLoader) -> Iterator:
 
 
 def window_batches(annotations: Annotations, threads: int) -> Callable:
-    loader = DaliTrainLoader(annotations, batch_size=BATCH_SIZE, num_threads=threads, device=CPU)
+    loader = DaliTrainLoader(annotations, LoaderConfig(batch_size=BATCH_SIZE, num_workers=threads, device=CPU))
     return loader.build(("resized",)).run
 
 

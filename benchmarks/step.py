@@ -17,6 +17,7 @@ from benchmarks import table
 from src.benchmark import random_batch, time_training
 from src.data.annotations.coco import Annotations, locations, read_annotations
 from src.data.pipelines.batch import Batch
+from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.loaders import make_train_loader
 from src.report.report import Report
 from src.runtime.distributed import Processes
@@ -50,7 +51,7 @@ def make_trainer(
     layout = layout or training_memory_format(backbone, device)
     model = SSD300(backbone, labels).to(device).to(memory_format=layout)
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=5e-4)
-    alone = Processes(0, 1, device, None)
+    alone = Processes.single(device)
     return Trainer(
         model, optimizer=optimizer, device=device, half=half, processes=alone, layout=layout, compiled=compiled
     )
@@ -101,9 +102,8 @@ def _whole_runs(annotations: Annotations, device: torch.device, backbone: str, b
     noise = random_batch(batch_size, labels, device=device, dtype=image_dtype(device, trainer.half))
     workers = (os.cpu_count() or 2) if device.type == "cuda" else 2
     for pipeline in ("no_dali", "dali"):
-        loader = make_train_loader(
-            pipeline, annotations, batch_size=batch_size, num_workers=workers, device=device, half=trainer.half, seed=0
-        )
+        config = LoaderConfig(batch_size=batch_size, num_workers=workers, device=device, amp=trainer.half)
+        loader = make_train_loader(pipeline, annotations, config)
         whole, bare = [], []
         for epoch in range(TRIALS + 1):
             loader.set_epoch(epoch)

@@ -5,6 +5,7 @@ Shapes: N images of a batch.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,15 @@ from src.runtime.precision import autocast, half_is_fast
 from src.ssd.default_boxes import default_boxes
 from src.ssd.detect import Detections, EndToEndDetector, detect, finite_boxes, strip_padding
 from src.ssd.model import fold_batch_norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How a process runs the network over images."""
+
+    batch_size: int  # images a step of this process
+    num_workers: int  # worker processes
+    amp: bool  # half precision
 
 
 @torch.no_grad()
@@ -105,7 +115,7 @@ def evaluate(
     helpers: processes that may score beside a lone one.
     All ranks must call this, and get the same scores.
     """
-    dist = dist or Processes(0, 1, device, None)
+    dist = dist or Processes.single(device)
     progress = progress or NullReport().progress
     watch = Stopwatch()
     with evaluating(model), torch.inference_mode(), progress(len(loader), "Evaluation") as bar:

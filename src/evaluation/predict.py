@@ -139,7 +139,7 @@ def predict(
     An image that cannot be read is left out.  dist: every process of it must call this, with the same images; each
     takes its share.  Gives None on all but rank 0.
     """
-    dist = dist or Processes(0, 1, device, None)
+    dist = dist or Processes.single(device)
     make_folder(output)
     found: list[Found] = []
     unreadable: dict[int, UserError] = {}  # by position

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from src.data.annotations.coco import Annotations, check_images_exist, locations
-from src.data.pipelines.loaders import EvaluationLoader
+from src.data.pipelines.loaders import EvaluationLoader, LoaderConfig
 from src.evaluation.artifacts import leave_evaluation, log_evaluation_warnings, tell_figures
 from src.evaluation.background_files import BackgroundFiles
 from src.evaluation.evaluate import evaluate
@@ -103,7 +103,7 @@ def score_checkpoint(
 def _loader(
     model: nn.Module, validation: Annotations, *, batch_size: int, num_workers: int, processes: Processes
 ) -> EvaluationLoader:
-    return EvaluationLoader(
-        validation, batch_size=batch_size, num_workers=num_workers, device=processes.device,
-        rank=processes.rank, world_size=processes.world_size, normalised=not isinstance(model, EndToEndDetector),
-    )  # fmt: skip
+    config = LoaderConfig(
+        batch_size=batch_size, num_workers=num_workers, device=processes.device, shard=processes.shard
+    )
+    return EvaluationLoader(validation, config, normalised=not isinstance(model, EndToEndDetector))

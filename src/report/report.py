@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Literal, SupportsFloat, TextIO
 
 from src.report import mlperf
 from src.report.progress import Bar, NullBar, TrainingBar
+from src.runtime.distributed import Processes
 from src.runtime.errors import printable
 from src.runtime.output_files import atomic_write, make_folder, writing
 
@@ -271,6 +273,15 @@ class NullReport:
 
     def progress(self, total: int, name: str) -> NullBar:
         return NullBar()
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What every mode works with."""
+
+    processes: Processes
+    report: "Report | NullReport"
+    output: Path  # --output
 
 
 def holds_run(output: Path) -> bool:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,13 @@ class PeerLostError(Exception):
     """Another rank failed or does not answer; the message says what is known of it."""
 
 
+class Shard(NamedTuple):
+    """One process's part of work that all processes share."""
+
+    rank: int
+    world_size: int
+
+
 class Processes:
     """The processes of a run and this one's place among them."""
 
@@ -54,6 +61,16 @@ class Processes:
         self.failed = False  # whether the group is not to be trusted any more
         self._reported = False  # whether this rank has told of its failure
         self._messages = 0
+
+    @classmethod
+    def single(cls, device: torch.device) -> "Processes":
+        """One process by itself, which needs no store and no group."""
+        return cls(0, 1, device, None)
+
+    @property
+    def shard(self) -> Shard:
+        """This process's part of what all processes share."""
+        return Shard(self.rank, self.world_size)
 
     @property
     def is_main(self) -> bool:
@@ -283,7 +300,7 @@ def start(local_rank: int, device: torch.device | None = None) -> Iterator[Proce
     place = rank_info_from_env(local_rank)
     device = device or choose_device(place.local_rank)
     if place.world_size == 1:
-        yield Processes(0, 1, device, None)
+        yield Processes.single(device)
         return
     processes = _join(device, place)
     try:

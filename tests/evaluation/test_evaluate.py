@@ -9,6 +9,7 @@ from torch import nn
 from torchvision.ops import box_convert, box_iou
 
 from src.data.annotations.coco import read_annotations
+from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EvaluationLoader
 from src.evaluation.evaluate import evaluate, prepare_for_inference, to_results
 from src.evaluation.scoring import METRIC_NAMES
@@ -146,7 +147,7 @@ def test_batch_norms_are_folded_unless_it_computes_in_half_precision(monkeypatch
 
 
 def test_the_network_itself_on_real_files_in_half_precision(annotations):
-    loader = EvaluationLoader(annotations, batch_size=2, num_workers=0, device=CPU)
+    loader = EvaluationLoader(annotations, LoaderConfig(batch_size=2, num_workers=0, device=CPU))
     evaluation = evaluate(SSD300("resnet18", 3), loader, annotations, device=CPU, half=True)
     assert evaluation.non_finite == 0
     assert set(evaluation.results.image_ids) <= set(annotations.image_ids)

@@ -12,12 +12,12 @@ import torch
 
 from src.benchmark import WARM_UP, benchmark
 from src.data.annotations.coco import Annotations, Category, locations, read_annotations
+from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EvaluationLoader, TorchTrainLoader
 from src.evaluation.evaluate import Evaluation, evaluate
 from src.evaluation.predict import predict
 from src.report.report import NullReport
 from src.runtime.distributed import Processes
-from src.runtime.precision import image_dtype
 from src.runtime.preemption import GracefulShutdown
 from src.ssd.detect import detect
 from src.training.step import Schedule, Trainer, make_optimizer, train_epoch
@@ -50,7 +50,7 @@ def annotations_of(data: Path, split: str = "train") -> Annotations:
 def make_trainer(device: torch.device, *, half: bool = False) -> Trainer:
     model = small_network().to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=5e-4)
-    return Trainer(model, optimizer=optimizer, device=device, half=half, processes=Processes(0, 1, device, None))
+    return Trainer(model, optimizer=optimizer, device=device, half=half, processes=Processes.single(device))
 
 
 def detecting_network(device: torch.device) -> torch.nn.Module:
@@ -100,8 +100,9 @@ class Iterations:
 
 
 def torch_loader(data: Path, device: torch.device, half: bool = False) -> TorchTrainLoader:
-    dtype = image_dtype(device, half)
-    return TorchTrainLoader(annotations_of(data), batch_size=BATCH, num_workers=0, device=device, dtype=dtype)
+    return TorchTrainLoader(
+        annotations_of(data), LoaderConfig(batch_size=BATCH, num_workers=0, device=device, amp=half)
+    )
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "fp16"])
@@ -182,7 +183,7 @@ def test_detections_are_the_cpus_and_wait_no_more_for_more_images(dtype):
 
 def evaluation(data: Path, device: torch.device, batch_size: int, network: torch.nn.Module | None = None) -> Evaluation:
     annotations = annotations_of(data, "val")
-    loader = EvaluationLoader(annotations, batch_size=batch_size, num_workers=0, device=device)
+    loader = EvaluationLoader(annotations, LoaderConfig(batch_size=batch_size, num_workers=0, device=device))
     return evaluate(network or detecting_network(device), loader, annotations, device=device)
 
 

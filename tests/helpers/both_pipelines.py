@@ -6,6 +6,7 @@ import torch
 
 import main
 from src.data.annotations.coco import Annotations, read_annotations
+from src.data.pipelines.loaders import LoaderConfig
 from src.data.pipelines.torch_pipeline import TorchTrainLoader
 from tests.integration.test_main import flags
 
@@ -14,12 +15,14 @@ CPU = torch.device("cpu")
 
 def train_loader(pipeline: str, annotations: Annotations, **options):
     """A training loader on the CPU, an image a batch and without augmentation where not asked for otherwise."""
-    options = {"batch_size": 1, "device": CPU, "augment": False, **options}
+    augment = options.pop("augment", False)
+    workers = 0 if pipeline == "no_dali" else 2
+    config = LoaderConfig(**{"batch_size": 1, "num_workers": workers, "device": CPU, **options})
     if pipeline == "no_dali":
-        return TorchTrainLoader(annotations, **{"num_workers": 0, **options})
+        return TorchTrainLoader(annotations, config, augment=augment)
     from src.data.pipelines.dali_pipeline import DaliTrainLoader
 
-    return DaliTrainLoader(annotations, num_threads=2, **options)
+    return DaliTrainLoader(annotations, config, augment=augment)
 
 
 def read(folder: Path) -> Annotations:

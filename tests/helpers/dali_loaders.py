@@ -7,6 +7,7 @@ import torch
 
 from src.data.annotations.coco import Annotations, read_annotations
 from src.data.pipelines.dali_pipeline import DaliTrainLoader
+from src.data.pipelines.loaders import LoaderConfig
 from tests.helpers.datasets import annotation, write_coco
 
 CPU = torch.device("cpu")
@@ -27,8 +28,9 @@ def small(folder: Path, images: int = 7, *, seed: int = 0) -> Annotations:
     return read(write_coco(folder, annotations, images=images, splits=("train",)))
 
 
-def loader(annotations: Annotations, **options) -> DaliTrainLoader:
-    return DaliTrainLoader(annotations, **{"batch_size": 2, "device": CPU, "num_threads": 2, **options})
+def loader(annotations: Annotations, *, augment: bool = True, **options) -> DaliTrainLoader:
+    config = LoaderConfig(**{"batch_size": 2, "device": CPU, "num_workers": 2, **options})
+    return DaliTrainLoader(annotations, config, augment=augment)
 
 
 def epoch(train_loader: DaliTrainLoader, number: int) -> list:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from src.data.annotations.coco import Annotations, read_annotations
 from src.data.pipelines.batch import Batch
 from src.data.pipelines.dali_pipeline import DaliTrainLoader
+from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.loaders import PIPELINES, make_train_loader
 from src.data.pipelines.torch_pipeline import EvaluationLoader, TorchTrainLoader
 from src.evaluation.evaluate import Evaluation, evaluate
@@ -123,13 +124,10 @@ def digest(tensor: Tensor) -> str:
 
 def images_of_epochs(annotations: Annotations, pipeline: str, processes: Processes) -> list[list[int]]:
     """For each epoch, which image stands at each place of this rank's batches, known by its pixels."""
-    share = {"rank": processes.rank, "world_size": processes.world_size}
-    options = {"batch_size": BATCH, "device": CPU, "augment": False, **share}
-    if pipeline == "dali":
-        loader = DaliTrainLoader(annotations, num_threads=1, **options)
-    else:
-        loader = TorchTrainLoader(annotations, num_workers=0, **options)
-    every = EvaluationLoader(annotations, batch_size=1, num_workers=0, device=CPU)
+    loader_class = {"dali": DaliTrainLoader, "no_dali": TorchTrainLoader}[pipeline]
+    config = LoaderConfig(batch_size=BATCH, num_workers=0, device=CPU, shard=processes.shard)
+    loader = loader_class(annotations, config, augment=False)
+    every = EvaluationLoader(annotations, LoaderConfig(batch_size=1, num_workers=0, device=CPU))
     known = {int(index): image[0] for image, index in every}
     epochs = []
     for epoch in range(EPOCHS):
@@ -142,10 +140,8 @@ def images_of_epochs(annotations: Annotations, pipeline: str, processes: Process
 
 def augmented_digests(annotations: Annotations, pipeline: str, processes: Processes) -> list[str]:
     """Of every augmented image that this rank gets in some epochs."""
-    loader = make_train_loader(
-        pipeline, annotations, batch_size=BATCH, num_workers=0, device=CPU, half=False, seed=0,
-        rank=processes.rank, world_size=processes.world_size,
-    )  # fmt: skip
+    config = LoaderConfig(batch_size=BATCH, num_workers=0, device=CPU, shard=processes.shard)
+    loader = make_train_loader(pipeline, annotations, config)
     found = []
     for epoch in range(EPOCHS):
         loader.set_epoch(epoch)
@@ -162,9 +158,9 @@ def evaluation(annotations: Annotations, processes: Processes) -> Evaluation:
     with torch.no_grad():
         for head in network.conf[:3]:
             head.bias[: len(head.bias) // 3] += 20
-    share = {"rank": processes.rank, "world_size": processes.world_size}
     # Images one by one: the arithmetic of a convolution depends on its batch in the last digit.
-    loader = EvaluationLoader(annotations, batch_size=1, num_workers=0, device=CPU, **share)
+    config = LoaderConfig(batch_size=1, num_workers=0, device=CPU, shard=processes.shard)
+    loader = EvaluationLoader(annotations, config)
     return evaluate(network, loader, annotations, device=CPU, dist=processes)
 
 

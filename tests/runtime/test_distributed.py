@@ -28,7 +28,7 @@ from tests.helpers import rank_programs
 from tests.helpers.launch import TORCHRUN, command
 from tests.helpers.preloaded_python import launch
 
-ALONE = Processes(0, 1, torch.device("cpu"), None)
+ALONE = Processes.single(torch.device("cpu"))
 LAUNCHERS = {
     2: ("-m", "torch.distributed.launch"),
     3: TORCHRUN,

@@ -16,6 +16,7 @@ from torch import nn
 
 import main
 from src.benchmark import random_batch
+from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EvaluationLoader
 from src.report.report import Report
 from src.runtime.distributed import Processes
@@ -38,7 +39,7 @@ from tests.integration.test_main import ScalarReads
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-ALONE = Processes(0, 1, CPU, None)
+ALONE = Processes.single(CPU)
 
 
 def test_weights_that_the_last_step_spoilt_are_not_saved(pipeline, tmp_path, capsys):
@@ -162,7 +163,7 @@ def test_shared_memory_that_is_too_small_names_its_size_and_the_flag(tmp_path, t
     if training:
         loader = train_loader("no_dali", annotations, batch_size=4, num_workers=1)
     else:
-        loader = EvaluationLoader(annotations, batch_size=4, num_workers=1, device=CPU)
+        loader = EvaluationLoader(annotations, LoaderConfig(batch_size=4, num_workers=1, device=CPU))
     said = r"^/dev/shm \(\d+\.\d MiB\) is too small for 1 worker processes: .*--num-workers 0\)$"
     with files_no_larger_than(4 * 300 * 300), pytest.raises(UserError, match=said):
         next(iter(loader))
@@ -180,7 +181,7 @@ def test_a_killed_worker_is_told_of(tmp_path, capsys):
             loader.set_epoch(1)
             list(loader)
     loader.close()
-    assert main.fail(raised.value, Processes(0, 1, CPU, None)) == 2
+    assert main.fail(raised.value, Processes.single(CPU)) == 2
     assert re.search(r"worker processes was killed \(.*--num-workers 0", error_line(capsys))
 
 
@@ -193,5 +194,5 @@ def test_a_killed_worker_is_told_of(tmp_path, capsys):
     ],
 )
 def test_too_little_memory_names_the_flags(error, capsys):
-    assert main.fail(error, Processes(0, 1, CPU, None)) == 1
+    assert main.fail(error, Processes.single(CPU)) == 1
     assert re.search(r"error: out of memory \(.*\): lower --batch-size", error_line(capsys))

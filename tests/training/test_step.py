@@ -14,12 +14,12 @@ from src.training.step import DivergenceError, NonFiniteLossMonitor, Schedule, T
 from tests.helpers.oracle_inputs import fill_weights, images, loss_inputs
 
 CPU = torch.device("cpu")
-ALONE = Processes(0, 1, CPU, None)
+ALONE = Processes.single(CPU)
 
 
 def make_trainer(model, half=False, device=CPU, weight_decay=5e-4, **options) -> Trainer:
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=weight_decay)
-    alone = Processes(0, 1, device, None)
+    alone = Processes.single(device)
     return Trainer(model, optimizer=optimizer, device=device, half=half, processes=alone, **options)
 
 

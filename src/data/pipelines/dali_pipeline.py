@@ -35,6 +35,7 @@ from src.data.pipelines.dali_graph import (
     make_pipeline,
 )
 from src.data.pipelines.image_reader import read_image
+from src.data.pipelines.loader_config import LoaderConfig
 from src.runtime.errors import UserError
 from src.runtime.output_files import writing
 
@@ -49,33 +50,19 @@ class DaliTrainLoader:
     that could not be taken over.
     """
 
-    def __init__(
-        self,
-        annotations: Annotations,
-        *,
-        batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        num_threads: int = 4,
-        augment: bool = True,
-    ) -> None:
-        """batch_size: images an iteration of this process.  dtype: of the images that it gives."""
+    def __init__(self, annotations: Annotations, config: LoaderConfig, *, augment: bool = True) -> None:
         self.annotations = annotations
         self.images = annotations.with_boxes()  # the graph's image id -> index in the annotations
         self.num_images = len(self.images)
-        self.batch_size = batch_size
-        self.device = device
-        self.dtype = dtype
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.num_threads = max(1, num_threads)
+        self.batch_size = config.batch_size
+        self.device = config.device
+        self.dtype = config.dtype
+        self.seed = config.seed
+        self.rank, self.world_size = config.shard
+        self.num_threads = max(1, config.num_workers)
         self.augment = augment
         self.warnings: list[str] = []
-        self._outputs = (*OUTPUTS, *(AUGMENTED if augment else ()), *(ON_GPU if device.type == "cuda" else ()))
+        self._outputs = (*OUTPUTS, *(AUGMENTED if augment else ()), *(ON_GPU if config.device.type == "cuda" else ()))
         self._whole: set[int] = set()  # images whose files end in an odd way and were read to their end
         self._pipeline: dali.Pipeline | None = None
         self._first_epoch = 0  # where the pipeline started

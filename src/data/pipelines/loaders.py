@@ -1,16 +1,16 @@
 """The one place that picks a pipeline."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from src.data.annotations.coco import Annotations
 from src.data.pipelines.batch import Batch
+from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EvaluationLoader, TorchTrainLoader
 from src.data.pipelines.workers import allow_open_files
 from src.runtime.errors import DataError
-from src.runtime.precision import image_dtype
 
 PIPELINES = ("dali", "no_dali")
 
@@ -51,30 +51,19 @@ def make_decode_check(
     return DaliTrial(annotations, device=device, num_threads=num_threads)
 
 
-def make_train_loader(
-    pipeline: str,
-    annotations: Annotations,
-    *,
-    batch_size: int,
-    num_workers: int,
-    device: torch.device,
-    half: bool,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> TrainLoader:
+def make_train_loader(pipeline: str, annotations: Annotations, config: LoaderConfig) -> TrainLoader:
     """The training loader of `--data_pipeline`.  Raises UserError where DALI is asked for and cannot be used."""
-    dtype = image_dtype(device, half)
-    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "dtype": dtype, "seed": seed}
-    options |= {"rank": rank, "world_size": world_size}
     if pipeline == "no_dali":
-        return TorchTrainLoader(annotations, num_workers=num_workers, **options)
-    allow_open_files(num_workers)  # the evaluation's worker processes come later
+        return TorchTrainLoader(annotations, config)
+    allow_open_files(config.num_workers)  # the evaluation's worker processes come later
     from src.data.pipelines.dali_pipeline import (
         DaliTrainLoader,  # here, because DALI is a heavy import that no_dali must not need
     )
 
-    return DaliTrainLoader(annotations, num_threads=num_workers, **options)
+    return DaliTrainLoader(annotations, config)
 
 
-__all__ = ["PIPELINES", "DecodeCheck", "EvaluationLoader", "TrainLoader", "make_decode_check", "make_train_loader"]
+__all__ = [
+    "PIPELINES", "DecodeCheck", "EvaluationLoader", "LoaderConfig", "TrainLoader", "make_decode_check",
+    "make_train_loader",
+]  # fmt: skip

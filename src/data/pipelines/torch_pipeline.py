@@ -18,7 +18,9 @@ from src.data.images.decode import resize
 from src.data.pipelines.augment import FLIP_PROBABILITY, NO_COLOUR, random_colour_matrix, random_crop
 from src.data.pipelines.batch import Batch, BatchMaker, HostBatch, normalise
 from src.data.pipelines.image_reader import read_image
+from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.workers import data_loader, end_workers, guarded, share
+from src.runtime.distributed import Shard
 from src.runtime.errors import UserError
 
 
@@ -41,22 +43,21 @@ class EpochSampler:
     The epoch's order is shuffled over all processes, lengthened by its own beginning to whole batches, and dealt out.
     """
 
-    def __init__(self, images: np.ndarray, *, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(self, images: np.ndarray, *, batch_size: int, seed: int, shard: Shard) -> None:
         self.images = images
         self.batch_size = batch_size
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+        self.shard = shard
         self.epoch = 0
         self.start = 0  # the first iteration to give
 
     def __len__(self) -> int:
-        return -(-len(self.images) // (self.batch_size * self.world_size))
+        return -(-len(self.images) // (self.batch_size * self.shard.world_size))
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        total = len(self) * self.batch_size * self.world_size
+        total = len(self) * self.batch_size * self.shard.world_size
         order = epoch_order(self.images, seed=self.seed, epoch=self.epoch, total=total)
-        positions = np.arange(self.rank, total, self.world_size).reshape(-1, self.batch_size)
+        positions = np.arange(self.shard.rank, total, self.shard.world_size).reshape(-1, self.batch_size)
         for batch in positions[self.start :]:
             yield [Sample(self.epoch, int(position), int(order[position])) for position in batch]
 
@@ -122,27 +123,16 @@ def _stack(images: tuple[Tensor, ...]) -> Tensor:
 class TorchTrainLoader:
     """The training loader of `--data_pipeline no_dali`; see design: train loader."""
 
-    def __init__(
-        self,
-        annotations: Annotations,
-        *,
-        batch_size: int,
-        num_workers: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        augment: bool = True,
-    ) -> None:
-        """batch_size: images an iteration of this process.  dtype: of the images it gives."""
+    def __init__(self, annotations: Annotations, config: LoaderConfig, *, augment: bool = True) -> None:
         self.warnings: list[str] = []
-        self.make_batch = BatchMaker(dtype).to(device)
+        self.make_batch = BatchMaker(config.dtype).to(config.device)
         images = annotations.with_boxes()
         self.num_images = len(images)
-        self.sampler = EpochSampler(images, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
-        training_set = TrainingSet(annotations, seed=seed, augment=augment)
-        self.loader = data_loader(training_set, collate_training, num_workers, device, batch_sampler=self.sampler)
+        self.sampler = EpochSampler(images, batch_size=config.batch_size, seed=config.seed, shard=config.shard)
+        training_set = TrainingSet(annotations, seed=config.seed, augment=augment)
+        self.loader = data_loader(
+            training_set, collate_training, config.num_workers, config.device, batch_sampler=self.sampler
+        )
 
     def __len__(self) -> int:
         """Iterations an epoch, the same on every process."""
@@ -197,24 +187,14 @@ class EvaluationLoader:
     With `normalised` off the images are uint8.  Its workers stay for the next pass, until `close`.
     """
 
-    def __init__(
-        self,
-        annotations: Annotations,
-        *,
-        batch_size: int,
-        num_workers: int,
-        device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
-        normalised: bool = True,
-    ) -> None:
-        self.device = device
+    def __init__(self, annotations: Annotations, config: LoaderConfig, *, normalised: bool = True) -> None:
+        self.device = config.device
         self.normalised = normalised
-        share = range(rank, len(annotations), world_size)
-        batches = [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
-        workers = min(num_workers, len(batches))
+        own = range(config.shard.rank, len(annotations), config.shard.world_size)
+        batches = [list(own[start : start + config.batch_size]) for start in range(0, len(own), config.batch_size)]
+        workers = min(config.num_workers, len(batches))
         dataset = EvaluationSet(annotations)
-        self.loader = data_loader(dataset, collate_evaluation, workers, device, batch_sampler=batches)
+        self.loader = data_loader(dataset, collate_evaluation, workers, config.device, batch_sampler=batches)
 
     def __len__(self) -> int:
         return len(self.loader)

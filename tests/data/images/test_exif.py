@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from src.data.annotations.coco import Annotations, read_annotations
 from src.data.images.decode import decode, resize
 from src.data.pipelines.image_reader import read_image
+from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EvaluationLoader
 from src.runtime.errors import DataError
 from tests.helpers.both_pipelines import CPU, train_loader
@@ -90,10 +91,10 @@ def test_dalis_windows_are_of_the_turned_picture(upright):
 
 
 def test_the_evaluation_turns_pictures(upright):
-    loader = EvaluationLoader(upright, batch_size=8, num_workers=0, device=CPU)
+    loader = EvaluationLoader(upright, LoaderConfig(batch_size=8, num_workers=0, device=CPU))
     seen = {int(index): image for images, indices in loader for image, index in zip(images, indices, strict=True)}
     assert len(seen) == len(upright)
-    straight = EvaluationLoader(replace(upright, upright=False), batch_size=8, num_workers=0, device=CPU)
+    straight = EvaluationLoader(replace(upright, upright=False), LoaderConfig(batch_size=8, num_workers=0, device=CPU))
     with pytest.raises(DataError, match=r"--orientation upright reads$"):
         list(straight)
 

@@ -12,6 +12,7 @@ from nvidia.dali import fn
 
 from src.data.annotations.coco import Annotations, read_annotations
 from src.data.pipelines.dali_files import write_clean_file, write_reader_files
+from src.runtime.distributed import Shard
 from tests.helpers.dali_loaders import all_same, epoch, loader, read, small
 from tests.helpers.datasets import annotation, write_coco
 
@@ -71,7 +72,7 @@ def test_names_with_white_space_give_the_same_batches(tmp_path):
     file.write_text(plain.path.read_text().replace('"file_name": "', '"file_name": "a b'))
     spaced = read_annotations(file, folder / "train2017")
     assert not write_reader_files(spaced, spaced.with_boxes(), tmp_path)
-    options = {"seed": 2, "rank": 1, "world_size": 2}
+    options = {"seed": 2, "shard": Shard(1, 2)}
     one, other = loader(plain, **options), loader(spaced, **options)
     for number in range(2):
         assert all_same(epoch(one, number), epoch(other, number))

@@ -15,7 +15,9 @@ pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
 from src.data.pipelines import dali_pipeline
 from src.data.pipelines.augment import colour_matrix
 from src.data.pipelines.dali_graph import OUTPUTS
+from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import TorchTrainLoader
+from src.runtime.distributed import Shard
 from src.runtime.errors import DataError, UserError
 from tests.helpers.dali_loaders import CPU, all_same, epoch, loader, orders, read, same, small
 from tests.helpers.datasets import annotation, write_coco
@@ -82,7 +84,7 @@ def test_boxes_and_labels_are_the_files_and_the_other_pipelines(tmp_path, catego
         np.testing.assert_allclose(np.array(boxes.at(sample)), expected / (160, 120, 160, 120), atol=1e-6)
         assert np.array(labels.at(sample)).tolist() == [label_of(categories, entry) for entry in own]
     order = orders(ours, 1)[0][0]
-    theirs = TorchTrainLoader(data, batch_size=4, num_workers=0, device=CPU, augment=False)
+    theirs = TorchTrainLoader(data, LoaderConfig(batch_size=4, num_workers=0, device=CPU), augment=False)
     theirs_order = [sample.image for sample in next(iter(theirs.sampler))]
     (ours_batch,), (theirs_batch,) = epoch(ours, 0), list(theirs)
     for sample, image in enumerate(data.with_boxes()[order]):
@@ -99,7 +101,7 @@ def test_photographs_without_augmentation_are_the_other_pipelines(coco128):
     data = read(coco128)
     ours = loader(data, batch_size=126, augment=False)
     order = data.with_boxes()[orders(ours, 1)[0][0]].tolist()
-    theirs = TorchTrainLoader(data, batch_size=126, num_workers=0, device=CPU, augment=False)
+    theirs = TorchTrainLoader(data, LoaderConfig(batch_size=126, num_workers=0, device=CPU), augment=False)
     theirs.sampler.images = np.array(order[:24])
     theirs.sampler.batch_size = 24
     theirs_order = [sample.image for sample in next(iter(theirs.sampler))]
@@ -194,7 +196,7 @@ def test_what_a_gpu_reads_of_a_file_that_was_cut_short_is_not_trained_on(tmp_pat
 @pytest.mark.parametrize("images, processes, batch_size", [(7, 3, 2), (5, 2, 2), (8, 3, 2), (2, 3, 2), (1, 1, 2)])
 def test_every_image_is_seen_in_every_epoch_in_as_many_full_batches(tmp_path, images, processes, batch_size):
     data = small(tmp_path, images)
-    ranks = [loader(data, rank=rank, world_size=processes, batch_size=batch_size, seed=4) for rank in range(processes)]
+    ranks = [loader(data, shard=Shard(rank, processes), batch_size=batch_size, seed=4) for rank in range(processes)]
     iterations = -(-images // (processes * batch_size))
     assert [len(rank) for rank in ranks] == [iterations] * processes
     seen = [orders(rank, 3) for rank in ranks]
@@ -219,7 +221,7 @@ def test_each_epoch_has_another_order_and_other_augmentation(tmp_path):
 
 def test_the_same_seed_gives_the_same_batches_for_any_number_of_threads(tmp_path):
     data = small(tmp_path)
-    first, second, other = (loader(data, seed=seed, num_threads=n) for seed, n in [(1, 1), (1, 3), (2, 3)])
+    first, second, other = (loader(data, seed=seed, num_workers=n) for seed, n in [(1, 1), (1, 3), (2, 3)])
     for number in range(2):
         expected = epoch(first, number)
         assert all_same(expected, epoch(second, number))
@@ -229,7 +231,7 @@ def test_the_same_seed_gives_the_same_batches_for_any_number_of_threads(tmp_path
 def test_processes_draw_different_augmentation(tmp_path):
     data = small(tmp_path, 2)
     anchors = [
-        loader(data, batch_size=8, rank=rank, world_size=2).build(("anchor",)).run()[0].as_array() for rank in (0, 1)
+        loader(data, batch_size=8, shard=Shard(rank, 2)).build(("anchor",)).run()[0].as_array() for rank in (0, 1)
     ]
     assert not np.array_equal(*anchors)
 

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
 
+from src.runtime.distributed import Shard
 from src.runtime.errors import UserError
 from tests.helpers.dali_loaders import all_same, epoch, loader, small
 
@@ -20,7 +21,7 @@ def saved_and_read(state: dict) -> dict:
 
 
 def test_continues_bit_for_bit_after_every_iteration(tmp_path):
-    data, options = small(tmp_path, 9), {"seed": 3, "rank": 1, "world_size": 2}
+    data, options = small(tmp_path, 9), {"seed": 3, "shard": Shard(1, 2)}
     whole = loader(data, **options)
     iterations = len(whole)
     assert iterations == 3
@@ -32,7 +33,7 @@ def test_continues_bit_for_bit_after_every_iteration(tmp_path):
             states.append(whole.state_dict())
     for done, state in enumerate(states, 1):
         number, iteration = divmod(done, iterations)
-        continued = loader(data, **options, num_threads=1)
+        continued = loader(data, **options, num_workers=1)
         continued.load_state_dict(saved_and_read(state), epoch=number, iteration=iteration)
         continued.set_epoch(number, iteration)
         rest = list(continued) if number < 3 else []
@@ -61,7 +62,7 @@ def test_a_later_epoch_starts_without_a_state(tmp_path):
 DIFFERENT = {
     "seed": {"seed": 1},
     "batch size": {"batch_size": 3},
-    "processes": {"world_size": 2},
+    "processes": {"shard": Shard(0, 2)},
     "augmentation": {"augment": False},
 }
 

@@ -5,6 +5,7 @@ import pytest
 
 from src.data.pipelines import torch_pipeline
 from src.data.pipelines.torch_pipeline import EpochSampler
+from src.runtime.distributed import Shard
 
 IMAGES, PROCESSES, BATCH = 1_700_017, 1024, 32
 
@@ -22,7 +23,7 @@ def test_shares_without_dali(monkeypatch):
     images = np.arange(IMAGES)
     seen = np.zeros(IMAGES, np.int64)
     for rank in range(PROCESSES):
-        sampler = EpochSampler(images, batch_size=BATCH, seed=0, rank=rank, world_size=PROCESSES)
+        sampler = EpochSampler(images, batch_size=BATCH, seed=0, shard=Shard(rank, PROCESSES))
         batches = list(sampler)
         assert len(batches) == len(sampler) == 52 and {len(batch) for batch in batches} == {BATCH}
         np.add.at(seen, [sample.image for batch in batches for sample in batch], 1)
@@ -54,8 +55,8 @@ def test_the_rule_is_the_readers(tmp_path, images, processes, batch_size):
     from tests.helpers.dali_loaders import loader, orders, small
 
     data = small(tmp_path, images)
-    options = {"world_size": processes, "batch_size": batch_size, "seed": 1}
-    ranks = [loader(data, rank=rank, **options) for rank in range(processes)]
+    options = {"batch_size": batch_size, "seed": 1}
+    ranks = [loader(data, shard=Shard(rank, processes), **options) for rank in range(processes)]
     given = [orders(rank, 3) for rank in ranks]
     for epoch in range(3):
         passes = [np.concatenate(own[epoch]).tolist() for own in given]

@@ -8,7 +8,9 @@ from PIL import Image
 from src.data.annotations.coco import read_annotations
 from src.data.images.decode import decode
 from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
+from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EpochSampler, EvaluationLoader, TorchTrainLoader
+from src.runtime.distributed import Shard
 from src.runtime.errors import DataError
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes
 from tests.helpers.datasets import annotation, write_coco
@@ -22,8 +24,9 @@ def make_annotations(folder, images=5, split="train"):
     return read_annotations(folder / "annotations" / f"instances_{split}2017.json", folder / f"{split}2017")
 
 
-def make_loader(annotations, workers=0, **options) -> TorchTrainLoader:
-    return TorchTrainLoader(annotations, **{"batch_size": 2, "num_workers": workers, "device": CPU, **options})
+def make_loader(annotations, workers=0, augment=True, **options) -> TorchTrainLoader:
+    config = LoaderConfig(batch_size=2, num_workers=workers, device=CPU, **options)
+    return TorchTrainLoader(annotations, config, augment=augment)
 
 
 def epoch_of(loader, epoch, start=0) -> list[Batch]:
@@ -74,7 +77,7 @@ def test_epochs_seeds_and_ranks_differ_and_one_seed_repeats(tmp_path):
     for other in (
         epoch_of(make_loader(annotations), 1),
         epoch_of(make_loader(annotations, seed=1), 0),
-        epoch_of(make_loader(annotations, rank=1, world_size=2), 0),
+        epoch_of(make_loader(annotations, shard=Shard(1, 2)), 0),
     ):
         assert not torch.equal(first[0].images, other[0].images)
 
@@ -91,7 +94,7 @@ def test_every_image_is_seen_in_every_epoch_and_all_ranks_do_as_many_full_batche
     for epoch in range(3):
         seen, lengths = [], set()
         for rank in range(world_size):
-            sampler = EpochSampler(np.arange(images) * 10, batch_size=2, seed=0, rank=rank, world_size=world_size)
+            sampler = EpochSampler(np.arange(images) * 10, batch_size=2, seed=0, shard=Shard(rank, world_size))
             sampler.epoch = epoch
             batches = list(sampler)
             assert len(batches) == len(sampler)
@@ -105,8 +108,8 @@ def test_every_image_is_seen_in_every_epoch_and_all_ranks_do_as_many_full_batche
 
 
 def test_ranks_share_out_the_global_batches():
-    alone = EpochSampler(np.arange(8), batch_size=4, seed=5, rank=0, world_size=1)
-    pair = [EpochSampler(np.arange(8), batch_size=2, seed=5, rank=rank, world_size=2) for rank in range(2)]
+    alone = EpochSampler(np.arange(8), batch_size=4, seed=5, shard=Shard(0, 1))
+    pair = [EpochSampler(np.arange(8), batch_size=2, seed=5, shard=Shard(rank, 2)) for rank in range(2)]
     for whole, *parts in zip(alone, *pair, strict=True):
         assert sorted(whole) == sorted(sample for part in parts for sample in part)
 
@@ -128,9 +131,8 @@ def test_evaluation_gives_each_image_once_over_all_ranks(tmp_path):
     for world_size in (1, 2, 3, 7):
         seen = []
         for rank in range(world_size):
-            loader = EvaluationLoader(
-                annotations, batch_size=2, num_workers=0, device=CPU, rank=rank, world_size=world_size
-            )
+            config = LoaderConfig(batch_size=2, num_workers=0, device=CPU, shard=Shard(rank, world_size))
+            loader = EvaluationLoader(annotations, config)
             batches = list(loader)
             assert len(batches) == len(loader)
             for images, indices in batches:
@@ -141,7 +143,9 @@ def test_evaluation_gives_each_image_once_over_all_ranks(tmp_path):
 
 
 def test_evaluation_keeps_its_workers_until_it_is_closed(tmp_path):
-    loader = EvaluationLoader(make_annotations(tmp_path, split="val"), batch_size=2, num_workers=1, device=CPU)
+    loader = EvaluationLoader(
+        make_annotations(tmp_path, split="val"), LoaderConfig(batch_size=2, num_workers=1, device=CPU)
+    )
     with closing(loader):
         first = [indices.tolist() for _, indices in loader]
         (worker,) = loader.loader._iterator._workers

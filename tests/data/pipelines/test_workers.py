@@ -18,6 +18,7 @@ from torch.utils.data import _utils
 
 import main
 from src.data.pipelines import torch_pipeline, workers
+from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EvaluationLoader, TorchTrainLoader
 from src.runtime import preemption
 from src.runtime.errors import UserError
@@ -36,10 +37,10 @@ def data(tmp_path_factory) -> Path:
 
 def batches(kind: str, data: Path, num_workers: int = 2) -> list[torch.Tensor]:
     """The images of a whole pass, in batches of two."""
-    options = {"batch_size": 2, "num_workers": num_workers, "device": CPU}
+    config = LoaderConfig(batch_size=2, num_workers=num_workers, device=CPU)
     if kind == "evaluation":
-        return [images for images, _ in EvaluationLoader(read(data), **options)]
-    loader = TorchTrainLoader(read(data), **options)
+        return [images for images, _ in EvaluationLoader(read(data), config)]
+    loader = TorchTrainLoader(read(data), config)
     try:
         return [batch.images for batch in loader]
     finally:
