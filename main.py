@@ -90,7 +90,7 @@ def train(flags: Flags, processes: Processes) -> int:
     with ExitStack() as stack:
         stop = stack.enter_context(closing(GracefulShutdown(processes)))
         epochs = [epoch for epoch in flags.evaluation_epochs if epoch < flags.epochs]
-        training, validation = processes.once_a_machine(partial(
+        training, validation = processes.on_all_ranks(partial(
             read_dataset, flags.data, evaluating=bool(epochs), upright=flags.upright,
             tell=print if processes.is_main else None,
         ))  # fmt: skip

@@ -82,7 +82,7 @@ def score_checkpoint(
         check_images_exist(annotations, tell=report.note)
         return annotations
 
-    validation = processes.once_a_machine(read_validation)
+    validation = processes.on_all_ranks(read_validation)
     make_folder(output)  # before the work, not after it
     tell_data(report, validation, half=half, device=processes.device)
     model = trained_detector(

@@ -13,7 +13,7 @@ from src.report.progress import Bar
 from src.report.report import NullReport, Report
 from src.runtime.collective_errors import advice, is_setup_error, reason
 from src.runtime.distributed import Processes
-from src.runtime.errors import DivergenceError, UserError
+from src.runtime.errors import DivergenceError, ReportedElsewhereError, UserError
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143  # exit statuses
 
@@ -32,6 +32,8 @@ def fail(error: Exception, processes: Processes) -> int:
     """Tells why this process ends, unless another has told before; the exit status."""
     if processes.world_size > 1:  # a launcher that has seen another process end does not wait for the message
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if isinstance(error, ReportedElsewhereError):
+        return BAD_INPUT
     lost = processes.is_lost(error)
     error = error if lost or is_setup_error(error) else explained(error)
     if lost and processes.rank_that_was_stopped() is not None:

@@ -4,12 +4,11 @@ One process without a launcher opens no port and no group: every method then wor
 """
 
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from src.runtime.collective_errors import is_peer_lost, reason
 from src.runtime.devices import GpuIdentity, card, choose_device, require_distinct_gpus
-from src.runtime.errors import SigtermReceived, UserError
+from src.runtime.errors import ReportedElsewhereError, SigtermReceived, UserError
 from src.runtime.launcher_env import ERROR_REPORT_GRACE_SECONDS, RankInfo, rank_info_from_env
-from src.runtime.shared_arrays import attach, machine, shared
 
 GROUP_TIMEOUT = 120  # seconds after which a rank that does not answer is taken for lost
 GROUP_TIMEOUT_VARIABLE = "SSD300_GROUP_TIMEOUT"
 NCCL_PATIENCE = 2  # times that limit is NCCL's, which ends a process without a word: gloo's must be over before
 PATIENCE = 15  # times that limit is how much longer than another a rank may take for its share of an evaluation
-# Seconds that ranks wait for work that only one does (scoring, writing, fetching weights, reading annotations).
+# Seconds that ranks wait for work that only one does (scoring, writing, fetching weights).
 WAIT_LIMIT = 6 * 3600
 POLL = 0.05  # seconds between looks at the store
-FAILURES, TOLD, STOPPED, FAULT = "failures", "told", "stopped", "fault"  # keys of the store
+FAILURES, TOLD, STOPPED = "failures", "told", "stopped"  # keys of the store
 T = TypeVar("T")
 
 
@@ -141,52 +139,24 @@ class Processes:
         dist.scatter_object_list(own, values, src=0, group=self.host_group)
         return own[0]
 
-    def once_a_machine(self, make: Callable[[], T]) -> T:
-        """What `make` gives, of which one process of each machine makes it and the others have its arrays in common.
+    def on_all_ranks(self, work: Callable[[], T]) -> T:
+        """What `work()` returns on this rank, once it has ended on every rank.
 
-        These are read-only, and in memory once; where a process cannot come by them it makes its own.  All ranks must
-        call this, and leave it together.  A UserError in one is raised on all that wait for it.
+        All ranks must call this.  Where `work` raises UserError on some ranks, the first of them raises it here and
+        all others raise ReportedElsewhereError, so that one line is printed.
         """
         if self.world_size == 1:
-            return make()
-        key = self._next_key()
-        machines: list = [None] * self.world_size
-        dist.all_gather_object(machines, machine() or self.rank, group=self.host_group)
-        leader = machines.index(machines[self.rank])
-        notice_key = f"{key} of rank {leader}"
-        with ExitStack() as stack:
-            made = None if leader == self.rank else self._attached(notice_key)
-            if made is None:
-                made = self._make(make)
-            if leader == self.rank and machines.count(machines[leader]) > 1:
-                notice = stack.enter_context(shared(made))
-                self._shared.set(notice_key, pickle.dumps(notice).hex())  # the store takes text
-                if notice is not None:
-                    made = attach(notice)  # as the others do, in place of what is in this process's own memory
-            self._wait_for_all(key)
-        return made[0]
-
-    def _attached(self, key: str) -> Any:
-        """What another process shares under this key; None where it is not to be had."""
-        self._wait(key)
-        notice = pickle.loads(bytes.fromhex(self._shared.get(key).decode()))
-        with suppress(OSError):
-            return notice and attach(notice)
-        return None
-
-    def _make(self, make: Callable[[], T]) -> tuple[T]:
-        """In a tuple, because None may be what is made."""
+            return work()
+        found, fault = None, None
         try:
-            return (make(),)
+            found = work()
         except UserError as error:
-            self._shared.set(FAULT, str(error))
-            raise
-
-    def _wait_for_all(self, key: str) -> None:
-        """Waits until all ranks have come here, however long they need."""
-        if self._shared.add(f"{key}: there", 1) == self.world_size:
-            self._shared.set(f"{key}: all", "there")
-        self._wait(f"{key}: all")
+            fault = error
+        faulty = [False] * self.world_size
+        dist.all_gather_object(faulty, fault is not None, group=self.long_timeout_group)  # disks differ in speed
+        if any(faulty):
+            raise fault if fault and faulty.index(True) == self.rank else ReportedElsewhereError
+        return cast(T, found)
 
     def _next_key(self) -> str:
         """The key of the store under which all ranks have the next of these messages."""
@@ -281,8 +251,6 @@ class Processes:
             lost = self._shared.check([FAILURES]) or self._shared.check([STOPPED])
             if self._shared.check([key]):
                 return
-            if self._shared.check([FAULT]):
-                raise UserError(self._shared.get(FAULT).decode())
             if lost:
                 raise PeerLostError("it has failed or was told to stop")
             if time.monotonic() > deadline:

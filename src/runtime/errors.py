@@ -12,6 +12,10 @@ class DataError(UserError):
     """A data set that cannot be trained on or scored as it is."""
 
 
+class ReportedElsewhereError(UserError):
+    """Another rank prints what is wrong; this one exits with the same status and prints nothing."""
+
+
 class DivergenceError(Exception):
     """The loss is not finite; the message names epoch, iteration and rate."""
 
