@@ -1,0 +1,209 @@
+"""Reads YOLO labels: a text file for each picture, a line for each box; names in data.yaml or in a list."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from globox import BoundingBox
+
+from src.data.images.formats import find_images
+from src.data.prepare.labels import Checker, Labels, Part, Picture, choose_orientation
+from src.data.prepare.split import read_lines
+from src.runtime.errors import UserError
+
+NAME_LISTS = ("classes.txt", "obj.names", "_darknet.labels")  # by labelImg and Label Studio, by CVAT, by Roboflow
+PARTS: tuple[Part, ...] = ("train", "val", "test")
+BOX_VALUES = 5  # category, then centre x, centre y, width and height as fractions of the picture's sides
+SMALLEST_POLYGON = 7  # values: category, then x and y of three points
+
+
+def read_yolo_yaml(file: Path, checker: Checker) -> Labels:
+    """The pictures that a data.yaml names, each in the part that it is listed under."""
+    content = _load_yaml(file)
+    names = _names(file, content.get("names"))
+    if content.get("nc", len(names)) != len(names):
+        raise UserError(f"{file}: nc = {content['nc']}: expected {len(names)}, as many as `names` has; correct one")
+    parts: dict[Path, Part | None] = {}
+    notes = []
+    for part in PARTS:
+        for path in _pictures(file, content, part, checker):
+            if path not in parts:
+                parts[path] = part
+            elif parts[path] != part:
+                parts[path] = None  # the same picture for training and validation is no split
+    if None in parts.values() or "val" not in parts.values():
+        notes.append("train and val name the same pictures or val names none: they are split anew")
+        parts = {path: part if part == "test" else None for path, part in parts.items()}
+    checker.raise_faults()
+    if not parts:
+        raise UserError(f"{file}: train: expected a folder with pictures; correct it")
+    labels = _read(list(parts), names, file, checker)
+    for picture in labels.pictures:
+        picture.part = parts[picture.path]
+    labels.notes = notes + labels.notes
+    return labels
+
+
+def read_yolo_folder(folder: Path, pictures: list[Path], name_list: Path | None, checker: Checker) -> Labels:
+    """Pictures with label files beside them, or in `labels` instead of `images`; names in a list, one a line."""
+    found = [path for name in NAME_LISTS for path in sorted(folder.rglob(name))]
+    if name_list is None and not found:
+        wanted = ", ".join(NAME_LISTS)
+        raise UserError(f"{folder}: no data.yaml and no list of names ({wanted}); give one: --names FILE")
+    file = name_list or found[0]
+    names = [line.strip() for line in read_lines(file)]
+    while names and not names[-1]:
+        names.pop()
+    if not names or not all(names):
+        raise UserError(f"{file}: expected a name in every line, the first for category 0; correct it")
+    return _read(pictures, names, file, checker)
+
+
+def label_file(picture: Path) -> Path:
+    """The picture's label file: in the folder `labels` where the picture's is `images`, else beside it."""
+    parts = picture.parts
+    if "images" in parts[:-1]:
+        last = len(parts) - 2 - parts[-2::-1].index("images")
+        file = Path(*parts[:last], "labels", *parts[last + 1 :]).with_suffix(".txt")
+        if file.is_file():
+            return file
+    return picture.with_suffix(".txt")
+
+
+def _load_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{file}{line}: not YAML ({getattr(error, 'problem', None) or 'unreadable'})") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected `train`, `val` and `names`")
+    return content
+
+
+def _names(file: Path, names: Any) -> list[str]:
+    """Category names in the order of their indices; YAML has them as a list or by index."""
+    if isinstance(names, dict):
+        if sorted(names) != list(range(len(names))):
+            raise UserError(f"{file}: names: expected the indices 0 to {len(names) - 1}, each once; correct them")
+        names = [names[index] for index in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise UserError(f"{file}: names: expected a list of category names; add it")
+    return [str(name) for name in names]
+
+
+def _pictures(file: Path, content: dict[str, Any], part: Part, checker: Checker) -> Iterator[Path]:
+    """The pictures of a part: those in its folders and in its lists."""
+    given = content.get(part)
+    for text in given if isinstance(given, list) else [given] if given else []:
+        path = _located(file, content, str(text))
+        if path is None:
+            if part != "test":  # exporters name a test folder whether or not there is one
+                checker.fault(file, f"{part} = {text}: no such file or folder; correct it")
+        elif path.suffix == ".txt":
+            for number, line in enumerate(read_lines(path), 1):
+                if line.strip():
+                    picture = _located(path, content, line.strip())
+                    if picture is None:
+                        checker.fault(f"{path}:{number}", f"{line.strip()}: no such picture; correct the line")
+                    else:
+                        yield picture
+        else:
+            yield from find_images(path).files
+
+
+def _located(file: Path, content: dict[str, Any], text: str) -> Path | None:
+    """The path that a data.yaml means, which differs between the programs that write it."""
+    root = file.parent / str(content.get("path") or "")
+    # Roboflow writes "../train/images" into a data.yaml beside "train".
+    stripped = text.removeprefix("../")
+    candidates = [folder / name for folder in (root, file.parent) for name in (text, stripped)]
+    return next((path for path in candidates if path.exists()), None)
+
+
+def _read(paths: list[Path], names: list[str], names_file: Path, checker: Checker) -> Labels:
+    pictures = [Picture(path, 0, 0) for path in paths]
+    upright = choose_orientation(pictures, {}, checker)
+    owners: dict[Path, Path] = {}
+    without_labels = 0
+    for picture in pictures:
+        file = label_file(picture.path)
+        if not file.is_file():
+            without_labels += 1
+        elif file in owners:
+            checker.fault(file, f"two pictures are named {file.stem!r} ({owners[file]}, {picture.path}); rename one")
+        elif picture.width:
+            owners[file] = picture.path
+            _read_boxes(file, picture, names, names_file, checker)
+    folders = {file.parent for file in owners}
+    ours = {*owners, *(label_file(path) for path in paths)}
+    strays = [
+        file
+        for folder in sorted(folders)
+        for file in sorted(folder.glob("*.txt"))
+        if file not in ours and file != names_file and file.name not in NAME_LISTS and _is_label_file(file)
+    ]
+    notes = [f"pictures without a label file: {without_labels}, kept as pictures without objects"]
+    if strays:
+        notes.append(f"labels without a picture: {len(strays)}, left out: {strays[0]}")
+    categories = [{"id": index, "name": name} for index, name in enumerate(names, 1)]
+    return Labels("YOLO", categories, pictures, notes, upright=upright)
+
+
+def _is_label_file(file: Path) -> bool:
+    """Not a README or a list of pictures: the first line begins with a number, or there is none."""
+    first = next((line.split() for line in read_lines(file) if line.strip()), ["0"])
+    return first[0].replace(".", "", 1).isdigit()
+
+
+def _read_boxes(file: Path, picture: Picture, names: list[str], names_file: Path, checker: Checker) -> None:
+    try:
+        lines = read_lines(file)
+    except UserError as error:
+        checker.faults.append(str(error))
+        return
+    for number, line in enumerate(lines, 1):
+        place = f"{file}:{number}"
+        values = _numbers(line, place, checker) if line.strip() else None
+        if values is None:
+            continue
+        index, *coordinates = values
+        if index not in range(len(names)):
+            message = f"category = {index:g}: expected 0 to {len(names) - 1}, {names_file.name} has {len(names)} names"
+            checker.fault(place, f"{message}; correct the line or add the name")
+            continue
+        size = (picture.width, picture.height)
+        try:
+            if len(values) == BOX_VALUES:
+                box = BoundingBox.from_yolo_v5(line, image_size=size)
+            else:
+                box = BoundingBox.from_yolo_seg(line, image_size=size)
+        except AssertionError:  # by globox, for a negative width or height
+            checker.fault(place, f"width, height = {coordinates[2]:g}, {coordinates[3]:g}: expected more than 0")
+            continue
+        ltwh = checker.box(box.ltrb, picture, place)
+        if ltwh is not None:
+            picture.boxes.append({"category_id": int(index) + 1, "bbox": ltwh})
+
+
+def _numbers(line: str, place: str, checker: Checker) -> list[float] | None:
+    """The numbers of a line: of a box, or of a polygon, whose surrounding box counts; None with a fault."""
+    texts = line.split()
+    if len(texts) != BOX_VALUES and (len(texts) < SMALLEST_POLYGON or len(texts) % 2 == 0):
+        expected = "expected 5 (category, centre x, centre y, width, height), or category and the points of a polygon"
+        checker.fault(place, f"{len(texts)} values: {expected}; correct the line")
+        return None
+    try:
+        values = [float(text) for text in texts]
+    except ValueError:
+        checker.fault(place, f"{line.strip()!r}: expected numbers; correct the line")
+        return None
+    if not all(map(math.isfinite, values)):
+        checker.fault(place, f"{line.strip()!r}: expected finite numbers; correct the line")
+        return None
+    return values
