@@ -1,0 +1,129 @@
+"""The pages build, their links lead somewhere, and what they name exists: modules, files, flags, commands."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from docutils import nodes
+from docutils.core import publish_doctree
+
+from src.flags import make_parser, parse_args
+from src.report.report import RUN_FILES
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.rst"), *ROOT.glob("docs/*.rst"), *ROOT.glob("tests/**/README.rst")])
+OTHER_PROGRAMS_FLAGS = {  # in prose; what stands behind main.py in a command is checked by the parser itself
+    *(
+        "--nproc_per_node",
+        "--master_addr",
+        "--master_port",
+        "--rdzv_endpoint",
+        "--rdzv_id",
+        "--max-restarts",
+    ),  # torchrun
+    *("--local_addr", "--cpus-per-task", "--kill-on-bad-exit", "--time", "--requeue", "--ntasks-per-node"),  # Slurm
+    *("--gpus-per-task", "--array"),
+    "--gpu",  # python -m benchmarks
+}
+
+# Every page is read once; a warning of docutils raises.
+page_params = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@cache
+def read(page: Path) -> nodes.document:
+    return publish_doctree(page.read_text(), str(page), settings_overrides={"halt_level": 2, "report_level": 5})
+
+
+def literals(page: Path) -> list[str]:
+    """What stands in ``double backquotes``, without line breaks."""
+    return [" ".join(node.astext().split()) for node in read(page).findall(nodes.literal)]
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each line of the literal blocks, as a shell reads them; lines that end in a backslash are joined."""
+    for block in read(page).findall(nodes.literal_block):
+        for line in block.astext().replace("\\\n", " ").splitlines():
+            try:
+                yield shlex.split(line, comments=True)
+            except ValueError:  # no shell command: a quote is left open
+                continue
+
+
+def all_words(page: Path) -> list[str]:
+    return [word for command in commands(page) for word in command] + [
+        word for text in literals(page) for word in text.split()
+    ]
+
+
+@page_params
+def test_page_builds_without_warnings(page):
+    assert read(page).astext()
+
+
+@page_params
+def test_links_lead_to_files_and_sections(page):
+    for link in read(page).findall(nodes.reference):
+        target = link.get("refuri", "")
+        if not target or re.match("https?:", target):
+            continue
+        path, _, section = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if section:
+            assert section in read(file).ids, target
+
+
+@page_params
+def test_pictures_exist_and_have_a_text(page):
+    for picture in read(page).findall(nodes.image):
+        assert (page.parent / picture["uri"]).is_file()
+        assert len(picture.get("alt", "")) > 40
+
+
+@page_params
+def test_files_and_modules_that_a_page_names_exist(page):
+    for text in literals(page):
+        if re.match(r"(src|tests|docs|benchmarks)(/|$)|\w+\.(py|rst|toml)$|requirements.*\.txt$", text):
+            assert (ROOT / text).exists(), text
+    words = all_words(page)
+    for place, word in enumerate(words[:-1]):
+        if word == "-m" and re.match(r"(src|benchmarks)\b", words[place + 1]):
+            module = ROOT / words[place + 1].replace(".", "/")
+            assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), words[place + 1]
+
+
+@page_params
+def test_make_targets_that_a_page_names_exist(page):
+    makefile = (ROOT / "Makefile").read_text()
+    for command in [*commands(page), *map(str.split, literals(page))]:
+        if command[:1] == ["make"] and len(command) > 1:
+            assert re.search(rf"^{command[1]}:", makefile, re.MULTILINE), command
+
+
+@page_params
+def test_commands_are_understood(page, capsys):
+    for command in commands(page):
+        if "main.py" in command and "..." not in command:
+            arguments = command[command.index("main.py") + 1 :]
+            if arguments and arguments[0].startswith("-"):
+                parse_args(arguments)  # exits where it does not know a flag or a value
+
+
+@page_params
+def test_flags_in_prose_exist(page):
+    known = {flag for action in make_parser()._actions for flag in action.option_strings} | OTHER_PROGRAMS_FLAGS
+    named = {match for text in literals(page) for match in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
+    assert named <= known
+
+
+def test_readme_links_every_page():
+    linked = {link.get("refuri") for link in read(ROOT / "README.rst").findall(nodes.reference)}
+    assert {str(page.relative_to(ROOT)) for page in ROOT.glob("docs/*.rst")} <= linked
+
+
+def test_output_page_names_every_file_of_a_run():
+    assert set(RUN_FILES) <= set(literals(ROOT / "docs" / "output.rst"))
