@@ -4,7 +4,6 @@ Shapes: I images, B boxes.
 """
 
 from collections.abc import Iterator
-from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +14,6 @@ import numpy as np
 from src.data.annotations.coco import Annotations
 
 BLOCK = 2**16  # entries that are written together
-MAX_DIGITS = 17  # of a number that RapidJSON looks at
 WHITE_SPACE = np.frombuffer(b" \t\n\v\f\r", np.uint8)  # ends a name in `filenames.dat`
 
 
@@ -23,7 +21,7 @@ def write_reader_files(annotations: Annotations, order: np.ndarray, folder: Path
     """Writes what the reader's `preprocessed_annotations` takes, the images in the given order; whether it can be done.
 
     order: indices of images that have boxes, perhaps repeated.  An image's id is its position in `with_boxes()`.
-    The files are those of the reader's `save_preprocessed_annotations` for ltrb and ratio, byte for byte.
+    The files are those that the reader's `save_preprocessed_annotations` writes for ltrb and ratio.
     """
     if np.isin(annotations.names, WHITE_SPACE).any():
         return False
@@ -42,41 +40,19 @@ def write_reader_files(annotations: Annotations, order: np.ndarray, folder: Path
     return True
 
 
-def _fractions(annotations: Annotations, owners: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """The chosen boxes as fractions of their images, as DALI computes them; float32 [B, 4] ltrb."""
-    boxes = annotations.boxes[chosen]
-    for axis in (0, 1):
-        low, high = boxes[:, axis], boxes[:, axis + 2]
-        high[:] = low + _as_read(high.astype(np.float64) - low)  # it gets left and width
-        sides = annotations.sizes[:, axis].astype(np.float32)[owners]
-        low /= sides
-        high /= sides
-    return boxes
+def _fractions(annotations: Annotations, image_index: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The chosen boxes as fractions of their images; float32 [B, 4] ltrb.
 
-
-def _as_read(numbers: np.ndarray) -> np.ndarray:
-    """Float64 as the float32 that DALI makes of its decimal digits; [B].
-
-    Its JSON reader's last bit of a float64 may be wrong, which tells only half way between two float32.
+    From a COCO file the reader computes right and bottom as left + width and top + height, in float32.  So do these
+    files: of coco128's 939 boxes, 14 would differ in their last bit otherwise.
     """
-    nearest = numbers.astype(np.float32)
-    other = np.nextafter(nearest, np.where(numbers > nearest, np.float32(np.inf), np.float32(-np.inf)))
-    half_way = np.flatnonzero((numbers != nearest) & (np.abs(numbers - nearest) == np.abs(numbers - other)))
-    nearest[half_way] = [_parsed(number) for number in numbers[half_way].tolist()]
-    return nearest
-
-
-def _parsed(number: float) -> float:
-    """A positive number up to 2**24 as RapidJSON reads what is written of it: whole numbers, by a power of ten."""
-    text = repr(number)
-    before, _, after = (f"{Decimal(text):f}" if "e" in text else text).partition(".")
-    digits = (before + after).lstrip("0")
-    # It counts in whole numbers until they are 2**53, which has 16 digits.
-    whole = MAX_DIGITS if int(digits[: MAX_DIGITS - 1]) < 2**53 else MAX_DIGITS - 1
-    significand = float(int(digits[:whole]))
-    for digit in digits[whole:]:
-        significand = 10 * significand + int(digit)
-    return significand / 10.0 ** len(after)
+    boxes = annotations.boxes[chosen]
+    low, high = boxes[:, :2], boxes[:, 2:]
+    high[:] = low + (high.astype(np.float64) - low).astype(np.float32)
+    sides = annotations.sizes.astype(np.float32)[image_index]
+    low /= sides
+    high /= sides
+    return boxes
 
 
 def _write(path: Path, values: np.ndarray, dtype: type[np.number]) -> None:
