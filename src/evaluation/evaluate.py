@@ -20,7 +20,6 @@ from src.report.progress import Bar, NullBar
 from src.report.report import NullReport
 from src.runtime.distributed import Processes
 from src.runtime.precision import autocast, half_is_fast
-from src.ssd.default_boxes import default_boxes
 from src.ssd.detect import Detections, EndToEndDetector, detect, finite_boxes, strip_padding
 from src.ssd.model import fold_batch_norms
 
@@ -41,13 +40,12 @@ def find(
     *,
     device: torch.device,
     half: bool = False,
-    defaults: Tensor | None = None,
     watch: Stopwatch | None = None,
 ) -> tuple[list[Detections], int]:
     """The detections of each image, and how many default boxes' outputs were not finite.
 
     model: a network, for which the images [N, 3, 300, 300] on the device are normalised, or a WholeDetector, for which
-    they are uint8; that one does not tell of its outputs, so they count as finite.  defaults as for `detect`.
+    they are uint8; that one does not tell of its outputs, so they count as finite.
     """
     watch = watch or Stopwatch()
     if isinstance(model, EndToEndDetector):
@@ -59,7 +57,7 @@ def find(
     valid = finite_boxes(offsets, logits)
     broken = int((~valid).sum())  # waits for a GPU, so that the network's time is told apart
     watch.lap("network")
-    return detect(offsets, logits, defaults=defaults, valid=valid), broken
+    return detect(offsets, logits, valid=valid), broken
 
 
 def prepare_for_inference(model: nn.Module, *, device: torch.device, half: bool) -> nn.Module:
@@ -135,12 +133,11 @@ def _detect_all(
     watch: Stopwatch,
 ) -> tuple[Results, int]:
     """This rank's results, and how many default boxes' outputs were not finite."""
-    defaults = default_boxes().to(device)
     broken = 0
     parts = []
     for images, indices in loader:
         watch.lap("loading")
-        found, not_finite = find(model, images, device=device, half=half, defaults=defaults, watch=watch)
+        found, not_finite = find(model, images, device=device, half=half, watch=watch)
         broken += not_finite
         parts.append(to_results(found, indices.cpu().numpy(), annotations))
         bar.update()

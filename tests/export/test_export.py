@@ -34,9 +34,8 @@ from src.ssd.model import SSD300
 from src.weights.exported import load_trained, trained_detector
 from src.weights.files import load_checkpoint
 from tests.helpers.datasets import annotation, write_coco, write_image
-from tests.helpers.oracle_inputs import quiet_output
+from tests.helpers.oracle_inputs import ORACLE_CASES, oracle_output, quiet_output, random_output
 from tests.helpers.tiny_model import narrow_network
-from tests.ssd.test_detect import ORACLE_CASES, oracle_output, random_output
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parents[2]

@@ -1,8 +1,17 @@
-"""The oracle's inputs, rebuilt by the recipes of its README."""
+"""The oracle's inputs, rebuilt by the recipes of its README, and random network output like them."""
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+NUM_DEFAULT_BOXES = 8732
+ORACLE_CASES = {  # seed, sigma, background
+    "few": (101, 1.0, 9.0),
+    "full": (102, 1.0, 6.0),
+    "confident": (103, 4.0, 12.0),
+    "crowded": (104, 4.0, 8.0),
+    "nothing": (105, 1.0, 14.0),
+}
 
 
 def loss_inputs(seed: int, counts: list[int], default_boxes: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -46,3 +55,22 @@ def quiet_output(images: int = 1, labels: int = 3) -> tuple[Tensor, Tensor]:
     logits = torch.zeros(images, labels, 8732)
     logits[:, 0] = 20
     return torch.zeros(images, 4, 8732), logits
+
+
+def oracle_output(case: str) -> tuple[Tensor, Tensor]:
+    """Offsets [1, 4, A] and logits [1, 81, A] of a case of the oracle's decode.npz."""
+    seed, sigma, background = ORACLE_CASES[case]
+    rng = np.random.default_rng(seed)
+    offsets = rng.standard_normal((4, NUM_DEFAULT_BOXES), dtype=np.float32)
+    logits = np.float32(sigma) * rng.standard_normal((81, NUM_DEFAULT_BOXES), dtype=np.float32)
+    logits[0] += np.float32(background)
+    return torch.from_numpy(offsets)[None], torch.from_numpy(logits)[None]
+
+
+def random_output(images: int, labels: int, *, seed: int = 0, sigma: float = 4.0, background: float = 8.0):
+    """Offsets [N, 4, A] and logits [N, C, A]; by default crowded ones."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.randn(images, 4, NUM_DEFAULT_BOXES, generator=generator)
+    logits = sigma * torch.randn(images, labels, NUM_DEFAULT_BOXES, generator=generator)
+    logits[:, 0] += background
+    return offsets, logits

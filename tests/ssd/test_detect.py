@@ -3,36 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, nms
 
+from src.ssd import detect as detection
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, default_boxes_ltrb, encode
 from src.ssd.detect import detect, finite_boxes
-from tests.helpers.oracle_inputs import quiet_output
-
-ORACLE_CASES = {  # seed, sigma, background
-    "few": (101, 1.0, 9.0),
-    "full": (102, 1.0, 6.0),
-    "confident": (103, 4.0, 12.0),
-    "crowded": (104, 4.0, 8.0),
-    "nothing": (105, 1.0, 14.0),
-}
-
-
-def oracle_output(case: str) -> tuple[torch.Tensor, torch.Tensor]:
-    seed, sigma, background = ORACLE_CASES[case]
-    rng = np.random.default_rng(seed)
-    offsets = rng.standard_normal((4, NUM_DEFAULT_BOXES), dtype=np.float32)
-    logits = np.float32(sigma) * rng.standard_normal((81, NUM_DEFAULT_BOXES), dtype=np.float32)
-    logits[0] += np.float32(background)
-    return torch.from_numpy(offsets)[None], torch.from_numpy(logits)[None]
-
-
-def random_output(images: int, labels: int, *, seed: int = 0, sigma: float = 4.0, background: float = 8.0):
-    generator = torch.Generator().manual_seed(seed)
-    offsets = torch.randn(images, 4, NUM_DEFAULT_BOXES, generator=generator)
-    logits = sigma * torch.randn(images, labels, NUM_DEFAULT_BOXES, generator=generator)
-    logits[:, 0] += background
-    return offsets, logits
+from tests.helpers.oracle_inputs import ORACLE_CASES, oracle_output, quiet_output, random_output
 
 
 def in_comparable_order(boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -98,6 +74,69 @@ def test_a_batch_of_crowded_images_gives_exactly_what_one_at_a_time_gives():
     for image, found in enumerate(together):
         (alone,) = detect(offsets[image : image + 1], logits[image : image + 1])
         assert all(torch.equal(*pair) for pair in zip(found, alone, strict=True))
+
+
+def detect_together(offsets: torch.Tensor, logits: torch.Tensor) -> list[detection.Detections]:
+    """`detect` as it works on a GPU."""
+    candidates = detection._candidates(offsets, logits, finite_boxes(offsets, logits))
+    return detection._detect_together(offsets, candidates)
+
+
+def assert_equal_to_each(offsets: torch.Tensor, logits: torch.Tensor) -> None:
+    for together, alone in zip(detect_together(offsets, logits), detect(offsets, logits), strict=True):
+        for part, expected in zip(together, alone, strict=True):
+            assert part.dtype == expected.dtype
+            assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize("case", ORACLE_CASES)
+def test_all_images_together_give_an_oracle_case_bit_for_bit(case):
+    assert_equal_to_each(*oracle_output(case))
+
+
+@pytest.mark.parametrize(
+    ("labels", "sigma", "background", "scale"),
+    [
+        (2, 1.0, 0.0, 0.0),  # 200 may compete, of 8,732 candidates
+        (6, 2.0, 0.0, 0.0),  # a second block of candidates is needed
+        (21, 3.0, 4.0, 0.3),
+        (81, 1.0, 7.0, 1.0),
+        (81, 4.0, 8.0, 0.05),  # crowded, and most boxes overlap
+    ],
+)
+def test_all_images_together_give_bit_for_bit_what_each_alone_gives(labels, sigma, background, scale):
+    offsets, logits = random_output(3, labels, seed=1, sigma=sigma, background=background)
+    assert_equal_to_each(offsets * scale, logits)
+    assert_equal_to_each(offsets * scale, (logits * 2).round() / 2)  # with many equal scores
+
+
+def test_all_images_together_heed_empty_images_and_output_that_is_not_finite():
+    offsets, logits = random_output(4, 21)
+    logits[1, 0] = 100
+    offsets[2, :, ::3] = float("nan")
+    assert_equal_to_each(offsets, logits)
+    assert_equal_to_each(*quiet_output(images=2))
+    assert_equal_to_each(offsets[:0], logits[:0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_suppression_of_a_batch_is_torchvisions_where_overlaps_equal_the_threshold(seed):
+    """Boxes on a grid of 12 x 12: a sixth of the pairs that overlap by half do so exactly."""
+    low = torch.randint(0, 8, (4, 300, 2), generator=torch.Generator().manual_seed(seed))
+    boxes = torch.cat((low, low + 1 + torch.randint(0, 4, low.shape, generator=torch.Generator().manual_seed(9))), 2)
+    keep = detection._suppress(boxes.double(), torch.ones(4, 300, dtype=torch.bool))
+    assert (box_iou(boxes[0].double(), boxes[0].double()) == 0.5).any()
+    for image, kept in zip(boxes.double(), keep, strict=True):
+        expected = nms(image, torch.linspace(1, 0, 300).double(), 0.5)
+        assert kept.nonzero().flatten().tolist() == expected.tolist()
+
+
+def test_suppression_of_a_batch_follows_a_chain_to_its_end():
+    """Each box overlaps the next alone, so every other one stays, and the last depends on the first."""
+    left = torch.arange(101.0, dtype=torch.float64)
+    chain = torch.stack((left, torch.zeros(101), left + 4, torch.ones(101)), dim=1)[:, [0, 1, 2, 3]].double()
+    keep = detection._suppress(chain[None], torch.ones(1, 101, dtype=torch.bool))
+    assert keep[0].tolist() == [number % 2 == 0 for number in range(101)]
 
 
 def test_boxes_of_one_class_suppress_each_other_and_those_of_two_classes_do_not():
