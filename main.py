@@ -21,6 +21,7 @@ from src.check import check
 from src.data.annotations.coco import Annotations
 from src.data.annotations.dataset import read_dataset
 from src.data.pipelines.loaders import LoaderConfig, TrainLoader, make_decode_check, make_train_loader
+from src.evaluation.evaluate import EvaluationConfig
 from src.evaluation.predict import predict_folder
 from src.evaluation.validation import make_evaluation, score_checkpoint
 from src.export.export import export
@@ -35,7 +36,7 @@ from src.report.exit_status import (
     meets_target,
     report_error_before_cleanup,
 )
-from src.report.report import NullReport, Report
+from src.report.report import NullReport, Report, RunContext
 from src.report.startup import ResumedFrom, start_report, tell_data, tell_start
 from src.runtime import distributed, launcher_env
 from src.runtime.devices import configure
@@ -134,10 +135,10 @@ def train(flags: Flags, processes: Processes) -> int:
             training=training, validation=validation,
         )  # fmt: skip
         report.begin_run(mlperf_constants(flags, schedule, loader.num_images, len(validation) if validation else 0))
-        evaluate = None if validation is None else stack.enter_context(make_evaluation(
-            model, validation, batch_size=flags.eval_batch_size, num_workers=flags.num_workers, half=flags.fp16,
-            output=flags.output, processes=processes, report=report,
-        ))  # fmt: skip
+        context = RunContext(processes, report, flags.output)
+        evaluate = None if validation is None else stack.enter_context(
+            make_evaluation(model, validation, evaluation_config(flags), context)
+        )  # fmt: skip
         stack.enter_context(
             report_error_before_cleanup(processes)
         )  # not only when the files of the last evaluation are made
@@ -175,6 +176,10 @@ def loader_maker(flags: Flags, processes: Processes) -> Callable[[Annotations], 
     return partial(make_train_loader, flags.data_pipeline, config=config)
 
 
+def evaluation_config(flags: Flags) -> EvaluationConfig:
+    return EvaluationConfig(batch_size=flags.eval_batch_size, num_workers=flags.num_workers, amp=flags.fp16)
+
+
 def make_trainer(flags: Flags, processes: Processes, model: SSD300) -> Trainer:
     layout = processes.broadcast_object(
         training_memory_format(flags.backbone, processes.device)
@@ -202,6 +207,7 @@ def work(flags: Flags, processes: Processes) -> int:
     if flags.mode in SINGLE_PROCESS_MODES and processes.world_size > 1:
         raise UserError(f"--mode {flags.mode} works on one process{SINGLE_PROCESS_MODES[flags.mode]}")
     with closing(Report(None, append=True) if processes.is_main else NullReport()) as report:
+        context = RunContext(processes, report, flags.output)
         if flags.mode == "check":
             return check(
                 flags.data, flags.output, upright=flags.upright, make_loader=loader_maker(flags, processes),
@@ -221,17 +227,16 @@ def work(flags: Flags, processes: Processes) -> int:
         assert flags.checkpoint is not None  # parse_args sees to that
         if flags.mode == "evaluation":
             accuracy = score_checkpoint(
-                flags.checkpoint, flags.data, flags.output, upright=flags.upright, backbone=flags.backbone,
-                batch_size=flags.eval_batch_size, num_workers=flags.num_workers, half=flags.fp16, processes=processes,
-                report=report,
+                flags.checkpoint, flags.data, upright=flags.upright, backbone=flags.backbone,
+                config=evaluation_config(flags), context=context,
             )  # fmt: skip
             return meets_target(accuracy, flags.target, report)
         if flags.mode == "export":
             export(flags.checkpoint, flags.data, flags.output, backbone=flags.backbone, report=report)
             return DONE
         predict_folder(
-            flags.data, flags.output, checkpoint=flags.checkpoint, backbone=flags.backbone,
-            batch_size=flags.eval_batch_size, half=flags.fp16, processes=processes, report=report,
+            flags.data, checkpoint=flags.checkpoint, backbone=flags.backbone, config=evaluation_config(flags),
+            context=context,
         )  # fmt: skip
     return DONE
 

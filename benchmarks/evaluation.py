@@ -21,7 +21,8 @@ from torch import Tensor
 from benchmarks import sharing, table
 from src.data.annotations.coco import Annotations, read_annotations
 from src.evaluation.evaluate import to_results
-from src.evaluation.scoring import Results, score, write_results
+from src.evaluation.results import Results, write_results
+from src.evaluation.scoring import score
 from src.ssd.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES
 from src.ssd.detect import detect
 from src.ssd.model import SSD300, fold_batch_norms

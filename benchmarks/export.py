@@ -10,8 +10,8 @@ from benchmarks import table
 from benchmarks.evaluation import CPU, LABELS, alternately
 from src.data.annotations.coco import Category
 from src.data.pipelines.batch import normalise
-from src.evaluation.evaluate import find
-from src.export.export import DETECTOR, PROGRAM, exported_files
+from src.evaluation.evaluate import detect_batch
+from src.export.export import DETECTOR, exported_files
 from src.ssd.default_boxes import IMAGE_SIZE
 from src.ssd.model import SSD300
 from src.weights.exported import trained_detector
@@ -22,20 +22,19 @@ GOAL = 1.0  # not slower than the evaluation
 
 
 def run(*, backbone: str = "resnet50", labels: int = LABELS, batch_size: int = BATCH) -> Iterator[dict]:
-    """A row for each file: from pixels to detections, images a second, medians."""
+    """A row for detector.onnx: from pixels to detections, images a second, medians."""
     torch.manual_seed(0)
     network = SSD300(backbone, labels).to(memory_format=torch.channels_last).eval()
     images = torch.randint(0, 256, (batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
     files = exported_files(network, [Category(label, f"category {label}") for label in range(1, labels)])
-    for name in (DETECTOR, PROGRAM):
-        state = {"exported": files[name]}
-        exported = trained_detector(state, backbone="", num_categories=0, source=Path(name), device=CPU)
-        with torch.inference_mode():
-            ours, evaluation = alternately(
-                partial(find, exported, images, device=CPU),
-                lambda: find(network, normalise(images), device=CPU),
-                CPU,
-                repeats=REPEATS,
-            )
-        told = f"{name} beside the evaluation, {backbone}, batch {batch_size} (images/s)"
-        yield table.speed(told, batch_size / ours, batch_size / evaluation, GOAL)
+    state = {"exported": files[DETECTOR]}
+    exported = trained_detector(state, backbone="", num_categories=0, source=Path(DETECTOR), device=CPU)
+    with torch.inference_mode():
+        ours, evaluation = alternately(
+            partial(detect_batch, exported, images),
+            lambda: detect_batch(network, normalise(images)),
+            CPU,
+            repeats=REPEATS,
+        )
+    name = f"{DETECTOR} beside the evaluation, {backbone}, batch {batch_size} (images/s)"
+    yield table.speed(name, batch_size / ours, batch_size / evaluation, GOAL)

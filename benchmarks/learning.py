@@ -75,9 +75,9 @@ def train_and_score(annotations: Annotations, *, pipeline: str, seed: int, devic
                 report=report,
             )  # fmt: skip
     images = EvaluationLoader(annotations, LoaderConfig(batch_size=IMAGES, num_workers=0, device=device))
-    found = evaluate(trainer.model, images, annotations, device=device, half=trainer.half)
-    print(", ".join(f"{name} {value:.4f}" for name, value in found.scores.figures.items() if value is not None))
-    mean_precision = found.scores.figures["mAP"]
+    found = evaluate(trainer.model, images, annotations, processes=processes, amp=trainer.half)
+    print(", ".join(f"{name} {value:.4f}" for name, value in found.scores.metrics.items() if value is not None))
+    mean_precision = found.scores.metrics["mAP"]
     assert mean_precision is not None  # the images have boxes
     return mean_precision
 

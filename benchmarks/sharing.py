@@ -19,8 +19,8 @@ import torch
 from benchmarks import table
 from src.data.annotations.coco import Annotations, read_annotations
 from src.evaluation.evaluate import score_distributed
-from src.evaluation.scoring import Results, score
-from src.evaluation.timing import Stopwatch
+from src.evaluation.results import Results
+from src.evaluation.scoring import score
 from src.runtime import distributed
 
 HERE = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def _alone_and_together(
     line = [sys.executable, *launcher, "-m", "benchmarks.sharing", str(folder), annotations.path.name]
     subprocess.run([*line, A_CORE_EACH] if a_core_each else line, check=True, cwd=HERE)
     together = json.loads((folder / OUTCOME).read_text())
-    assert together["figures"] == expected.figures
+    assert together["figures"] == expected.metrics
     return alone, together
 
 
@@ -92,10 +92,10 @@ def _score(folder: Path, annotation_file: str) -> None:
         own = annotations.image_ids[processes.rank :: processes.world_size]
         results = Results(*(column[np.isin(results.image_ids, own)] for column in results))
         processes.maximum(0)  # all begin together
-        found = score_distributed(processes, annotations, results, 0, watch=Stopwatch())
+        found = score_distributed(processes, annotations, results, 0, {})
         if processes.is_main:
             seconds = found.seconds["gathering"] + found.seconds["scoring"]
-            outcome = {"figures": found.scores.figures, "scoring": seconds, "waiting": found.seconds["waiting"]}
+            outcome = {"figures": found.scores.metrics, "scoring": seconds, "waiting": found.seconds["waiting"]}
             (folder / OUTCOME).write_text(json.dumps(outcome))
 
 

@@ -83,7 +83,7 @@ def time_training(name: str, trainer: Trainer, batches: Iterable[Batch], *, step
 def time_evaluation(name: str, trainer: Trainer, batches: Iterable[Batch], *, steps: int) -> Timing:
     """Times `steps` evaluation steps, from images to detections, after a warm-up."""
     with evaluating(trainer.model):
-        network = prepare_for_inference(trainer.model, device=trainer.device, half=trainer.half)
+        network = prepare_for_inference(trainer.model, device=trainer.device, amp=trainer.half)
 
         def step(batch: Batch) -> None:
             with autocast(trainer.device, trainer.half):

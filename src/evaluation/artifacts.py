@@ -1,96 +1,103 @@
-"""What evaluations leave for the eye: figures in lines, detections.json, pictures."""
+"""The files of an evaluation: detections.json and the pictures.
 
+No import here loads torch: that keeps the start of `src.evaluation.write_artifacts`, which draws in the background, at
+1 s of a core instead of 6 s.
+"""
+
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from src.data.annotations.coco import Annotations
-from src.data.images.formats import decode_thumbnail
-from src.evaluation.artifact_files import ArtifactInputs, leave_files
-from src.evaluation.evaluate import Evaluation
-from src.evaluation.scoring import Results, Scores
+from src.evaluation.results import Results, write_results
 from src.report.drawing import PANEL
-from src.report.plots import Example
-from src.report.report import NullReport, Report
-from src.runtime.errors import printable
-from src.runtime.output_files import make_folder
+from src.report.plots import Example, draw_detections, draw_precision_recall, draw_training
+from src.runtime.errors import UserError
 
-EXAMPLES = 8  # validation images in detections.png
-
-
-def leave_evaluation(found: Evaluation, validation: Annotations, output: Path, report: Report | NullReport) -> None:
-    """Writes detections.json, precision_recall.png and detections.png, and notes what is odd about the evaluation."""
-    make_folder(output)
-    log_evaluation_warnings(report, found)
-    leave_files(remains_of(found, validation), output)
+ARTIFACTS = DETECTIONS, PRECISION_RECALL, EXAMPLES, TRAINING = (
+    "detections.json",
+    "precision_recall.png",
+    "detections.png",
+    "training.png",
+)
+RECALLS = np.linspace(0, 1, 101)  # COCO's
+NUM_EXAMPLES = 8  # validation images in detections.png
 
 
-def remains_of(
-    found: Evaluation, validation: Annotations, *, metrics: Path | None = None, metrics_size: int = 0
+class ArtifactInputs(NamedTuple):
+    """Everything that the files of an evaluation are made from."""
+
+    results: Results
+    precision: np.ndarray  # [T, R, K], see Scores
+    names: list[str]  # of the K categories
+    examples: list[Example]  # the images of detections.png
+    metrics_file: Path | None  # metrics.jsonl of a training run, for training.png
+    metrics_size: int  # bytes of it to read: later lines belong to the next picture
+
+
+def artifact_inputs(
+    results: Results,
+    precision: np.ndarray,
+    validation: Annotations,
+    *,
+    metrics_file: Path | None = None,
+    metrics_size: int = 0,
 ) -> ArtifactInputs:
-    """What the files of an evaluation are made from; reads the images that will be shown."""
-    results = found.results
-    assert results is not None  # this is rank 0
+    """Reads the example images and collects everything else.  Raises DataError where an image cannot be read."""
     return ArtifactInputs(
         results=results,
-        precision=found.scores.precision,
+        precision=precision,
         names=[category.name for category in validation.categories],
-        examples=[_example(validation, results, i) for i in _shown(validation)],
-        metrics=metrics,
+        examples=[_example(validation, results, index) for index in _example_indices(validation)],
+        metrics_file=metrics_file,
         metrics_size=metrics_size,
     )
 
 
-def log_evaluation_warnings(report: Report | NullReport, found: Evaluation) -> None:
-    """Tells where there is nothing to see, and of network outputs that were NaN or infinite."""
-    assert found.results is not None  # this is rank 0
-    warn_of_non_finite(report, found.non_finite)
-    if not len(found.results.scores):
-        report.note("Nothing was detected with a score above the threshold")
+def write_artifacts(inputs: ArtifactInputs, output: Path) -> list[str]:
+    """Writes the files into `output`; gives a line for each that cannot be written."""
+    writers: list[Callable[[], object]] = [
+        partial(write_results, output / DETECTIONS, inputs.results),
+        partial(draw_precision_recall, inputs.precision, RECALLS, inputs.names, output / PRECISION_RECALL),
+        partial(draw_detections, inputs.examples, output / EXAMPLES),
+    ]
+    if inputs.metrics_file is not None:
+        writers.append(partial(draw_training, inputs.metrics_file, output / TRAINING, size=inputs.metrics_size))
+    failures = []
+    for write in writers:
+        try:
+            write()
+        except UserError as error:
+            failures.append(str(error))
+    return failures
 
 
-def warn_of_non_finite(report: Report | NullReport, count: int) -> None:
-    """Tells of network outputs that were NaN or infinite."""
-    if count:
-        report.warn(f"{count} default boxes' outputs were not finite: they detect nothing")
-
-
-def tell_figures(report: Report | NullReport, scores: Scores) -> None:
-    """COCO's 12 figures and the average precision of each category, a line each."""
-    for name, value in scores.figures.items():
-        report.note(f"{name:<9} {_figure(value)}")
-    figures = {printable(name): value for name, value in scores.category_ap.items()}
-    width = max(map(len, figures))
-    report.note("mAP by category:")
-    for name, value in figures.items():
-        report.note(f"  {name:<{width}}  {_figure(value)}")
-
-
-def _figure(value: float | None) -> str:
-    return "not defined" if value is None else f"{value:.4f}"
-
-
-def _shown(validation: Annotations) -> np.ndarray:
-    """The images in the picture: spread evenly over those with boxes, the same ones every time."""
+def _example_indices(validation: Annotations) -> np.ndarray:
+    """Indices of the images to show: spread evenly over those with boxes, the same in every evaluation."""
     candidates = validation.with_boxes() if len(validation.boxes) else np.arange(len(validation))
-    return candidates[np.linspace(0, len(candidates) - 1, min(EXAMPLES, len(candidates))).round().astype(int)]
+    return candidates[np.linspace(0, len(candidates) - 1, min(NUM_EXAMPLES, len(candidates))).round().astype(int)]
 
 
 def _example(validation: Annotations, results: Results, index: int) -> Example:
-    """An image, as small as it is shown, beside its boxes and its detections, all by name."""
+    """An image at the size it is shown with, its boxes and its detections in pixels of that size."""
+    from src.data.images.formats import decode_thumbnail  # here, because it imports torch
+
     names = {category.id: category.name for category in validation.categories}
-    boxes, labels = validation.of_image(index)
+    truth_boxes, labels = validation.of_image(index)
     own = results.image_ids == validation.image_ids[index]
-    found = results.boxes[own].copy()
-    found[:, 2:] += found[:, :2]
+    boxes = results.boxes[own].copy()
+    boxes[:, 2:] += boxes[:, :2]
     path, upright = validation.image_path(index), validation.upright
     image = decode_thumbnail(path, PANEL, own=False, upright=upright).permute(1, 2, 0).numpy()
-    scale = np.tile(np.array(image.shape[1::-1]) / validation.sizes[index], 2)  # of the shown image's pixels, [4]
+    scale = np.tile(np.array(image.shape[1::-1]) / validation.sizes[index], 2)  # [4]
     return Example(
         image=image,
-        truth_boxes=boxes * scale,
+        truth_boxes=truth_boxes * scale,
         truth_names=[validation.categories[label - 1].name for label in labels],
-        boxes=found * scale,
+        boxes=boxes * scale,
         names=[names[category] for category in results.category_ids[own].tolist()],
         scores=results.scores[own],
     )

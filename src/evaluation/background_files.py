@@ -1,53 +1,90 @@
-"""The files of an evaluation, made by a process of low priority while training goes on."""
+"""The files of an evaluation, written by a process of low priority while training goes on.
 
+A fresh Python instead of a fork, which is unsafe beside a GPU and threads, and instead of multiprocessing, which would
+import main.py and torch: that takes 6 s of a core.
+"""
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
+from contextlib import suppress
 from pathlib import Path
 
 from src.data.annotations.coco import Annotations
-from src.evaluation.artifact_files import FILES, write_artifacts
-from src.evaluation.artifacts import remains_of
+from src.evaluation.artifacts import ARTIFACTS, artifact_inputs
 from src.evaluation.evaluate import Evaluation
 from src.report.report import METRICS, NullReport, Report
-from src.runtime.background_process import Errand, ErrandLostError
-from src.runtime.distributed import SigtermReceived
-from src.runtime.errors import UserError
+from src.runtime.errors import SigtermReceived, UserError
 from src.runtime.output_files import make_folder
 
-NICENESS = 10  # the making of files stands back behind the training
-LAST_WAIT = 10  # seconds that a run which is told to stop waits for the files; a launcher kills after 30
+PROGRAM = "src.evaluation.write_artifacts"
+ROOT = Path(__file__).parents[2]  # where PROGRAM is found
+SIGTERM_WAIT = 10  # seconds that a run which got SIGTERM waits for the files: launchers kill 30 s after SIGTERM
+STOP_WAIT = 5  # seconds that the process may take to remove half a file when it is stopped
+
+
+class WriterDiedError(RuntimeError):
+    """The process ended before all files were written; the message says how."""
 
 
 class BackgroundFiles:
-    """Has the files of one evaluation at a time made by another process; what fails there is a warning.
+    """Has the files of one evaluation at a time written by another process; a failure there becomes a warning.
 
-    A context: its end waits for the files, and leaves them as they are where the run fails or is interrupted.
+    A context.  Its end waits for the files.  A run that fails or is interrupted stops the process; files that are not
+    complete by then stay as they were.
     """
 
     def __init__(self, output: Path, report: Report | NullReport) -> None:
         self.output = output
         self.report = report
-        self._errand: Errand | None = None
+        self._process: subprocess.Popen | None = None
+        self._inputs_sent = False
         self._thread = ThreadPoolExecutor(1)
         self._failures: Future[list[str]] | None = None
 
-    def start(self, found: Evaluation, validation: Annotations) -> None:
-        """Has the files made from what was found."""
-        metrics = make_folder(self.output) / METRICS
+    def start(self, evaluation: Evaluation, validation: Annotations) -> None:
+        """Starts writing the files of an evaluation; returns at once."""
+        metrics_file = make_folder(self.output) / METRICS
         try:
-            size = metrics.stat().st_size
-            self._errand = Errand(niceness=NICENESS)
+            metrics_size = metrics_file.stat().st_size
+            # A session of its own: Ctrl-C at the terminal reaches this process alone, which then stops that one.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", PROGRAM, str(self.output.absolute())],
+                cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            )  # fmt: skip
         except OSError as error:
             self._warn(str(error))
-        else:
-            self._failures = self._thread.submit(self._make, self._errand, found, validation, metrics, size)
+            return
+        self._inputs_sent = False
+        self._failures = self._thread.submit(
+            self._write, self._process, evaluation, validation, metrics_file.absolute(), metrics_size
+        )
 
-    def _make(self, errand: Errand, found: Evaluation, validation: Annotations, metrics: Path, size: int) -> list[str]:
-        """In the thread: reads the images to show and hands all over, which may take a while as well."""
-        errand.send(write_artifacts, remains_of(found, validation, metrics=metrics, metrics_size=size), self.output)
-        return errand.answer()
+    def _write(
+        self, process: subprocess.Popen, evaluation: Evaluation, validation: Annotations, metrics: Path, size: int
+    ) -> list[str]:
+        """In the thread, because reading the example images and sending 637,000 detections take a second."""
+        assert evaluation.results is not None and process.stdin is not None and process.stdout is not None
+        inputs = artifact_inputs(
+            evaluation.results, evaluation.scores.precision, validation, metrics_file=metrics, metrics_size=size
+        )
+        with suppress(BrokenPipeError):  # the status below says more
+            pickle.dump(inputs, process.stdin, pickle.HIGHEST_PROTOCOL)
+            process.stdin.flush()
+        self._inputs_sent = True
+        with process.stdout:
+            answer = process.stdout.read()
+        status = process.wait()  # before standard input is closed, which would interrupt the end of the process
+        if status:
+            how = f"was killed by signal: {signal.strsignal(-status)}" if status < 0 else f"ended with status {status}"
+            raise WriterDiedError(f"the process that writes them {how}")
+        return json.loads(answer)
 
     def finish(self, timeout: float | None = None) -> None:
-        """Waits for the files, no longer than `timeout` seconds where that is given, and warns of what is missing."""
+        """Waits for the files, at most `timeout` seconds, and warns about those that are missing."""
         if self._failures is None:
             return
         try:
@@ -55,18 +92,28 @@ class BackgroundFiles:
                 self.report.warn(failure)
         except TimeoutError:
             self._warn(f"they were not made in {timeout} s")
-        except (UserError, ErrandLostError) as error:
+        except (UserError, WriterDiedError) as error:
             self._warn(str(error))
         self.stop()
 
-    def _warn(self, why: str) -> None:
-        self.report.warn(f"{', '.join(FILES)} in {self.output} are not all of the last evaluation: {why}")
+    def _warn(self, reason: str) -> None:
+        self.report.warn(f"{', '.join(ARTIFACTS)} in {self.output} are not all of the last evaluation: {reason}")
 
     def stop(self) -> None:
-        """Ends the making of files; what is not whole by then stays as it was."""
-        if self._errand is not None:
-            self._errand.stop()
-        self._errand = self._failures = None
+        """Ends the process; a file that it has not finished stays as it was."""
+        process, self._process, self._failures = self._process, None, None
+        if process is None:
+            return
+        assert process.stdin is not None and process.stdout is not None
+        if not self._inputs_sent:
+            process.kill()  # it has begun no file, and closing its input would wait until it reads
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(STOP_WAIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
     def __enter__(self) -> "BackgroundFiles":
         return self
@@ -74,7 +121,7 @@ class BackgroundFiles:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None or issubclass(kind, SigtermReceived):
-                self.finish(None if kind is None else LAST_WAIT)
+                self.finish(None if kind is None else SIGTERM_WAIT)
         finally:
             self.stop()
             self._thread.shutdown()

@@ -1,58 +1,58 @@
-"""Detections on one's own images, which need no annotations: pictures and a list of what was found."""
+"""Detections on images without annotations: a picture of each, and a list of all detections.
+
+Shapes: D detections of an image.
+"""
 
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from src.data.annotations.coco import Category
 from src.data.images.decode import resize
-from src.data.images.formats import decode_any, decode_thumbnail, find_images, size_of
+from src.data.images.formats import Images, decode_any, decode_thumbnail, find_images, size_of
 from src.data.pipelines.batch import normalise
-from src.evaluation.artifacts import warn_of_non_finite
-from src.evaluation.evaluate import evaluating, find, prepare_for_inference
-from src.evaluation.scoring import DECIMALS, write_list
+from src.evaluation.evaluate import EvaluationConfig, detect_batch, evaluating, log_non_finite, prepare_for_inference
+from src.evaluation.results import DECIMALS, in_pixels, write_json_list
 from src.report.plots import draw_prediction
-from src.report.report import RESULTS, NullReport, Report, holds_run
-from src.runtime.distributed import Processes
+from src.report.report import RESULTS, RunContext, holds_run
 from src.runtime.errors import UserError
 from src.runtime.output_files import NAME_KEPT, make_folder
 from src.ssd.detect import Detections, EndToEndDetector
 from src.weights.detector import known_categories
 from src.weights.exported import load_trained, trained_detector
 
-SUBFOLDER = "predictions"  # of a run's folder, whose own files stay
-SUFFIX = ".png"  # of a picture, behind its image's name
-LONGEST_NAME = 255  # bytes of a file's name, on most file systems
-UNREADABLE_TOLD = 20  # images that are named
-LONGEST_SIDE = 2000  # pixels of a picture that is drawn; larger images are made smaller
-DECODED_AT_ONCE = 100_000_000  # pixels, in all threads together; a larger image is decoded while no other is
+SUBFOLDER = "predictions"  # for predictions, in an --output that holds a run
+PICTURE_SUFFIX = ".png"  # added to the image's name
+MAX_NAME_BYTES = 255  # of a file name on most file systems
+MAX_NAMED_ERRORS = 20  # unreadable images that the error names; it counts the rest
+MAX_SIDE = 2000  # pixels of a drawn picture; larger images are scaled down
+PIXEL_BUDGET = 100_000_000  # pixels decoded at the same time in all threads; a larger image is decoded alone
 
 
-class Found(msgspec.Struct):
-    """A detection in detections.json: COCO's result format with the names that a reader needs."""
+class DetectionRecord(msgspec.Struct):
+    """A detection in detections.json: COCO's result format, and names for people to read."""
 
-    file_name: str  # from the images' folder on
-    image_id: int  # position among the images, from 0
+    file_name: str  # relative to the images' folder
+    image_id: int  # index of the image, from 0
     category_id: int
     category: str
-    bbox: list[float]  # x, y, width, height in pixels
+    bbox: list[float]  # left, top, width, height in pixels, inside the image
     score: float
 
 
 class Prediction(NamedTuple):
-    """What `predict` did."""
+    """The outcome of `predict`."""
 
     images: int
     unreadable: list[UserError]  # one for each image that could not be read
@@ -61,56 +61,49 @@ class Prediction(NamedTuple):
 
 
 def predict_folder(
-    data: Path,
-    output: Path,
-    *,
-    checkpoint: Path,
-    backbone: str,
-    batch_size: int,
-    half: bool,
-    processes: Processes,
-    report: Report | NullReport,
+    data: Path, *, checkpoint: Path, backbone: str, config: EvaluationConfig, context: RunContext
 ) -> None:
-    """`--mode prediction`: draws and lists what a checkpoint's network detects in an image or a folder of them.
+    """`--mode prediction`: draws and lists what a checkpoint's network detects in an image or a folder of images.
 
-    backbone: that of a checkpoint which does not say.  Each process draws its share of the images, rank 0 lists all.
-    Raises UserError at the end, on rank 0, where images could not be read.
+    backbone: used where the checkpoint does not name its own.  Each rank draws its share of the images, rank 0 lists
+    all.  Raises UserError at the end, on rank 0, where images could not be read.
     """
+    processes, report, output = context.processes, context.report, context.output
     state = processes.broadcast_object(load_trained(checkpoint) if processes.is_main else None)
     categories = known_categories(state)
-    own_output, images = processes.broadcast_object(
+    folder, images = processes.broadcast_object(
         (_output_folder(data, output), find_images(data, leave_out=output)) if processes.is_main else None
     )
-    device = processes.device
-    if own_output != output:
-        report.note(f"{output} holds a run, whose files stay: the predictions go to {own_output}")
-    model = trained_detector(state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=device)
-    done = predict(
-        model, images.files, categories, own_output, batch_size=batch_size, device=device, half=half,
-        folder=images.folder, progress=report.progress, dist=processes,
-    )  # fmt: skip
-    if done is None:
+    if folder != output:
+        report.note(f"{output} holds a run, whose files stay: the predictions go to {folder}")
+    model = trained_detector(
+        state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=processes.device
+    )
+    prediction = predict(model, images, categories, config, RunContext(processes, report, folder))
+    if prediction is None:
         return
-    counted = f"{done.images - len(done.unreadable)} images, {done.detections} detections"
+    readable = prediction.images - len(prediction.unreadable)
     others = f"; {images.others} other files passed over" if images.others else ""
-    report.note(f"{counted}: pictures and {RESULTS} in {own_output}{others}")
-    warn_of_non_finite(report, done.non_finite)
-    unreadable = images.unreadable + done.unreadable
+    report.note(f"{readable} images, {prediction.detections} detections: pictures and {RESULTS} in {folder}{others}")
+    log_non_finite(report, prediction.non_finite)
+    unreadable = images.unreadable + prediction.unreadable
     if unreadable:
-        raise _left_out(unreadable, done.images)
+        raise unreadable_images_error(unreadable, prediction.images)
 
 
-def _left_out(unreadable: Sequence[UserError], images: int) -> UserError:
-    """One line for all that could not be read, of so many images."""
-    told = "; ".join(map(str, unreadable[:UNREADABLE_TOLD]))
-    more = len(unreadable) - UNREADABLE_TOLD
-    return UserError(f"{len(unreadable)} of {images} images left out: {told}{f'; and {more} more' if more > 0 else ''}")
+def unreadable_images_error(unreadable: Sequence[UserError], images: int) -> UserError:
+    """One line for all images that could not be read.  images: their number, with those that could."""
+    named = "; ".join(map(str, unreadable[:MAX_NAMED_ERRORS]))
+    more = len(unreadable) - MAX_NAMED_ERRORS
+    return UserError(
+        f"{len(unreadable)} of {images} images left out: {named}{f'; and {more} more' if more > 0 else ''}"
+    )
 
 
 def _output_folder(data: Path, output: Path) -> Path:
     """Where predictions on `data` go: `output`, or a folder in it where that holds a run or an evaluation.
 
-    Makes the folder.  Raises UserError, also where what is drawn would lie among the images.
+    Makes the folder.  Raises UserError where it is the folder of the images.
     """
     for folder in (output, output / SUBFOLDER) if holds_run(make_folder(output)) else (output,):
         if data.is_dir() and data.samefile(make_folder(folder)):
@@ -119,80 +112,71 @@ def _output_folder(data: Path, output: Path) -> Path:
 
 
 def predict(
-    model: nn.Module,
-    images: Sequence[Path],
-    categories: Sequence[Category],
-    output: Path,
-    *,
-    batch_size: int,
-    device: torch.device,
-    half: bool = False,
-    folder: Path | None = None,
-    progress: Callable[[int, str], AbstractContextManager] | None = None,
-    dist: Processes | None = None,
+    model: nn.Module, images: Images, categories: Sequence[Category], config: EvaluationConfig, context: RunContext
 ) -> Prediction | None:
-    """Draws the detections of each image into `output` (a.jpg gives a.jpg.png) and lists them in detections.json.
+    """Draws each image's detections into `context.output` (a.jpg gives a.jpg.png) and lists them in detections.json.
 
-    model: as for `find`.
-    categories: the k-th belongs to label k.  folder: which the images are in or below, and from which on they are
-    named; left out, their names are the files'.  progress: `Report.progress` or the like.
-    An image that cannot be read is left out.  dist: every process of it must call this, with the same images; each
-    takes its share.  Gives None on all but rank 0.
+    model: as for `detect_batch`.  categories: the k-th belongs to label k.
+    An image that cannot be read is left out.  All ranks must call this with the same images; each takes its shard.
+    Gives None on all ranks but 0.
     """
-    dist = dist or Processes.single(device)
-    make_folder(output)
-    found: list[Found] = []
-    unreadable: dict[int, UserError] = {}  # by position
+    processes, output = context.processes, make_folder(context.output)
+    records: list[DetectionRecord] = []
+    unreadable: dict[int, UserError] = {}  # by index
     non_finite = 0
-    progress = progress or NullReport().progress
-    share = range(dist.rank, len(images), dist.world_size)
-    with evaluating(model), torch.inference_mode(), progress(len(share), "Prediction") as bar:
-        network = prepare_for_inference(model, device=device, half=half)
-        for start, batch in _batches([images[number] for number in share], batch_size):
-            read_ones = list(zip(share[start:], batch, strict=False))
-            unreadable |= {number: read for number, read in read_ones if isinstance(read, UserError)}
-            whole = [(number, *read) for number, read in read_ones if not isinstance(read, UserError)]
-            if whole:
-                numbers, sizes, resized = zip(*whole, strict=True)
-                pixels = torch.stack(resized).to(device)
+    shard = range(processes.rank, len(images.files), processes.world_size)
+    with evaluating(model), torch.inference_mode(), context.report.progress(len(shard), "Prediction") as bar:
+        network = prepare_for_inference(model, device=processes.device, amp=config.amp)
+        for indices, batch in _read_batches(images.files, shard, config.batch_size):
+            read = list(zip(indices, batch, strict=True))
+            unreadable |= {index: error for index, error in read if isinstance(error, UserError)}
+            readable = [(index, image) for index, image in read if isinstance(image, _Image)]
+            if readable:
+                pixels = torch.stack([image.resized for _, image in readable]).to(processes.device)
                 inputs = pixels if isinstance(model, EndToEndDetector) else normalise(pixels)
-                detections, broken = find(network, inputs, device=device, half=half)
-                non_finite += broken
-                for number, size, detected in zip(numbers, sizes, detections, strict=True):
-                    path = images[number]
-                    name = path.name if folder is None else path.relative_to(folder).as_posix()
-                    picture = make_folder((output / name).parent) / picture_name(path.name)
-                    _draw(path, size, detected, categories, picture)
-                    found += _listed(name, number, size, detected, categories)
+                detections, not_finite = detect_batch(network, inputs, amp=config.amp)
+                non_finite += not_finite
+                for (index, image), found in zip(readable, detections, strict=True):
+                    path, found = images.files[index], clip_to_image(found)
+                    name = path.relative_to(images.folder)
+                    _draw(path, found, categories, make_folder((output / name).parent) / picture_name(path.name))
+                    records += _records(name.as_posix(), index, image.size, found, categories)
             bar.update(len(batch))
-    gathered = dist.gather_arrays((found, unreadable, non_finite))
+    gathered = processes.gather_arrays((records, unreadable, non_finite))
     if gathered is None:
         return None
-    found = sorted(chain.from_iterable(part for part, _, _ in gathered), key=attrgetter("image_id"))
+    records = sorted(chain.from_iterable(part for part, _, _ in gathered), key=attrgetter("image_id"))
     unreadable = dict(sorted(chain.from_iterable(part.items() for _, part, _ in gathered)))
-    write_list(output / RESULTS, [found] if found else [])
+    write_json_list(output / RESULTS, [records] if records else [])
     non_finite = sum(count for _, _, count in gathered)
-    return Prediction(len(images), list(unreadable.values()), len(found), non_finite)
+    return Prediction(len(images.files), list(unreadable.values()), len(records), non_finite)
 
 
-class _Read(NamedTuple):
-    """What is kept of an image until its batch is complete; the picture itself, which may be large, is not."""
+def clip_to_image(detections: Detections) -> Detections:
+    """The detections with their boxes cut off at the image's edges; without those that lie outside."""
+    boxes = detections.boxes.clamp(0, 1)
+    inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    return Detections(boxes[inside], detections.labels[inside], detections.scores[inside])
+
+
+class _Image(NamedTuple):
+    """What is kept of an image until its batch is complete.  Its own pixels would take too much memory."""
 
     size: tuple[int, int]  # width, height in pixels
     resized: Tensor  # [3, 300, 300] uint8
 
 
-class _Room:
-    """Lets threads decode at the same time as much as memory is to hold."""
+class PixelBudget:
+    """Limits how many pixels threads decode at the same time."""
 
     def __init__(self, pixels: int) -> None:
-        self._pixels = self._free = pixels
+        self._total = self._free = pixels
         self._changed = threading.Condition()
 
     @contextmanager
-    def taken(self, pixels: int) -> Iterator[None]:
-        """Waits until so many pixels are free; they are taken for the block."""
-        pixels = min(pixels, self._pixels)
+    def reserve(self, pixels: int) -> Iterator[None]:
+        """Waits until that many pixels are free; they are taken inside the block."""
+        pixels = min(pixels, self._total)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= pixels)
             self._free -= pixels
@@ -204,57 +188,57 @@ class _Room:
                 self._changed.notify_all()
 
 
-def _batches(images: Sequence[Path], batch_size: int) -> Iterator[tuple[int, list[_Read | UserError]]]:
-    """Position of the first image of a batch, and `_read` of each; the next batch is read meanwhile."""
-    room = _Room(DECODED_AT_ONCE)
+def _read_batches(
+    files: Sequence[Path], shard: range, batch_size: int
+) -> Iterator[tuple[range, list[_Image | UserError]]]:
+    """The indices of a batch and what `_read` gives for each; threads read the next batch at the same time."""
+    budget = PixelBudget(PIXEL_BUDGET)
+    batches = [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)]
     with ThreadPoolExecutor() as pool:
-        waiting = pool.map(lambda path: _read(path, room), images[:batch_size])
-        for start in range(0, len(images), batch_size):
-            batch = list(waiting)
-            following = images[start + batch_size : start + 2 * batch_size]
-            waiting = pool.map(lambda path: _read(path, room), following)
-            yield start, batch
+
+        def start_reading(indices: range) -> Iterator[_Image | UserError]:
+            return pool.map(lambda index: _read(files[index], budget), indices)
+
+        reading = start_reading(shard[:batch_size])
+        for indices, following in zip(batches, [*batches[1:], range(0)], strict=False):
+            batch = list(reading)
+            reading = start_reading(following)
+            yield indices, batch
 
 
-def _read(path: Path, room: _Room) -> _Read | UserError:
-    """The image as the network gets it; or why it cannot be read."""
+def _read(path: Path, budget: PixelBudget) -> _Image | UserError:
+    """The image as the network takes it, or the reason why it cannot be read."""
     width, height = size_of(path)
-    with room.taken(width * height):
+    with budget.reserve(width * height):
         try:
             image = decode_any(path)
         except UserError as error:
             return error
-        return _Read((image.shape[2], image.shape[1]), resize(image))
+        return _Image((image.shape[2], image.shape[1]), resize(image))
 
 
-def _draw(
-    path: Path, size: tuple[int, int], detected: Detections, categories: Sequence[Category], picture: Path
-) -> None:
-    """Draws one image's detections; size: its width and height, larger than those of what is drawn perhaps."""
-    image = decode_thumbnail(path, LONGEST_SIDE, own=True).permute(1, 2, 0).numpy()
-    names = [categories[label - 1].name for label in detected.labels.tolist()]
-    draw_prediction(image, _in_pixels(detected, image.shape[1::-1]), names, detected.scores.cpu().numpy(), picture)
-
-
-def _in_pixels(detected: Detections, size: tuple[int, ...]) -> np.ndarray:
-    """Boxes ltrb in an image of that width and height; [D, 4]."""
-    return detected.boxes.cpu().numpy().astype(np.float64) * (*size, *size)
+def _draw(path: Path, detections: Detections, categories: Sequence[Category], picture: Path) -> None:
+    """Draws an image's detections on it, scaled down to MAX_SIDE."""
+    image = decode_thumbnail(path, MAX_SIDE, own=True).permute(1, 2, 0).numpy()
+    boxes = in_pixels(detections.boxes.cpu().numpy(), image.shape[1::-1])
+    names = [categories[label - 1].name for label in detections.labels.tolist()]
+    draw_prediction(image, boxes, names, detections.scores.cpu().numpy(), picture)
 
 
 def picture_name(name: str) -> str:
-    """Of an image's picture: a.jpg.png of a.jpg; where that is too long, the name's beginning and a digest of it."""
+    """The name of an image's picture: a.jpg.png for a.jpg; a name that gets too long is cut and gets a digest."""
     whole = os.fsencode(name)
-    if len(whole) + len(SUFFIX) <= LONGEST_NAME:
-        return name + SUFFIX
-    return f"{name[:NAME_KEPT]}.{hashlib.sha256(whole).hexdigest()[:16]}{SUFFIX}"
+    if len(whole) + len(PICTURE_SUFFIX) <= MAX_NAME_BYTES:
+        return name + PICTURE_SUFFIX
+    return f"{name[:NAME_KEPT]}.{hashlib.sha256(whole).hexdigest()[:16]}{PICTURE_SUFFIX}"
 
 
-def _listed(
-    name: str, number: int, size: tuple[int, int], detected: Detections, categories: Sequence[Category]
-) -> list[Found]:
-    """One image's detections as they stand in detections.json."""
-    boxes = _in_pixels(detected, size)
+def _records(
+    name: str, index: int, size: tuple[int, int], detections: Detections, categories: Sequence[Category]
+) -> list[DetectionRecord]:
+    """One image's detections as detections.json lists them."""
+    boxes = in_pixels(detections.boxes.cpu().numpy(), size).round(DECIMALS)  # corners first: they stay in the image
     boxes[:, 2:] -= boxes[:, :2]
-    chosen = [categories[label - 1] for label in detected.labels.tolist()]
-    rows = zip(chosen, boxes.round(DECIMALS).tolist(), detected.scores.tolist(), strict=True)
-    return [Found(name, number, category.id, category.name, box, score) for category, box, score in rows]
+    detected = [categories[label - 1] for label in detections.labels.tolist()]
+    rows = zip(detected, boxes.round(DECIMALS).tolist(), detections.scores.tolist(), strict=True)
+    return [DetectionRecord(name, index, category.id, category.name, box, score) for category, box, score in rows]

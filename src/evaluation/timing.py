@@ -1,37 +1,32 @@
 """Where the time of an evaluation goes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-OWN = ("loading", "network", "detections", "scoring")  # a process's own work, in seconds
-PARTS = (*OWN, "gathering")
-
-
-class Stopwatch:
-    """Seconds of each of the PARTS in one process."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        """The time since the last lap was that part's."""
-        now = time.perf_counter()
-        self.seconds[part] += now - self._last
-        self._last = now
-
-    def own_work(self) -> float:
-        return sum(self.seconds[part] for part in OWN)
+OWN_WORK = ("loading", "network", "detections", "scoring")  # what a rank does without waiting for others
+PARTS = (*OWN_WORK, "gathering")
 
 
-def of_all_processes(watches: Sequence[Stopwatch]) -> dict[str, float]:
-    """Seconds of an evaluation by part, of the process that had most of it; watches: rank 0's first.
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Adds the seconds that the block takes to those of the part."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
 
-    gathering: rank 0's, which waits in it for those that take longer, too.  waiting: the longest time in which
-    another process had nothing to do; it began with rank 0.
+
+def summarise_ranks(ranks: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Seconds of an evaluation by part: of the rank that took longest.  ranks: seconds of the PARTS, rank 0 first.
+
+    gathering: rank 0's, which includes its waiting for slower ranks.  waiting: the longest time that another rank had
+    nothing to do between rank 0's start and end.
     """
-    seconds = {part: max(watch.seconds[part] for watch in watches) for part in OWN}
-    seconds["gathering"] = watches[0].seconds["gathering"]
-    total = sum(watches[0].seconds.values())
-    seconds["waiting"] = max((total - watch.own_work() for watch in watches[1:]), default=0.0)
+    seconds = {part: max(rank.get(part, 0.0) for rank in ranks) for part in OWN_WORK}
+    seconds["gathering"] = ranks[0].get("gathering", 0.0)
+    total = sum(ranks[0].get(part, 0.0) for part in PARTS)
+    idle = [total - sum(rank.get(part, 0.0) for part in OWN_WORK) for rank in ranks[1:]]
+    seconds["waiting"] = max(idle, default=0.0)
     return seconds

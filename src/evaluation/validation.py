@@ -1,4 +1,4 @@
-"""Scoring on the validation images: after an epoch of training, and of a checkpoint (`--mode evaluation`)."""
+"""Evaluation on the validation images: after an epoch of training, and of a checkpoint (`--mode evaluation`)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -8,73 +8,57 @@ from torch import nn
 
 from src.data.annotations.coco import Annotations, check_images_exist, locations
 from src.data.pipelines.loaders import EvaluationLoader, LoaderConfig
-from src.evaluation.artifacts import leave_evaluation, log_evaluation_warnings, tell_figures
+from src.evaluation.artifacts import artifact_inputs, write_artifacts
 from src.evaluation.background_files import BackgroundFiles
-from src.evaluation.evaluate import evaluate
-from src.report.report import NullReport, Report
+from src.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate, log_non_finite
+from src.evaluation.scoring import Scores
+from src.report.report import NullReport, Report, RunContext
 from src.report.startup import tell_data
-from src.runtime.distributed import Processes
+from src.runtime.errors import UserError, printable
 from src.runtime.output_files import make_folder
 from src.ssd.detect import EndToEndDetector
 from src.weights.detector import read_labelled
 from src.weights.exported import load_trained, trained_detector
 
-Figures = dict[str, float | None]  # COCO's 12 by name, None: not defined
+Metrics = dict[str, float | None]  # COCO's 12 by name, None: not defined
 
 
 @contextmanager
 def make_evaluation(
-    model: nn.Module,
-    validation: Annotations,
-    *,
-    batch_size: int,
-    num_workers: int,
-    half: bool,
-    output: Path,
-    processes: Processes,
-    report: Report | NullReport,
-) -> Iterator[Callable[[int], Figures]]:
-    """A function of the epoch that scores the network on all processes, tells the report and leaves files.
+    model: nn.Module, validation: Annotations, config: EvaluationConfig, context: RunContext
+) -> Iterator[Callable[[int], Metrics]]:
+    """A function of the epoch that evaluates the network on all ranks, reports the metrics and writes the files.
 
-    The files are made while training goes on; the next evaluation and the end wait for them.
+    The files are written while training goes on; the next evaluation and the end wait for them.
     """
-    loader = _loader(model, validation, batch_size=batch_size, num_workers=num_workers, processes=processes)
-    with closing(loader), BackgroundFiles(output, report) as files:  # the workers stay from one evaluation to the next
+    report = context.report
+    with (
+        _evaluator(model, validation, config, context) as run_evaluation,
+        BackgroundFiles(context.output, report) as files,
+    ):
 
-        def evaluate_epoch(epoch: int) -> Figures:
+        def evaluate_epoch(epoch: int) -> Metrics:
             files.finish()
             report.begin_evaluation(epoch)
-            found = evaluate(
-                model, loader, validation, device=processes.device, half=half, dist=processes,
-                progress=report.progress, helpers=num_workers,
-            )  # fmt: skip
-            report.evaluation(epoch=epoch, figures=found.scores.figures, seconds=found.seconds)
-            if processes.is_main:
-                log_evaluation_warnings(report, found)
-                files.start(found, validation)
-            return found.scores.figures
+            evaluation = run_evaluation()
+            report.evaluation(epoch=epoch, figures=evaluation.scores.metrics, seconds=evaluation.seconds)
+            if context.processes.is_main:
+                log_evaluation_warnings(report, evaluation)
+                files.start(evaluation, validation)
+            return evaluation.scores.metrics
 
         yield evaluate_epoch
 
 
 def score_checkpoint(
-    checkpoint: Path,
-    data: Path,
-    output: Path,
-    *,
-    upright: bool,
-    backbone: str,
-    batch_size: int,
-    num_workers: int,
-    half: bool,
-    processes: Processes,
-    report: Report | NullReport,
+    checkpoint: Path, data: Path, *, upright: bool, backbone: str, config: EvaluationConfig, context: RunContext
 ) -> float | None:
-    """Tells the 12 figures of a checkpoint and mAP by category, and leaves files in `output`; mAP, None: not defined.
+    """Reports the 12 metrics of a checkpoint and mAP by category, and writes the files; gives mAP, None: not defined.
 
     checkpoint: or an exported file.  upright: see `read_annotations`.
-    backbone: that of a checkpoint which does not say.
+    backbone: used where the checkpoint does not name its own.
     """
+    processes, report = context.processes, context.report
     state = processes.broadcast_object(load_trained(checkpoint) if processes.is_main else None)
 
     def read_validation() -> Annotations:
@@ -83,27 +67,61 @@ def score_checkpoint(
         return annotations
 
     validation = processes.on_all_ranks(read_validation)
-    make_folder(output)  # before the work, not after it
-    tell_data(report, validation, half=half, device=processes.device)
+    make_folder(context.output)  # before the work: an output that cannot be written is an error now
+    tell_data(report, validation, half=config.amp, device=processes.device)
     model = trained_detector(
         state, backbone=backbone, num_categories=len(validation.categories), source=checkpoint, device=processes.device
     )
-    loader = _loader(model, validation, batch_size=batch_size, num_workers=num_workers, processes=processes)
-    with closing(loader):
-        found = evaluate(
-            model, loader, validation, device=processes.device, half=half, dist=processes, progress=report.progress,
-            helpers=num_workers,
-        )  # fmt: skip
-    tell_figures(report, found.scores)
+    with _evaluator(model, validation, config, context) as run_evaluation:
+        evaluation = run_evaluation()
+    log_metrics(report, evaluation.scores)
     if processes.is_main:
-        leave_evaluation(found, validation, output, report)
-    return found.scores.figures["mAP"]
+        assert evaluation.results is not None
+        log_evaluation_warnings(report, evaluation)
+        inputs = artifact_inputs(evaluation.results, evaluation.scores.precision, validation)
+        failures = write_artifacts(inputs, make_folder(context.output))
+        if failures:
+            raise UserError("; ".join(failures))
+    return evaluation.scores.metrics["mAP"]
 
 
-def _loader(
-    model: nn.Module, validation: Annotations, *, batch_size: int, num_workers: int, processes: Processes
-) -> EvaluationLoader:
-    config = LoaderConfig(
-        batch_size=batch_size, num_workers=num_workers, device=processes.device, shard=processes.shard
+@contextmanager
+def _evaluator(
+    model: nn.Module, validation: Annotations, config: EvaluationConfig, context: RunContext
+) -> Iterator[Callable[[], Evaluation]]:
+    """A function that evaluates the model as it is then; the loader's worker processes stay between two calls."""
+    processes = context.processes
+    loader_config = LoaderConfig(
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        device=processes.device,
+        shard=processes.shard,
     )
-    return EvaluationLoader(validation, config, normalised=not isinstance(model, EndToEndDetector))
+    loader = EvaluationLoader(validation, loader_config, normalised=not isinstance(model, EndToEndDetector))
+    with closing(loader):
+        yield lambda: evaluate(
+            model, loader, validation, processes=processes, amp=config.amp, progress=context.report.progress
+        )
+
+
+def log_evaluation_warnings(report: Report | NullReport, evaluation: Evaluation) -> None:
+    """Warns of outputs that are NaN or infinite, and notes an evaluation without detections; on rank 0."""
+    assert evaluation.results is not None
+    log_non_finite(report, evaluation.non_finite)
+    if not len(evaluation.results.scores):
+        report.note("Nothing was detected with a score above the threshold")
+
+
+def log_metrics(report: Report | NullReport, scores: Scores) -> None:
+    """COCO's 12 metrics and the average precision of each category, a line each."""
+    for name, value in scores.metrics.items():
+        report.note(f"{name:<9} {_metric_text(value)}")
+    category_ap = {printable(name): value for name, value in scores.category_ap.items()}
+    width = max(map(len, category_ap))
+    report.note("mAP by category:")
+    for name, value in category_ap.items():
+        report.note(f"  {name:<{width}}  {_metric_text(value)}")
+
+
+def _metric_text(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.4f}"

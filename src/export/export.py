@@ -1,6 +1,5 @@
 """`--mode export`: a trained detector as files that other programs run, and how far they are from it."""
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +12,19 @@ from src.data.annotations.coco import Category, locations
 from src.data.images.decode import resize
 from src.data.images.formats import decode_any, find_images
 from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, normalise
-from src.evaluation.evaluate import find
-from src.export.exportable import ExportableDetector, fused
+from src.evaluation.evaluate import detect_batch
 from src.report.report import NullReport, Report
 from src.runtime.errors import UserError
 from src.runtime.output_files import atomic_write, make_folder
 from src.runtime.version import VERSION
-from src.ssd.default_boxes import IMAGE_SIZE, VARIANCES, default_boxes
+from src.ssd.default_boxes import VARIANCES, default_boxes
 from src.ssd.detect import Detections
+from src.ssd.model import fold_batch_norms
 from src.weights.detector import check_finite, known_categories, read_labelled, trained_model
-from src.weights.exported import METADATA, load_trained, require, trained_detector
+from src.weights.exported import load_trained, require, trained_detector
 from src.weights.files import load_checkpoint
 
-DETECTOR, NETWORK, PROGRAM, DEFAULT_BOXES = "detector.onnx", "network.onnx", "detector.pt2", "default_boxes.json"
+DETECTOR, NETWORK, DEFAULT_BOXES = "detector.onnx", "network.onnx", "default_boxes.json"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 COMPARED = 8  # pictures on which the files are compared with the network
 CPU = torch.device("cpu")
@@ -104,37 +103,23 @@ def exported_files(trained: nn.Module, categories: Sequence[Category]) -> dict[s
         "deviation": json.dumps(IMAGENET_STD),
         "version": VERSION,
     }
-    network = fused(trained)
-    graph = network_graph(network)
+    graph = network_graph(folded_copy(trained))
     return {
         DETECTOR: with_metadata(detector_graph(graph), metadata),
         NETWORK: with_metadata(graph, metadata),
         DEFAULT_BOXES: default_boxes_file().encode(),
-        PROGRAM: program_file(network, metadata),
     }
+
+
+def folded_copy(network: nn.Module) -> nn.Module:
+    """A copy of the network for evaluation in float32 on the CPU, its batch-norms folded into the convolutions."""
+    return fold_batch_norms(network.to("cpu", torch.float32).eval()).to(memory_format=torch.contiguous_format)
 
 
 def default_boxes_file() -> str:
     """What turns the offsets of network.onnx into boxes, as JSON."""
     boxes = [[float(str(value)) for value in box] for box in default_boxes().numpy()]  # float32's short digits
     return json.dumps({"form": "cx, cy, width, height", "variances": VARIANCES, "default_boxes": boxes})
-
-
-def program_file(network: nn.Module, metadata: dict[str, str]) -> bytes:
-    """The content of detector.pt2."""
-    images = torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-    batch = torch.export.Dim("N")
-    program = torch.export.export(ExportableDetector(network).eval(), (images,), dynamic_shapes=({0: batch},))
-    for module in program.graph_module.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            for node in module.graph.nodes:
-                node.meta.pop("stack_trace", None)  # which names this machine's folders
-    (given,) = (node for node in program.graph.nodes if node.name == "images")
-    for symbol in program.range_constraints.keys() - given.meta["val"].shape[0].node.expr.free_symbols:
-        del program.range_constraints[symbol]  # left over from tracing: no shape has it, and loading would warn of it
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={METADATA: json.dumps(metadata)})
-    return buffer.getvalue()
 
 
 def tell_differences(trained: nn.Module, pictures: Tensor, output: Path, report: Report | NullReport) -> None:
@@ -149,15 +134,14 @@ def tell_differences(trained: nn.Module, pictures: Tensor, output: Path, report:
     told = f"offsets and logits, which reach {largest:.1f}, at most {furthest:.1e} from the network's"
     report.note(f"{_size(output / NETWORK)}, {told}")
     report.note(_size(output / DEFAULT_BOXES))
-    wanted, _ = find(trained, normalised, device=CPU)
-    for name in (DETECTOR, PROGRAM):
-        state = load_trained(output / name)
-        detector = trained_detector(state, backbone="", num_categories=0, source=output / name, device=CPU)
-        found, _ = find(detector, pictures, device=CPU)
-        difference = compare(wanted, found)
-        report.note(f"{_size(output / name)}, {difference.line(len(pictures))}")
-        if difference.unmatched or difference.furthest > TOLERATED:
-            report.warn(f"{output / name}: what it detects is not what the network detects")
+    state = load_trained(output / DETECTOR)
+    detector = trained_detector(state, backbone="", num_categories=0, source=output / DETECTOR, device=CPU)
+    expected, _ = detect_batch(trained, normalised)
+    found, _ = detect_batch(detector, pictures)
+    difference = compare(expected, found)
+    report.note(f"{_size(output / DETECTOR)}, {difference.line(len(pictures))}")
+    if difference.unmatched or difference.furthest > TOLERATED:
+        report.warn(f"{output / DETECTOR}: what it detects is not what the network detects")
 
 
 def run_network(file: Path, images: Tensor) -> tuple[Tensor, Tensor]:

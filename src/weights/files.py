@@ -13,7 +13,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from src.runtime.errors import UserError
 
-ONNX, PROGRAM = ".onnx", ".pt2"  # suffixes of what --mode export writes, which is no checkpoint
+ONNX, TORCH_PROGRAM = ".onnx", ".pt2"  # suffixes of exported files, of this version and of earlier ones
 REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+) (?:was not an allowed|whose module)")  # in torch's messages
 
 
@@ -62,7 +62,7 @@ def _load_safely(path: Path) -> Any:
             warnings.simplefilter("ignore")  # of pickle's protocol, while any other file's bytes are taken for pickle
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever strange bytes make the readers raise
-        if path.suffix in (ONNX, PROGRAM):
+        if path.suffix in (ONNX, TORCH_PROGRAM):
             raise UserError(f"{path}: is no checkpoint: give that from which it was exported") from None
         raise UserError(f"{path}: {_refusal(error)}") from None
 

@@ -1,7 +1,11 @@
-"""The files of an evaluation, made by another process while the run goes on."""
+"""The files of an evaluation, written by another process while training goes on."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,17 +14,25 @@ import pytest
 
 from src.data.annotations.coco import Annotations, read_annotations
 from src.evaluation import background_files
-from src.evaluation.artifact_files import FILES
-from src.evaluation.artifacts import leave_evaluation
-from src.evaluation.background_files import BackgroundFiles
+from src.evaluation.artifacts import ARTIFACTS, artifact_inputs, write_artifacts
+from src.evaluation.background_files import ROOT, BackgroundFiles
 from src.evaluation.evaluate import Evaluation
-from src.evaluation.scoring import Results, score
+from src.evaluation.results import Results
+from src.evaluation.scoring import score
 from src.report.plots import draw_training
 from src.report.report import Report
-from src.runtime.distributed import SigtermReceived
-from tests.helpers.background_targets import be_killed, begin_in
+from src.runtime.errors import SigtermReceived
 from tests.helpers.datasets import annotation, write_coco
 from tests.helpers.example_run import end_epoch, log_iteration
+
+UNFINISHED = "tests.helpers.unfinished_writer"
+START_AND_WAIT = """
+import pickle, subprocess, sys
+writer = subprocess.Popen([sys.executable, "-m", sys.argv[1], sys.argv[2]], stdin=subprocess.PIPE)
+pickle.dump("inputs", writer.stdin)
+writer.stdin.flush()
+writer.wait()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +43,7 @@ def validation(tmp_path_factory) -> Annotations:
 
 
 @pytest.fixture(scope="module")
-def found(validation) -> Evaluation:
+def evaluation(validation) -> Evaluation:
     """One box is found, one is missed, one is found twice."""
     boxes = np.array([[10.0, 10, 60, 50], [70, 10, 80, 100], [60, 10, 80, 100]])
     results = Results(np.array([1, 4, 4]), np.array([1, 1, 1]), boxes, np.array([0.9, 0.8, 0.4]))
@@ -49,37 +61,52 @@ def report(tmp_path):
     report.close()
 
 
-def made(folder: Path) -> dict[str, bytes]:
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def half_written(folder: Path) -> bool:
+    return any(path.stat().st_size for path in folder.glob(".*.part"))
+
+
+def written(folder: Path) -> dict[str, bytes]:
     """Content of every file but the report's own, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".png", ".part")}
 
 
-def test_the_files_are_those_that_the_run_itself_would_make(validation, found, report, tmp_path, capsys):
+def test_the_files_are_those_that_the_run_itself_would_write(validation, evaluation, report, tmp_path, capsys):
+    expected = tmp_path / "expected"
+    expected.mkdir()
+    assert write_artifacts(artifact_inputs(evaluation.results, evaluation.scores.precision, validation), expected) == []
+    draw_training(tmp_path / "run" / "metrics.jsonl", expected / "training.png")
     with BackgroundFiles(tmp_path / "run", report) as files:
-        leave_evaluation(found, validation, tmp_path / "expected", report)
-        draw_training(tmp_path / "run" / "metrics.jsonl", tmp_path / "expected" / "training.png")
-        files.start(found, validation)
+        files.start(evaluation, validation)
         log_iteration(report, 20)  # training goes on
         files.finish()
-        assert made(tmp_path / "run") == made(tmp_path / "expected")
-        assert made(tmp_path / "run").keys() == set(FILES)
+        assert written(tmp_path / "run") == written(expected)
+        assert written(tmp_path / "run").keys() == set(ARTIFACTS)
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_that_is_told_to_stop_waits_for_the_files(validation, found, report, tmp_path, monkeypatch):
-    monkeypatch.setattr(background_files, "LAST_WAIT", 600)
+def test_a_run_that_got_sigterm_waits_for_the_files(validation, evaluation, report, tmp_path, monkeypatch):
+    monkeypatch.setattr(background_files, "SIGTERM_WAIT", 600)
     with pytest.raises(SigtermReceived), BackgroundFiles(tmp_path / "run", report) as files:
-        files.start(found, validation)
+        files.start(evaluation, validation)
+        wait_for(lambda: files._inputs_sent)
+        os.kill(files._process.pid, signal.SIGTERM)  # as schedulers send it to every process of a job
         raise SigtermReceived
-    assert made(tmp_path / "run").keys() == set(FILES)
+    assert written(tmp_path / "run").keys() == set(ARTIFACTS)
 
 
-def test_what_cannot_be_written_is_a_warning_that_names_it(validation, found, report, tmp_path, capsys):
+def test_a_file_that_cannot_be_written_is_a_warning_that_names_it(validation, evaluation, report, tmp_path, capfd):
     blocked = tmp_path / "run" / "detections.png"
     (blocked / "a folder").mkdir(parents=True)
     with BackgroundFiles(tmp_path / "run", report) as files:
-        files.start(found, validation)
-    (line,) = capsys.readouterr().err.splitlines()
+        files.start(evaluation, validation)
+    (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"main.py: warning: cannot write {blocked}: ")
     assert len(json.loads((tmp_path / "run" / "detections.json").read_text())) == 3
     assert {path.name for path in tmp_path.glob("run/*.png")} == {
@@ -90,45 +117,68 @@ def test_what_cannot_be_written_is_a_warning_that_names_it(validation, found, re
     assert not list(tmp_path.glob("run/.*"))
 
 
-def test_a_folder_that_is_gone_is_a_warning(validation, found, report, tmp_path, capsys):
+def test_a_folder_that_is_gone_is_a_warning(validation, evaluation, report, tmp_path, capfd):
     shutil.rmtree(tmp_path / "run")
     with BackgroundFiles(tmp_path / "run", report) as files:
-        files.start(found, validation)
-    (line,) = capsys.readouterr().err.splitlines()
+        files.start(evaluation, validation)
+    (line,) = capfd.readouterr().err.splitlines()
     assert "are not all of the last evaluation: " in line and "metrics.jsonl" in line
 
 
-def test_a_maker_that_is_killed_is_a_warning_that_names_all(validation, found, report, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(background_files, "write_artifacts", be_killed)
-    with BackgroundFiles(tmp_path / "run", report) as files:
-        files.start(found, validation)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"main.py: warning: {', '.join(FILES)} in {tmp_path / 'run'} are not all of the last")
-    assert line.endswith("killed by signal: Killed")
-
-
-def test_an_image_that_is_gone_is_a_warning(validation, found, report, tmp_path, capsys):
+def test_an_image_that_is_gone_is_a_warning(validation, evaluation, report, tmp_path, capfd):
     image = validation.image_path(0)
     image.rename(tmp_path / "elsewhere")
     try:
         with BackgroundFiles(tmp_path / "run", report) as files:
-            files.start(found, validation)
+            files.start(evaluation, validation)
     finally:
         (tmp_path / "elsewhere").rename(image)
-    assert str(image) in capsys.readouterr().err
+    (line,) = capfd.readouterr().err.splitlines()
+    assert str(image) in line
+
+
+def test_a_writer_that_is_killed_is_a_warning_that_names_all_files(validation, evaluation, report, tmp_path, capfd):
+    with BackgroundFiles(tmp_path / "run", report) as files:
+        files.start(evaluation, validation)
+        os.kill(files._process.pid, signal.SIGKILL)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"main.py: warning: {', '.join(ARTIFACTS)} in {tmp_path / 'run'} are not all of the last")
+    assert line.endswith("killed by signal: Killed")
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, SigtermReceived])
-def test_what_is_not_whole_when_the_run_ends_is_not_there(
-    end, validation, found, report, tmp_path, monkeypatch, capsys
+def test_a_file_that_is_not_complete_when_the_run_ends_is_removed(
+    end, validation, evaluation, report, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(background_files, "LAST_WAIT", 0.01)
-    monkeypatch.setattr(background_files, "write_artifacts", begin_in)
+    monkeypatch.setattr(background_files, "SIGTERM_WAIT", 0.01)
+    monkeypatch.setattr(background_files, "PROGRAM", UNFINISHED)
     with pytest.raises(end), BackgroundFiles(tmp_path / "run", report) as files:
-        files.start(found, validation)
-        while not list((tmp_path / "run").glob(".*.part")):
-            time.sleep(0.01)
+        files.start(evaluation, validation)
+        wait_for(lambda: half_written(tmp_path / "run"))
         raise end
-    warned = capsys.readouterr().err
+    warned = capfd.readouterr().err
     assert warned == "" if end is KeyboardInterrupt else warned.endswith("they were not made in 0.01 s\n")
-    assert made(tmp_path / "run") == {}
+    assert written(tmp_path / "run") == {}
+
+
+def test_a_run_that_is_interrupted_at_once_leaves_no_process(validation, evaluation, report, tmp_path, capfd):
+    with pytest.raises(KeyboardInterrupt), BackgroundFiles(tmp_path / "run", report) as files:
+        files.start(evaluation, validation)
+        process = files._process
+        raise KeyboardInterrupt
+    assert process.poll() is not None
+    assert written(tmp_path / "run") == {}
+    assert capfd.readouterr().err == ""
+
+
+def test_the_writer_ends_when_the_run_is_killed(tmp_path):
+    run = subprocess.Popen([sys.executable, "-c", START_AND_WAIT, UNFINISHED, str(tmp_path)], cwd=ROOT)
+    wait_for(lambda: half_written(tmp_path))
+    run.kill()
+    run.wait()
+    wait_for(lambda: not list(tmp_path.iterdir()))
+
+
+def test_the_writer_does_not_import_torch():
+    program = f"import sys, {background_files.PROGRAM}; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True) == "False\n"

@@ -13,6 +13,7 @@ from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EvaluationLoader
 from src.evaluation.evaluate import evaluate, prepare_for_inference, to_results
 from src.evaluation.scoring import METRIC_NAMES
+from src.runtime.distributed import Processes
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, default_boxes_ltrb, encode
 from src.ssd.detect import Detections
 from src.ssd.model import SSD300
@@ -21,6 +22,7 @@ from tests.helpers.oracle_inputs import quiet_output
 from tests.helpers.ranks import Ranks
 
 CPU = torch.device("cpu")
+ALONE = Processes.single(CPU)
 
 
 def test_results_have_the_files_ids_and_pixels(tmp_path):
@@ -98,9 +100,9 @@ def test_a_perfect_detector_scores_1_and_every_module_keeps_its_mode(annotations
         def __exit__(self, *_):
             pass
 
-    evaluation = evaluate(model, numbered_batches(range(5)), annotations, device=CPU, progress=Progress)
-    assert list(evaluation.scores.figures) == list(METRIC_NAMES)
-    assert evaluation.scores.figures["mAP"] == pytest.approx(1)
+    evaluation = evaluate(model, numbered_batches(range(5)), annotations, processes=ALONE, progress=Progress)
+    assert list(evaluation.scores.metrics) == list(METRIC_NAMES)
+    assert evaluation.scores.metrics["mAP"] == pytest.approx(1)
     assert evaluation.scores.category_ap == {"square": pytest.approx(1), "disc": pytest.approx(1)}
     assert evaluation.results.image_ids.tolist() == [1, 2, 2, 4, 5]
     assert evaluation.non_finite == 0
@@ -116,40 +118,40 @@ class Broken(nn.Module):
 
 
 def test_broken_output_is_counted_and_scores_0(annotations):
-    evaluation = evaluate(Broken(), numbered_batches(range(5)), annotations, device=CPU)
+    evaluation = evaluate(Broken(), numbered_batches(range(5)), annotations, processes=ALONE)
     assert evaluation.non_finite == 5 * NUM_DEFAULT_BOXES
     assert len(evaluation.results.scores) == 0
-    assert evaluation.scores.figures["mAP"] == 0
+    assert evaluation.scores.metrics["mAP"] == 0
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_any_number_of_processes_scores_the_same_on_every_rank(annotations, world_size):
-    alone = evaluate(Oracle(annotations), numbered_batches(range(5)), annotations, device=CPU)
+    alone = evaluate(Oracle(annotations), numbered_batches(range(5)), annotations, processes=ALONE)
 
-    def work(dist):
-        share = numbered_batches(range(dist.rank, 5, world_size)) if dist.rank < 5 else []
-        return evaluate(Oracle(annotations), share, annotations, device=CPU, dist=dist)
+    def work(processes):
+        shard = numbered_batches(range(processes.rank, 5, world_size)) if processes.rank < 5 else []
+        return evaluate(Oracle(annotations), shard, annotations, processes=processes)
 
     evaluations = Ranks(world_size).all_do(work)
     assert evaluations[0].seconds["waiting"] > 0
     for number, evaluation in enumerate(evaluations):
-        assert evaluation.scores.figures == alone.scores.figures
+        assert evaluation.scores.metrics == alone.scores.metrics
         assert (evaluation.results is None) == (number > 0)
     for ours, theirs in zip(evaluations[0].results, alone.results, strict=True):
         assert np.array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("half", "fast", "folds"), [(False, True, True), (True, True, False), (True, False, True)])
-def test_batch_norms_are_folded_unless_it_computes_in_half_precision(monkeypatch, half, fast, folds):
+@pytest.mark.parametrize(("amp", "fast", "folds"), [(False, True, True), (True, True, False), (True, False, True)])
+def test_batch_norms_are_folded_unless_it_computes_in_half_precision(monkeypatch, amp, fast, folds):
     monkeypatch.setattr("src.evaluation.evaluate.half_is_fast", lambda device: fast)
     model = SSD300("resnet18", 3).eval()
-    assert (prepare_for_inference(model, device=CPU, half=half) is not model) == folds
+    assert (prepare_for_inference(model, device=CPU, amp=amp) is not model) == folds
 
 
 def test_the_network_itself_on_real_files_in_half_precision(annotations):
     loader = EvaluationLoader(annotations, LoaderConfig(batch_size=2, num_workers=0, device=CPU))
-    evaluation = evaluate(SSD300("resnet18", 3), loader, annotations, device=CPU, half=True)
+    evaluation = evaluate(SSD300("resnet18", 3), loader, annotations, processes=ALONE, amp=True)
     assert evaluation.non_finite == 0
     assert set(evaluation.results.image_ids) <= set(annotations.image_ids)
     assert np.isfinite(evaluation.results.boxes).all()
-    assert 0 <= evaluation.scores.figures["mAP"] < 0.5
+    assert 0 <= evaluation.scores.metrics["mAP"] < 0.5

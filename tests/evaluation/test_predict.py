@@ -1,6 +1,5 @@
 """Detections on images without annotations."""
 
-import json
 import subprocess
 import sys
 import threading
@@ -8,48 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import nn
 
-from src.data.annotations.coco import Category
 from src.data.images.formats import find_images
-from src.evaluation.predict import predict
 from src.report.plots import draw_prediction
-from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, encode
 from tests.helpers.datasets import CATEGORIES as DATA_CATEGORIES
 from tests.helpers.datasets import annotation, write_annotations, write_image
 from tests.helpers.launch import LIMIT
+from tests.helpers.predictions import FindsOneDisc, entries, predict_files
 from tests.helpers.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
-CATEGORIES = (Category(3, "square"), Category(90, "disc"))
-BOX = torch.tensor([0.5, 0.4, 0.2, 0.3])  # cxcywh
-
-
-class FindsOneDisc(nn.Module):
-    """The same detection in each image, where `loud`; notes the batches it was given."""
-
-    def __init__(self, loud: bool = True) -> None:
-        super().__init__()
-        self.loud = loud
-        self.batches = []
-
-    def forward(self, images):
-        assert images.shape[1:] == (3, 300, 300) and images.dtype == torch.float32
-        self.batches.append(len(images))
-        offsets = torch.zeros(len(images), 4, NUM_DEFAULT_BOXES)
-        logits = torch.zeros(len(images), 3, NUM_DEFAULT_BOXES)
-        logits[:, 0] = 30
-        if self.loud:
-            offsets[:, :, 8000] = encode(BOX, default_boxes()[8000])
-            logits[:, 2, 8000] = 31
-        return offsets, logits
-
-
-def entries(output) -> list[dict]:
-    return json.loads((output / "detections.json").read_text())
 
 
 def test_images_of_all_kinds_get_a_picture_each_and_entries_in_pixels(tmp_path):
@@ -63,7 +31,7 @@ def test_images_of_all_kinds_get_a_picture_each_and_entries_in_pixels(tmp_path):
     (folder / "notes.txt").write_text("no image")
     model = FindsOneDisc()
     images = find_images(folder).files
-    result = predict(model, images, CATEGORIES, output, batch_size=4, device=CPU)
+    result = predict_files(images, output, model=model, batch_size=4)
     assert tuple(result) == (6, [], 6, 0)
     assert model.batches == [4, 2]
     names = ["a.jpg", "a.png", "b.JPEG", "c.webp", "d.gif", "grey.png"]
@@ -84,7 +52,7 @@ def test_images_of_all_kinds_get_a_picture_each_and_entries_in_pixels(tmp_path):
 
 def test_a_single_image_of_any_name(tmp_path):
     write_image(tmp_path / "photograph", 90, 70, format="png")
-    predict(FindsOneDisc(), find_images(tmp_path / "photograph").files, CATEGORIES, tmp_path, batch_size=32, device=CPU)
+    predict_files(find_images(tmp_path / "photograph").files, tmp_path)
     assert [entry["file_name"] for entry in entries(tmp_path)] == ["photograph"]
     assert (tmp_path / "photograph.png").exists()
 
@@ -95,15 +63,15 @@ def test_names_that_leave_no_room_for_an_ending_have_pictures_each(tmp_path, let
     names = [longest, longest[:-1] + "m"]
     for name in names:
         write_image(tmp_path / "in" / name, 90, 70, format="png")
-    predict(FindsOneDisc(), find_images(tmp_path / "in").files, CATEGORIES, tmp_path / "out", batch_size=2, device=CPU)
+    predict_files(find_images(tmp_path / "in").files, tmp_path / "out")
     assert {entry["file_name"] for entry in entries(tmp_path / "out")} == set(names)
     assert len(list((tmp_path / "out").glob(f"{letter * 50}.*.png"))) == 2
 
 
 def test_nothing_found_is_an_empty_list(tmp_path):
     write_image(tmp_path / "a.jpg", 90, 70)
-    model = FindsOneDisc(loud=False)
-    assert predict(model, [tmp_path / "a.jpg"], CATEGORIES, tmp_path / "out", batch_size=2, device=CPU).detections == 0
+    quiet = FindsOneDisc(loud=False)
+    assert predict_files([tmp_path / "a.jpg"], tmp_path / "out", model=quiet).detections == 0
     assert entries(tmp_path / "out") == []
     assert (tmp_path / "out" / "a.jpg.png").exists()
 
@@ -115,7 +83,7 @@ def test_a_broken_image_is_told_of_and_the_others_are_done(tmp_path):
     images = find_images(tmp_path).files
     for batch_size in (1, 2, 4):
         output = tmp_path / f"out{batch_size}"
-        result = predict(FindsOneDisc(), images, CATEGORIES, output, batch_size=batch_size, device=CPU)
+        result = predict_files(images, output, batch_size=batch_size)
         (error,) = result.unreadable
         assert str(error).startswith(f"{tmp_path / 'b.jpg'}: ") and "\n" not in str(error)
         assert [(entry["file_name"], entry["image_id"]) for entry in entries(output)] == [("a.jpg", 0), ("c.jpg", 2)]
@@ -126,7 +94,7 @@ def test_images_in_folders_below_keep_their_place(tmp_path):
         write_image(tmp_path / "in" / name, 90, 70)
     images = find_images(tmp_path / "in")
     output = tmp_path / "out"
-    predict(FindsOneDisc(), images.files, CATEGORIES, output, batch_size=2, device=CPU, folder=images.folder)
+    predict_files(images.files, output, folder=images.folder)
     assert [entry["file_name"] for entry in entries(output)] == ["a.jpg", "sub/a.jpg"]
     assert (output / "a.jpg.png").exists() and (output / "sub" / "a.jpg.png").exists()
 
@@ -135,7 +103,7 @@ def test_a_large_photograph_lying_on_its_side_is_drawn_upright_and_smaller(tmp_p
     exif = Image.Exif()
     exif[0x0112] = 6  # its right side is up
     write_image(tmp_path / "a.jpg", 2400, 1200, exif=exif)
-    predict(FindsOneDisc(), [tmp_path / "a.jpg"], CATEGORIES, tmp_path, batch_size=2, device=CPU)
+    predict_files([tmp_path / "a.jpg"], tmp_path)
     with Image.open(tmp_path / "a.jpg.png") as picture:
         assert picture.size == (1000, 2000)
     (entry,) = entries(tmp_path)  # in the pixels of the whole picture
@@ -147,19 +115,19 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from src.data.annotations.coco import Annotations, read_annotations
-from src.evaluation import gallery
-from src.evaluation.scoring import Results
+from src.evaluation import artifacts
+from src.evaluation.results import Results
 from src.report.plots import draw_detections
-from tests.evaluation.test_predict import CATEGORIES, CPU, FindsOneDisc, predict
+from tests.helpers.predictions import predict_files
 
 folder = Path(sys.argv[1])
 image = folder / "val2017" / "huge.jpg"
 annotations = read_annotations(folder / "annotations" / "instances_val2017.json", folder / "val2017")
 nothing = Results(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
 peaks = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
-draw_detections([gallery._example(annotations, nothing, 0)], folder / "detections.png")
+draw_detections([artifacts._example(annotations, nothing, 0)], folder / "detections.png")
 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-predict(FindsOneDisc(), [image] * 3, CATEGORIES, folder / "out", batch_size=4, device=CPU)
+predict_files([image] * 3, folder / "out", batch_size=4)
 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print(*(round((peak - peaks[0]) / 1024) for peak in peaks[1:]))
 """
@@ -183,7 +151,7 @@ def test_a_picture_of_100_megapixels_is_never_there_in_several_copies(tmp_path):
 
 def test_photographs(coco128, tmp_path):
     images = find_images(coco128 / "val2017").files[:3]
-    assert predict(FindsOneDisc(), images, CATEGORIES, tmp_path, batch_size=2, device=CPU).images == 3
+    assert predict_files(images, tmp_path).images == 3
     for path in images:
         with Image.open(path) as original, Image.open(tmp_path / f"{path.name}.png") as picture:
             assert original.size == picture.size
@@ -203,10 +171,10 @@ def test_any_number_of_processes_leaves_the_same(tmp_path, world_size, monkeypat
         write_image(folder / f"{number}.png", 90 + number, 70)
     (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:100])
     images = find_images(folder).files
-    expected = predict(FindsOneDisc(), images, CATEGORIES, tmp_path / "alone", batch_size=2, device=CPU)
+    expected = predict_files(images, tmp_path / "alone")
 
-    def work(dist):
-        return predict(FindsOneDisc(), images, CATEGORIES, tmp_path / "out", batch_size=2, device=CPU, dist=dist)
+    def work(processes):
+        return predict_files(images, tmp_path / "out", processes=processes)
 
     done, *others = Ranks(world_size).all_do(work)
     assert others == [None] * (world_size - 1)

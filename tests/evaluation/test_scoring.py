@@ -1,4 +1,4 @@
-"""The 12 figures against pycocotools, on real and on random annotations; the results file."""
+"""The 12 metrics against pycocotools, on real and on random annotations; the results file."""
 
 import json
 import os
@@ -9,19 +9,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from src.data.annotations.coco import read_annotations
-from src.evaluation import scoring
-from src.evaluation.scoring import (
-    METRIC_NAMES,
-    Results,
-    Scores,
-    deal,
-    join_results,
-    merge_shards,
-    score,
-    score_share,
-    write_results,
-)
-from src.runtime.background_process import Errand
+from src.evaluation.results import Results, join_results, write_results
+from src.evaluation.scoring import METRIC_NAMES, Scores, merge_shards, score, score_shard, shard_categories
 from tests.helpers.datasets import annotation, write_annotations
 
 NO_RESULTS = Results(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
@@ -80,14 +69,14 @@ def random_file(folder, *, seed: int, image_ids, categories, crowds: float = 0.1
 CATEGORIES = [{"id": 90, "name": "kite"}, {"id": 1, "name": "person"}, {"id": 7, "name": "train"}]
 
 
-def scored_in_shares(annotations, results: Results, count: int) -> Scores:
+def scored_in_shards(annotations, results: Results, count: int) -> Scores:
     """As so many processes score, which may be more than there are categories."""
-    return merge_shards(annotations, [score_share(share) for share in deal(annotations, results, count)])
+    return merge_shards(annotations, [score_shard(shard) for shard in shard_categories(annotations, results, count)])
 
 
 def assert_same(ours: Scores, theirs: Scores) -> None:
     """Bit for bit."""
-    assert (ours.figures, ours.category_ap) == (theirs.figures, theirs.category_ap)
+    assert (ours.metrics, ours.category_ap) == (theirs.metrics, theirs.category_ap)
     assert np.array_equal(ours.precision, theirs.precision)
 
 
@@ -97,10 +86,10 @@ def assert_scores_as_pycocotools(annotation_file, folder, results: Results) -> N
     write_results(folder / "detections.json", results)
     scores = score(annotations, results)
     for processes in (2, 3, 5):
-        assert_same(scored_in_shares(annotations, results, processes), scores)
+        assert_same(scored_in_shards(annotations, results, processes), scores)
     expected = plain_scorer(annotation_file, folder / "detections.json")
-    figures = [-1 if value is None else value for value in scores.figures.values()]
-    np.testing.assert_allclose(figures, expected.stats, rtol=0, atol=1e-12)
+    metrics = [-1 if value is None else value for value in scores.metrics.values()]
+    np.testing.assert_allclose(metrics, expected.stats, rtol=0, atol=1e-12)
     position = [sorted(category.id for category in annotations.categories).index(c.id) for c in annotations.categories]
     precision = expected.eval["precision"][:, :, position, 0, -1]
     np.testing.assert_allclose(scores.precision, precision, rtol=0, atol=1e-12)
@@ -109,13 +98,13 @@ def assert_scores_as_pycocotools(annotation_file, folder, results: Results) -> N
         assert ap == (pytest.approx(column.mean()) if column.max() > -1 else None)
 
 
-def test_figures_are_pycocotools_on_photographs(coco128, tmp_path):
+def test_metrics_are_pycocotools_on_photographs(coco128, tmp_path):
     file = coco128 / "annotations" / "instances_train2017.json"
     assert_scores_as_pycocotools(file, tmp_path, noisy_results(file, seed=1))
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_figures_are_pycocotools_on_random_boxes_and_crowds(tmp_path, seed):
+def test_metrics_are_pycocotools_on_random_boxes_and_crowds(tmp_path, seed):
     image_ids = np.random.default_rng(seed).permutation(60)[:25].tolist()  # in no order, with a 0
     file = random_file(tmp_path, seed=seed, image_ids=image_ids, categories=CATEGORIES)
     assert_scores_as_pycocotools(file, tmp_path, noisy_results(file, seed=seed + 10, digits=1))
@@ -159,7 +148,7 @@ def test_a_missing_area_is_width_times_height(tmp_path):
         del entry["area"], entry["iscrowd"]
     bare = write_annotations(tmp_path / "without", content, "val")
     results = noisy_results(file, seed=4)
-    bare, expected = (score(read_annotations(path, tmp_path), results).figures for path in (bare, expected))
+    bare, expected = (score(read_annotations(path, tmp_path), results).metrics for path in (bare, expected))
     assert bare == expected
 
 
@@ -167,13 +156,13 @@ def test_nothing_detected_scores_0(tmp_path):
     file = random_file(tmp_path, seed=0, image_ids=[1, 2], categories=CATEGORIES)
     annotations = read_annotations(file, tmp_path)
     scores = score(annotations, NO_RESULTS)
-    assert_same(scored_in_shares(annotations, NO_RESULTS, 5), scores)
-    assert set(scores.figures.values()) <= {0, None}
-    assert (scores.figures["mAP"], scores.figures["AR100"]) == (0, 0)
+    assert_same(scored_in_shards(annotations, NO_RESULTS, 5), scores)
+    assert set(scores.metrics.values()) <= {0, None}
+    assert (scores.metrics["mAP"], scores.metrics["AR100"]) == (0, 0)
     assert scores.category_ap == {"kite": 0, "person": 0, "train": None}
 
 
-def test_without_ground_truth_no_figure_is_defined(tmp_path):
+def test_without_ground_truth_no_metric_is_defined(tmp_path):
     train = random_file(tmp_path / "train", seed=0, image_ids=[1, 2], categories=CATEGORIES)
     content = json.loads(train.read_text())
     file = write_annotations(tmp_path, {**content, "annotations": []}, "val")
@@ -181,35 +170,21 @@ def test_without_ground_truth_no_figure_is_defined(tmp_path):
     annotations = read_annotations(file, tmp_path, categories=categories)
     results = Results(np.array([1]), np.array([90]), np.array([[1.0, 2, 3, 4]]), np.array([0.5]))
     for found in (results, NO_RESULTS):
-        assert score(annotations, found).figures == dict.fromkeys(METRIC_NAMES)
-        assert scored_in_shares(annotations, found, 2).figures == dict.fromkeys(METRIC_NAMES)
+        assert score(annotations, found).metrics == dict.fromkeys(METRIC_NAMES)
+        assert scored_in_shards(annotations, found, 2).metrics == dict.fromkeys(METRIC_NAMES)
 
 
-def test_helper_processes_score_the_same(tmp_path, monkeypatch):
-    file = random_file(tmp_path, seed=2, image_ids=list(range(20)), categories=CATEGORIES)
-    annotations, results = read_annotations(file, tmp_path), noisy_results(file, seed=3)
-    expected = score(annotations, results)
-    monkeypatch.setattr(scoring, "WORTH_A_HELPER", 1)
-    monkeypatch.setattr(scoring, "spare_cores", lambda: 2)
-    asked = []
-    monkeypatch.setattr(scoring, "Errand", lambda: asked.append(1) or Errand())
-    assert_same(score(annotations, results, helpers=3), expected)
-    assert len(asked) == 2
-    assert_same(score(annotations, results), expected)
-    assert len(asked) == 2  # by default there are none
-
-
-def test_categories_are_dealt_out_by_their_detections(tmp_path):
+def test_shards_have_about_equal_numbers_of_detections(tmp_path):
     categories = [{"id": number, "name": str(number)} for number in range(1, 8)]
     file = random_file(tmp_path, seed=0, image_ids=[1, 2], categories=categories)
     labels = np.repeat(np.arange(1, 8), (10, 40, 20, 30, 50, 0, 0))
     ones = np.ones(len(labels))
     results = Results(ones.astype(int), labels, np.ones((len(labels), 4)), ones)
-    shares = deal(read_annotations(file, tmp_path), results, 3)
-    assert sorted(len(share.found.scores) for share in shares) == [50, 50, 50]
-    assert sorted(label for share in shares for label in share.labels.tolist()) == list(range(1, 8))
-    for share in shares:
-        assert set(share.found.labels) <= set(share.labels) and set(share.truth.labels) <= set(share.labels)
+    shards = shard_categories(read_annotations(file, tmp_path), results, 3)
+    assert sorted(len(shard.detections.scores) for shard in shards) == [50, 50, 50]
+    assert sorted(label for shard in shards for label in shard.labels.tolist()) == list(range(1, 8))
+    for shard in shards:
+        assert set(shard.detections.labels) <= set(shard.labels) and set(shard.truth.labels) <= set(shard.labels)
 
 
 def test_the_results_file_is_plain_and_exact(tmp_path):
@@ -226,8 +201,8 @@ def test_the_results_file_is_plain_and_exact(tmp_path):
     assert os.listdir(tmp_path) == ["detections.json"]
 
 
-def test_a_large_results_file_is_written_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("src.evaluation.scoring.WRITTEN_AT_ONCE", 3)
+def test_a_large_results_file_is_written_in_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr("src.evaluation.results.ROWS_PER_WRITE", 3)
     count = 10
     results = Results(np.arange(count), np.arange(count), np.zeros((count, 4)), np.ones(count))
     write_results(tmp_path / "detections.json", results)

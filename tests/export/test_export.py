@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 from contextlib import closing, nullcontext
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,14 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import main
 from benchmarks import export as benchmark
 from src.data.images.decode import decode, resize
 from src.data.pipelines.batch import normalise
-from src.evaluation.evaluate import find
-from src.export.export import Difference, compare, labelled_categories, read_pictures
-from src.export.exportable import candidates, fused, select
+from src.evaluation.evaluate import detect_batch
+from src.export.export import Difference, compare, folded_copy, labelled_categories, read_pictures
 from src.export.onnx_graph import detections, detector_graph, network_graph, with_metadata
 from src.report.report import Report
 from src.runtime.errors import UserError
@@ -62,24 +60,6 @@ def onnx_detections():
     return run
 
 
-class Selection(nn.Module):
-    def forward(self, offsets: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
-        return select(*candidates(offsets, logits, default_boxes()))
-
-
-@pytest.fixture(scope="module")
-def tensor_detections():
-    """The same of the exported tensor operations, by the number of labels."""
-    batch = torch.export.Dim("N")
-
-    @cache
-    def program(labels: int) -> nn.Module:
-        output = random_output(2, labels)
-        return torch.export.export(Selection(), output, dynamic_shapes=({0: batch}, {0: batch})).module()
-
-    return lambda offsets, logits: program(logits.shape[1])(offsets, logits)
-
-
 def all_kinds(labels: int) -> tuple[Tensor, Tensor]:
     """Output of a network for five images: crowded, empty, saturated, with NaN in it, with a few detections."""
     crowded, few = random_output(1, labels), random_output(1, labels, seed=2, sigma=1.0, background=9.0)
@@ -92,38 +72,36 @@ def all_kinds(labels: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("labels", [2, 81])
 @pytest.mark.parametrize("images", [[0], [1], [4, 2, 0], [number % 5 for number in range(32)]])
-def test_output_of_all_kinds_is_detected_as_by_detect(onnx_detections, tensor_detections, images, labels):
+def test_output_of_all_kinds_is_detected_as_by_detect(onnx_detections, images, labels):
     offsets, logits = (part[images] for part in all_kinds(labels))
     expected = detect(offsets, logits)
     assert sum(len(image.scores) for image in expected) == 0 or images != [1]
-    for run, tolerance in ((tensor_detections, 0), (onnx_detections, 1e-6)):
-        boxes, found, scores = run(offsets, logits)
-        assert_same(strip_padding(boxes, found, scores), expected, tolerance)
-        assert (boxes.dtype, found.dtype, scores.dtype) == (torch.float32, torch.int64, torch.float32)
-        assert (tuple(boxes.shape), tuple(found.shape)) == ((len(images), 200, 4), (len(images), 200))
-        nothing = scores == 0
-        assert not boxes[nothing].any() and not found[nothing].any()
+    boxes, found, scores = onnx_detections(offsets, logits)
+    assert_same(strip_padding(boxes, found, scores), expected, 1e-6)
+    assert (boxes.dtype, found.dtype, scores.dtype) == (torch.float32, torch.int64, torch.float32)
+    assert (tuple(boxes.shape), tuple(found.shape)) == ((len(images), 200, 4), (len(images), 200))
+    nothing = scores == 0
+    assert not boxes[nothing].any() and not found[nothing].any()
 
 
 @pytest.mark.parametrize("case", ORACLE_CASES)
-def test_detections_are_the_published_models(oracle, onnx_detections, tensor_detections, case):
+def test_detections_are_the_published_models(oracle, onnx_detections, case):
     arrays = oracle("decode.npz")
     boxes, labels, scores = (torch.from_numpy(arrays[f"{case}_{part}"]) for part in ("ltrb", "labels", "scores"))
-    for run in (tensor_detections, onnx_detections):
-        difference = compare([Detections(boxes, labels, scores)], strip_padding(*run(*oracle_output(case))))
-        assert difference.detections == len(scores)
-        assert difference.furthest < 1e-5 and difference.unmatched == 0
+    found = strip_padding(*onnx_detections(*oracle_output(case)))
+    difference = compare([Detections(boxes, labels, scores)], found)
+    assert difference.detections == len(scores)
+    assert difference.furthest < 1e-5 and difference.unmatched == 0
 
 
-def test_a_box_that_reaches_far_out_and_one_without_area(onnx_detections, tensor_detections):
+def test_a_box_that_reaches_far_out_and_one_without_area(onnx_detections):
     offsets, logits = quiet_output(1, 81)
     logits[0, 1, [100, 101, 8000]] = 25
     offsets[0, 2:, 100] = 1e4
     offsets[0, 2:, 101] = -1e4
     expected = detect(offsets, logits)
     assert len(expected[0].scores) == 3
-    for run in (tensor_detections, onnx_detections):
-        assert_same(strip_padding(*run(offsets, logits)), expected)
+    assert_same(strip_padding(*onnx_detections(offsets, logits)), expected)
 
 
 def network(backbone: str, categories: int, seed: int = 0) -> SSD300:
@@ -143,10 +121,10 @@ def test_an_onnx_file_of_a_whole_network_finds_what_the_network_finds(made, cate
     """ResNet-50 has every kind of layer that the other backbones have."""
     with made():
         model = network("resnet50", categories)
-    content = with_metadata(detector_graph(network_graph(fused(model))), {})
+    content = with_metadata(detector_graph(network_graph(folded_copy(model))), {})
     images = torch.randint(0, 256, (2, 3, 300, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        expected, _ = find(model, normalise(images), device=CPU)
+        expected, _ = detect_batch(model, normalise(images))
     outputs = onnxruntime.InferenceSession(content).run(None, {"images": images.numpy()})
     difference = compare(expected, strip_padding(*map(torch.from_numpy, outputs)))
     assert difference.detections > 100 and difference.furthest < 1e-4
@@ -179,16 +157,15 @@ def files(tmp_path_factory) -> Files:
     return made
 
 
-@pytest.mark.parametrize("name", ["detector.onnx", "detector.pt2"])
-def test_photographs(files, coco128, name):
-    state = load_trained(files.exported / name)
-    detector = trained_detector(state, backbone="", num_categories=2, source=files.exported / name, device=CPU)
+def test_photographs(files, coco128):
+    file = files.exported / "detector.onnx"
+    detector = trained_detector(load_trained(file), backbone="", num_categories=2, source=file, device=CPU)
     paths = sorted((coco128 / "train2017").glob("*.jpg"))[:32]
     images = torch.stack([resize(decode(path)) for path in paths])
     with torch.inference_mode():
-        expected, _ = find(files.model, normalise(images), device=CPU)
+        expected, _ = detect_batch(files.model, normalise(images))
     for count in (1, 3, 32):
-        found, _ = find(detector, images[:count], device=CPU)
+        found, _ = detect_batch(detector, images[:count])
         difference = compare(expected[:count], found)
         assert difference.detections > 10 * count and difference.furthest < 1e-4
         assert difference.unmatched <= AT_A_THRESHOLD * difference.detections
@@ -202,17 +179,16 @@ def figures(printed: str) -> list[str]:
 def test_the_program_takes_an_exported_file_in_a_checkpoints_place(files, tmp_path, capsys, mode):
     data = files.data / "val2017" if mode == "prediction" else None
     left, told = [], []
-    for checkpoint in (files.checkpoint, files.exported / "detector.onnx", files.exported / "detector.pt2"):
+    for checkpoint in (files.checkpoint, files.exported / "detector.onnx"):
         assert files.run(mode, checkpoint, tmp_path / checkpoint.name, data) == 0
         left.append(json.loads((tmp_path / checkpoint.name / "detections.json").read_text()))
         told.append(figures(capsys.readouterr().out))
     assert len(left[0]) > 40
-    assert len(told[0]) == (12 if mode == "evaluation" else 0) and told == [told[0]] * 3
-    for entries in left[1:]:
-        for ours, theirs in zip(entries, left[0], strict=True):
-            assert ours["category_id"] == theirs["category_id"] and ours["image_id"] == theirs["image_id"]
-            np.testing.assert_allclose(ours["bbox"], theirs["bbox"], rtol=0, atol=0.02)  # pixels
-            assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
+    assert len(told[0]) == (12 if mode == "evaluation" else 0) and told == [told[0]] * 2
+    for ours, theirs in zip(*left, strict=True):
+        assert ours["category_id"] == theirs["category_id"] and ours["image_id"] == theirs["image_id"]
+        np.testing.assert_allclose(ours["bbox"], theirs["bbox"], rtol=0, atol=0.02)  # pixels
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
 
 
 def test_the_files_hold_what_other_programs_need(files):
@@ -225,7 +201,6 @@ def test_the_files_hold_what_other_programs_need(files):
         assert json.loads(metadata["deviation"]) == [0.229, 0.224, 0.225]
         assert metadata["version"] == VERSION
         assert str(HERE).encode() not in (files.exported / name).read_bytes()
-    assert str(HERE).encode() not in (files.exported / "detector.pt2").read_bytes()
     boxes = json.loads((files.exported / "default_boxes.json").read_text())
     assert torch.equal(torch.tensor(boxes["default_boxes"]), default_boxes()) and boxes["variances"] == [0.1, 0.2]
 
@@ -274,24 +249,8 @@ def test_the_code_in_the_docs_finds_what_the_program_finds_without_torch(files, 
     for (name, score, box), entry in zip(told, expected, strict=True):
         left, top, width, height = entry["bbox"]
         assert (name, float(score)) == (entry["category"], pytest.approx(entry["score"], abs=0.006))
-        np.testing.assert_allclose(np.array(box.split(), float), [left, top, left + width, top + height], atol=0.51)
-
-
-RUN_PROGRAM = """
-import torch
-detector = torch.export.load("detector.pt2").module()
-boxes, labels, scores = detector(torch.full((3, 3, 300, 300), 77, dtype=torch.uint8))
-torch.save([boxes, labels, scores], "{found}")
-"""
-
-
-def test_the_torch_program_needs_neither_this_project_nor_torchvision(files, tmp_path):
-    alone(RUN_PROGRAM.format(found=tmp_path / "found.pt"), files.exported, without=("torchvision", "src"))
-    images = torch.full((3, 3, 300, 300), 77, dtype=torch.uint8)
-    with torch.inference_mode():
-        expected, _ = find(files.model, normalise(images), device=CPU)
-    assert len(expected[0].scores) > 3
-    assert_same(strip_padding(*torch.load(tmp_path / "found.pt")), expected)
+        clipped = np.array(box.split(), float).clip(0, 300)  # as prediction lists it
+        np.testing.assert_allclose(clipped, [left, top, left + width, top + height], atol=0.51)
 
 
 @pytest.mark.parametrize("mode", ["export", "evaluation", "prediction"])
@@ -306,9 +265,9 @@ def test_a_missing_package_is_told_of_with_the_command_that_installs_it(files, t
     ("name", "content", "said"),
     [
         ("a.onnx", b"nonsense", "is no .onnx file, or not a whole one"),
-        ("a.pt2", b"nonsense", "is no .pt2 file, or not a whole one"),
-        ("network.onnx", None, "is no detector of --mode export"),
-        ("missing.pt2", None, "no such file"),
+        ("a.pt2", b"nonsense", "give the checkpoint itself, or detector.onnx of --mode export"),
+        ("network.onnx", None, "is not the detector.onnx of --mode export"),
+        ("missing.onnx", None, "no such file"),
     ],
 )
 def test_a_file_that_is_no_exported_detector(files, tmp_path, name, content, said):
@@ -321,10 +280,9 @@ def test_a_file_that_is_no_exported_detector(files, tmp_path, name, content, sai
 
 
 def test_a_cut_file_is_told_of(files, tmp_path):
-    for name in ("detector.onnx", "detector.pt2"):
-        (tmp_path / name).write_bytes((files.exported / name).read_bytes()[:-1000])
-        with pytest.raises(UserError, match="not a whole one"):
-            load_trained(tmp_path / name)
+    (tmp_path / "cut.onnx").write_bytes((files.exported / "detector.onnx").read_bytes()[:-1000])
+    with pytest.raises(UserError, match="not a whole one"):
+        load_trained(tmp_path / "cut.onnx")
 
 
 def found(*rows: tuple[float, int, float]) -> Detections:
@@ -344,14 +302,14 @@ def test_compare_finds_the_same_detection_wherever_it_stands():
     assert compare([found()], [found()]) == Difference(0, 0.0, 0)
 
 
-def test_the_benchmark_has_a_row_a_file(files, monkeypatch):
+def test_the_benchmark_compares_the_file_with_the_evaluation(files, monkeypatch):
     written = {path.name: path.read_bytes() for path in files.exported.iterdir()}
     monkeypatch.setattr(benchmark, "exported_files", lambda *_: written)
     monkeypatch.setattr(benchmark, "REPEATS", 1)
     with narrow_network():
         rows = benchmark.run(backbone="resnet18", labels=3, batch_size=2)
-    assert [row["name"].split()[0] for row in rows] == ["detector.onnx", "detector.pt2"]
-    assert all(row["ours"] > 0 and row["yardstick"] > 0 for row in rows)
+    (row,) = rows
+    assert row["name"].startswith("detector.onnx ") and row["ours"] > 0 and row["yardstick"] > 0
 
 
 def test_pictures_that_cannot_be_read_are_left_out(tmp_path, capsys):

@@ -12,11 +12,12 @@ import torch
 
 from src.benchmark import WARM_UP, benchmark
 from src.data.annotations.coco import Annotations, Category, locations, read_annotations
+from src.data.images.formats import Images
 from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EvaluationLoader, TorchTrainLoader
-from src.evaluation.evaluate import Evaluation, evaluate
+from src.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
 from src.evaluation.predict import predict
-from src.report.report import NullReport
+from src.report.report import NullReport, RunContext
 from src.runtime.distributed import Processes
 from src.runtime.preemption import GracefulShutdown
 from src.ssd.detect import detect
@@ -184,12 +185,12 @@ def test_detections_are_the_cpus_and_wait_no_more_for_more_images(dtype):
 def evaluation(data: Path, device: torch.device, batch_size: int, network: torch.nn.Module | None = None) -> Evaluation:
     annotations = annotations_of(data, "val")
     loader = EvaluationLoader(annotations, LoaderConfig(batch_size=batch_size, num_workers=0, device=device))
-    return evaluate(network or detecting_network(device), loader, annotations, device=device)
+    return evaluate(network or detecting_network(device), loader, annotations, processes=Processes.single(device))
 
 
 def test_an_evaluation_has_the_cpus_figures_and_waits_for_batches_not_for_images(data):
     ours = evaluation(data, CPU, IMAGES)
-    assert ours.scores.figures["AP50"] > 0
+    assert ours.scores.metrics["AP50"] > 0
     found = {}
     for batch_size in (IMAGES, IMAGES // 2):
         with fake_gpu() as gpu:
@@ -202,19 +203,20 @@ def test_an_evaluation_has_the_cpus_figures_and_waits_for_batches_not_for_images
         assert images == [f"uint8 [{batch_size}, 3, 300, 300]"] * (IMAGES // batch_size)
         for one, other in zip(ours.results, theirs.results, strict=True):
             np.testing.assert_allclose(one, other, atol=0.02)
-        assert theirs.scores.figures == ours.scores.figures
+        assert theirs.scores.metrics == ours.scores.metrics
     assert 0 < found[IMAGES] < found[IMAGES // 2] <= 2 * found[IMAGES]
 
 
 def test_predictions_are_the_cpus(data, tmp_path):
     categories = [Category(1, "square"), Category(2, "disc")]
-    images = sorted((data / "val2017").iterdir())[:3]
+    files = sorted((data / "val2017").iterdir())[:3]
+    images = Images(data / "val2017", files, 0, [])
+    config = EvaluationConfig(batch_size=2, num_workers=0, amp=False)
     listed = {}
     for device in (CPU, GPU):
         with fake_gpu() as gpu:
-            done = predict(
-                detecting_network(device), images, categories, tmp_path / device.type, batch_size=2, device=device
-            )
+            context = RunContext(Processes.single(device), NullReport(), tmp_path / device.type)
+            done = predict(detecting_network(device), images, categories, config, context)
         assert "mixed" not in gpu.kinds()
         assert done.detections > 0
         listed[device] = json.loads((tmp_path / device.type / "detections.json").read_text())

@@ -161,7 +161,7 @@ def evaluation(annotations: Annotations, processes: Processes) -> Evaluation:
     # Images one by one: the arithmetic of a convolution depends on its batch in the last digit.
     config = LoaderConfig(batch_size=1, num_workers=0, device=CPU, shard=processes.shard)
     loader = EvaluationLoader(annotations, config)
-    return evaluate(network, loader, annotations, device=CPU, dist=processes)
+    return evaluate(network, loader, annotations, processes=processes)
 
 
 def main(folder: Path, local_rank: int) -> None:
@@ -180,7 +180,7 @@ def main(folder: Path, local_rank: int) -> None:
         report["figures"] = {}
         for count in (2, 8):
             found = evaluation(read(folder, count, "val"), processes)
-            report["figures"][count] = found.scores.figures
+            report["figures"][count] = found.scores.metrics
             if processes.is_main:
                 np.savez(folder / f"results-{count}.npz", **found.results._asdict())
         rank = os.environ["RANK"]

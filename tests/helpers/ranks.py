@@ -5,6 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import torch
+
 
 class Ranks:
     """What `evaluate` and `predict` ask of src.runtime.distributed.Processes."""
@@ -31,8 +33,8 @@ class Ranks:
             return broadcast_object(values)[number]
 
         return SimpleNamespace(
-            rank=number, world_size=self.world_size, gather_arrays=gather_arrays, scatter=scatter,
-            broadcast_object=broadcast_object,
+            rank=number, world_size=self.world_size, device=torch.device("cpu"), gather_arrays=gather_arrays,
+            scatter=scatter, broadcast_object=broadcast_object,
         )  # fmt: skip
 
     def all_do(self, work: Callable) -> list:

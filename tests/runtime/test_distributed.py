@@ -116,8 +116,8 @@ def test_evaluation_finds_on_any_number_of_processes_what_one_finds(launched, co
     torch.set_num_threads(1)
     alone = rank_programs.evaluation(annotations, ALONE)
     torch.set_num_threads(threads)
-    assert [report["figures"][str(count)] for report in reports] == [alone.scores.figures] * len(reports)
-    assert alone.scores.figures["AP50"] > 0
+    assert [report["figures"][str(count)] for report in reports] == [alone.scores.metrics] * len(reports)
+    assert alone.scores.metrics["AP50"] > 0
     with np.load(folder / f"results-{count}.npz") as results:
         assert results["image_ids"].dtype == np.int64
         assert sorted(set(results["image_ids"])) == [rank_programs.FIRST_ID + i for i in range(len(annotations))]
