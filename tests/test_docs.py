@@ -10,24 +10,16 @@ import pytest
 from docutils import nodes
 from docutils.core import publish_doctree
 
+from src.data.recipes import RECIPES
 from src.flags import make_parser, parse_args
 from src.report.report import RUN_FILES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.rst"), *ROOT.glob("docs/*.rst"), *ROOT.glob("tests/**/README.rst")])
-OTHER_PROGRAMS_FLAGS = {  # in prose; what stands behind main.py in a command is checked by the parser itself
-    *(
-        "--nproc_per_node",
-        "--master_addr",
-        "--master_port",
-        "--rdzv_endpoint",
-        "--rdzv_id",
-        "--max-restarts",
-    ),  # torchrun
-    *("--local_addr", "--cpus-per-task", "--kill-on-bad-exit", "--time", "--requeue", "--ntasks-per-node"),  # Slurm
-    *("--gpus-per-task", "--array"),
-    "--gpu",  # python -m benchmarks
-}
+OTHER_PROGRAMS_FLAGS = (  # in prose: torchrun's, Slurm's, python -m benchmarks'
+    "--nproc_per_node --master_addr --master_port --rdzv_endpoint --rdzv_id --max-restarts --local_addr "
+    "--cpus-per-task --gpus-per-task --ntasks-per-node --kill-on-bad-exit --time --requeue --array --gpu"
+)
 
 # Every page is read once; a warning of docutils raises.
 page_params = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -115,7 +107,9 @@ def test_commands_are_understood(page, capsys):
 
 @page_params
 def test_flags_in_prose_exist(page):
-    known = {flag for action in make_parser()._actions for flag in action.option_strings} | OTHER_PROGRAMS_FLAGS
+    known = {flag for action in make_parser()._actions for flag in action.option_strings} | set(
+        OTHER_PROGRAMS_FLAGS.split()
+    )
     named = {match for text in literals(page) for match in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
     assert named <= known
 
@@ -127,3 +121,13 @@ def test_readme_links_every_page():
 
 def test_output_page_names_every_file_of_a_run():
     assert set(RUN_FILES) <= set(literals(ROOT / "docs" / "output.rst"))
+
+
+def test_readme_has_the_recipes_for_few_pictures():
+    told = [text for text in literals(ROOT / "README.rst") if text.startswith("--epochs ")]
+    assert len(told) == len(RECIPES)
+    for text, recipe in zip(told, RECIPES, strict=True):
+        assert recipe.flags.startswith(text)
+    for recipe in RECIPES:
+        row = rf"\* - {recipe.pictures:,}\n.*\n +- {recipe.iterations(recipe.pictures):,}\n"
+        assert re.search(row, (ROOT / "README.rst").read_text())
