@@ -51,6 +51,19 @@ def write_coco(
     return folder
 
 
+def to_roboflow(folder: Path) -> Path:
+    """Moves a data set in the COCO 2017 layout into that of Roboflow's COCO export, with its category 0."""
+    for split, name in (("train", "train"), ("val", "valid")):
+        images, file = folder / f"{split}2017", folder / "annotations" / f"instances_{split}2017.json"
+        images.rename(folder / name)
+        content = json.loads(file.read_text())
+        content["categories"].insert(0, {"id": 0, "name": "shapes", "supercategory": "none"})
+        (folder / name / "_annotations.coco.json").write_text(json.dumps(content))
+        file.unlink()
+    (folder / "annotations").rmdir()
+    return folder
+
+
 def write_annotations(folder: Path, content, split: str = "train") -> Path:
     path = folder / "annotations" / f"instances_{split}2017.json"
     path.parent.mkdir(parents=True, exist_ok=True)

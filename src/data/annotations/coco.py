@@ -25,6 +25,8 @@ from src.data.annotations.image_table import Images
 from src.runtime.errors import DataError
 
 BLOCK = 2**16  # images or boxes that are worked on together
+ROBOFLOW_FILE = "_annotations.coco.json"  # beside the pictures
+ROBOFLOW_FOLDERS = {"train": "train", "val": "valid"}
 TELL_EVERY = 5.0  # seconds
 TELL_LOOKS = 1000  # files between looks at the clock
 PLACE_BITS = 32  # of a row's place among the annotations, beside that of its image
@@ -255,8 +257,16 @@ def _check_usable(annotations: Annotations, rows: AnnotationTable, *, training: 
 
 
 def locations(folder: Path, split: str) -> tuple[Path, Path]:
-    """Annotation file and image folder of a split, `train` or `val`, in the COCO 2017 layout."""
-    return folder / "annotations" / f"instances_{split}2017.json", folder / f"{split}2017"
+    """Annotation file and image folder of a split, `train` or `val`: in the COCO 2017 layout or, if that has no such
+    file, in that of Roboflow's COCO export.
+
+    Where neither has one, reading the file is an error that names both layouts.
+    """
+    file = folder / "annotations" / f"instances_{split}2017.json"
+    images = folder / ROBOFLOW_FOLDERS[split]
+    if not os.path.exists(file) and os.path.exists(images / ROBOFLOW_FILE):
+        return images / ROBOFLOW_FILE, images
+    return file, folder / f"{split}2017"
 
 
 def check_images_exist(annotations: Annotations, *, tell: Callable[[str], None] | None = None) -> None:

@@ -105,7 +105,8 @@ def pieces(path: Path) -> Iterator[Piece]:
             data = _mapped(stream)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"{path.absolute()}: no such annotation file: --data must be a folder in the COCO 2017 layout"
+            f"{path.absolute()}: no such annotation file: --data must be a folder in the COCO 2017 layout "
+            "(annotations/instances_train2017.json, train2017) or in Roboflow's (train/_annotations.coco.json)"
         ) from None
     except OSError as error:
         raise DataError(f"{path.absolute()}: the annotation file cannot be read ({error.strerror})") from None

@@ -27,7 +27,7 @@ class NamedBoxes:
         self.source = source
         self.index = index
         self.checker = checker
-        self.notes: list[str] = []
+        self._turned: list[str] = []  # boxes that CVAT has turned
         self._missing: list[str] = []  # label files or entries whose picture is not there
         self._other_shapes: Counter[str] = Counter()
         self._entries: list[tuple[Picture, list[tuple[str, BoundingBox]]]] = []
@@ -59,6 +59,9 @@ class NamedBoxes:
         else:
             self.checker.fault(place, "the category's name is empty; name it")
 
+    def note_turned(self, place: str) -> None:
+        self._turned.append(place)
+
     def leave_out(self, shape: str) -> None:
         self._other_shapes[shape] += 1
 
@@ -78,8 +81,10 @@ class NamedBoxes:
         if self._other_shapes:
             shapes = ", ".join(f"{count} {shape}" for shape, count in self._other_shapes.items())
             notes.append(f"shapes that are no boxes, left out: {shapes}")
+        if self._turned:
+            notes.append(f"turned boxes: {len(self._turned)}, taken as if they were not: {self._turned[0]}")
         categories = [{"id": number, "name": name} for name, number in ids.items()]
-        return Labels(self.source, categories, pictures, notes + self.notes, upright=upright)
+        return Labels(self.source, categories, pictures, notes, upright=upright)
 
 
 def read_voc(files: Iterable[XmlFile], index: PictureIndex, checker: Checker) -> Labels:
@@ -139,6 +144,8 @@ def read_cvat(files: Iterable[XmlFile], index: PictureIndex, checker: Checker) -
                     if node.tag in CVAT_SHAPES:
                         found.leave_out(node.tag)
                     continue
+                if (node.get("rotation") or "0").strip("0.") != "":
+                    found.note_turned(file.place(node))
                 try:
                     found.add(file.place(node), BoundingBox.from_cvat(node))
                 except READ_ERRORS:

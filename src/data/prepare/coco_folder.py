@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from src.data.annotations.coco import locations
 from src.data.prepare.labels import BadLabelsError, Picture
 from src.runtime.errors import UserError
 
@@ -49,7 +48,8 @@ def write_coco_folder(folder: Path, split: Split, categories: list[dict[str, Any
             part.chmod(0o777 & ~_umask())
             image_id = annotation_id = 0
             for name, pictures in split.items():
-                annotation_file, image_folder = locations(part, name)
+                annotation_file = part / "annotations" / f"instances_{name}2017.json"
+                image_folder = part / f"{name}2017"
                 annotation_file.parent.mkdir(exist_ok=True)
                 image_folder.mkdir()
                 images, annotations = [], []

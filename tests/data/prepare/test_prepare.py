@@ -334,6 +334,17 @@ def test_a_wrong_cvat_box_and_a_wrong_labelme_shape_are_named(tmp_path, capsys):
     assert told.startswith(f"{file}: shapes[0]: ")
 
 
+def test_shapes_that_are_no_boxes_and_turned_boxes_are_counted(tmp_path, capsys):
+    cvat = write_cvat(tmp_path / "cvat", BOXES, NAMES)
+    file = cvat / "annotations.xml"
+    turned = file.read_text().replace('xbr="20"', 'xbr="20" rotation="30.0"')
+    file.write_text(turned.replace("</image>", '<polygon label="dog" points="1,2;3,4"></polygon></image>', 1))
+    assert main([str(cvat), str(tmp_path / "data")]) == 0
+    told = capsys.readouterr().out
+    assert "shapes that are no boxes, left out: 1 polygon" in told
+    assert f"turned boxes: 1, taken as if they were not: {file}:13" in told
+
+
 def test_all_faults_are_told_up_to_twenty(tmp_path, capsys):
     labels = write_yolo(tmp_path / "labels", BOXES, NAMES)
     (labels / "labels" / "a.txt").write_text("9 0.5 0.5 0.1 0.1\n" * 13)

@@ -1,0 +1,67 @@
+"""From labelled photographs to a detector: the layouts and commands that a user with own pictures goes through."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from src.data.prepare.__main__ import main as prepare
+from src.export.export import labelled_categories, read_pictures
+from src.report.report import NullReport
+from tests.helpers.datasets import annotation, to_roboflow, write_coco
+from tests.helpers.label_folders import write_voc, write_yolo
+from tests.helpers.launch import HALF
+
+NAMES = ["square", "disc", "star"]
+BOXES = {f"Bild {n} größer.jpg": [(n % 2, 20, 20, 120, 80)] for n in range(10)}
+
+
+def flags(data: Path, output: Path, *more: str) -> list[str]:
+    small = "--data_pipeline no_dali --backbone resnet18 --backbone-weights none -b 2 --ebs 2 -e 1 --num-workers 0"
+    return ["--data", str(data), "--output", str(output), *small.split(), *HALF, *more]
+
+
+@pytest.fixture(scope="module")
+def roboflow(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("roboflow")
+    annotations = [annotation(image, (30, 20, 90, 80), 1 + image % 2) for image in (1, 2, 3)]
+    return to_roboflow(write_coco(folder, annotations, images=3))
+
+
+def test_roboflows_layout_is_trained_checked_and_scored(roboflow, narrow, tmp_path, capsys):
+    assert main.main(flags(roboflow, tmp_path)) == 0
+    assert main.main(flags(roboflow, tmp_path / "check", "--mode", "check")) == 0
+    checkpoint = ("--checkpoint", str(tmp_path / "best.pt"))
+    assert main.main(flags(roboflow, tmp_path, "--mode", "evaluation", *checkpoint)) == 0
+    assert main.main(flags(roboflow / "valid", tmp_path, "--mode", "prediction", *checkpoint)) == 0
+    told = capsys.readouterr().out
+    assert f"{roboflow / 'train' / '_annotations.coco.json'}:\n  images: 3, 0 of them without boxes" in told
+    assert f"{roboflow / 'valid' / '_annotations.coco.json'}:\n  images: 3" in told
+
+
+def test_export_takes_roboflows_pictures_and_categories(roboflow):
+    assert len(read_pictures(roboflow, NullReport())) == 3
+    heads = {"conf.0.bias": torch.zeros(4 * 4)}  # 4 boxes a cell; background and 3 categories
+    found = labelled_categories({"model": heads}, roboflow, source=Path("x"), report=NullReport())
+    assert [category.name for category in found] == ["shapes", "square", "disc"]
+
+
+def test_one_error_names_both_layouts(tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    assert main.main(flags(tmp_path, tmp_path / "run")) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "annotations/instances_train2017.json" in told
+    assert "train/_annotations.coco.json" in told
+
+
+@pytest.mark.parametrize("write", [write_yolo, write_voc])
+def test_labels_become_a_data_set_that_is_checked_and_trained(write, narrow, tmp_path, capsys):
+    labels = write(tmp_path / "labels", BOXES, NAMES)
+    data, run = tmp_path / "Daten für alle", tmp_path / "run"
+    assert prepare([str(labels), str(data)]) == 0
+    assert main.main(flags(data, tmp_path / "check", "--mode", "check")) == 0
+    assert main.main(flags(data, run)) == 0
+    assert json.loads((run / "flags.json").read_text())["flags"]["data"] == str(data)
+    assert "nothing is wrong" in capsys.readouterr().out
