@@ -46,7 +46,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@for page in *.rst docs/*.rst; do $(BIN)/rst2html --halt=warning $$page > /dev/null || exit 1; done
+	@for page in *.rst docs/*.rst tests/README.rst tests/oracle/README.rst; do $(BIN)/rst2html --halt=warning $$page > /dev/null || exit 1; done
 
 clean:
 	rm -rf $(VENV) $(DEMO) gpu.json
