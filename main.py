@@ -131,8 +131,8 @@ def train(flags: Flags, processes: Processes) -> int:
         for line in news:
             report.note(line)
         tell_start(
-            report, processes=processes, loader=loader, images=schedule.images, learning_rate=schedule.peak,
-            training=training, validation=validation,
+            report, processes=processes, loader=loader, epochs=flags.epochs, images=schedule.images,
+            learning_rate=schedule.peak, training=training, validation=validation,
         )  # fmt: skip
         report.begin_run(mlperf_constants(flags, schedule, loader.num_images, len(validation) if validation else 0))
         context = RunContext(processes, report, flags.output)
@@ -181,6 +181,8 @@ def evaluation_config(flags: Flags) -> EvaluationConfig:
 
 
 def make_trainer(flags: Flags, processes: Processes, model: SSD300) -> Trainer:
+    if flags.freeze_backbone:
+        model.freeze_backbone()
     layout = processes.broadcast_object(
         training_memory_format(flags.backbone, processes.device)
     )  # one, whatever the machines

@@ -19,7 +19,7 @@ ORIENTATIONS = ("stored", "upright")
 MODES = ("training", "evaluation", "prediction", "check", "benchmark", "export")
 
 ALTERING = ("batch-size", "seed", "learning-rate", "momentum", "weight-decay", "warmup", "multistep", "fp16", "compile",
-            "data_pipeline", "orientation")  # flags under whose other values a run is another one  # fmt: skip
+            "data_pipeline", "orientation", "freeze-backbone")  # flags that make a run another one  # fmt: skip
 
 Group = argparse._ArgumentGroup
 Number = TypeVar("Number", int, float)
@@ -49,6 +49,7 @@ class Flags:
     orientation: str
     backbone: str
     backbone_weights: str
+    freeze_backbone: bool
     checkpoint: Path | None
     resume: Path | bool | None  # True: from last.pt in `output`
     compile: bool
@@ -161,6 +162,10 @@ def _add_weights(group: Group) -> None:
     group.add_argument(
         "--backbone-weights", type=_weights, default="imagenet", metavar="{imagenet,none,FILE}",
         help="torchvision's ImageNet weights, random ones, or a state_dict in a file",
+    )  # fmt: skip
+    group.add_argument(
+        "--freeze-backbone", action="store_true",
+        help="keep the backbone's weights and batch-norm statistics as they are; for a few hundred pictures or fewer",
     )  # fmt: skip
     group.add_argument(
         "--checkpoint", type=_path, default=None, metavar="FILE",

@@ -31,6 +31,7 @@ OURS = {
     "orientation": (["--orientation"], "stored"),
     "backbone": (["--backbone"], "resnet50"),
     "backbone_weights": (["--backbone-weights"], "imagenet"),
+    "freeze_backbone": (["--freeze-backbone"], False),
     "checkpoint": (["--checkpoint"], None),
     "resume": (["--resume"], None),
     "compile": (["--compile"], False),
@@ -97,7 +98,7 @@ def test_readme_lists_every_flag_with_its_aliases_and_default():
         elif isinstance(actual, list):
             expected = " ".join(map(str, actual))
         elif actual is None or actual is False:
-            expected = "off" if name in ("fp16", "resume", "compile") else "none"
+            expected = "off" if name in ("fp16", "resume", "compile", "freeze_backbone") else "none"
         elif isinstance(actual, float):
             assert float(default) == actual
             continue

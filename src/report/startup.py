@@ -51,6 +51,7 @@ def tell_start(
     *,
     processes: Processes,
     loader: TrainLoader,
+    epochs: int,
     images: int,
     learning_rate: float,
     training: Annotations,
@@ -64,7 +65,10 @@ def tell_start(
     )
     if validation is not None:
         report.note(f"Validation images: {len(validation)} with {len(validation.boxes)} boxes")
-    report.note(f"Iterations an epoch: {len(loader)} of {images} images, learning rate: {learning_rate:.4g}")
+    report.note(
+        f"Iterations: {epochs * len(loader)} ({len(loader)} an epoch, of {images} images), "
+        f"learning rate: {learning_rate:.4g}"
+    )
 
 
 def device_name(device: torch.device) -> str:

@@ -55,7 +55,19 @@ class SSD300(nn.Module):
         )
         self.loc = _heads(channels, 4)
         self.conf = _heads(channels, num_labels)
+        self.backbone_is_frozen = False
         self._initialise()
+
+    def freeze_backbone(self) -> None:
+        """Keeps the backbone's weights and batch-norm statistics as they are, in training too."""
+        self.backbone_is_frozen = True
+        self.feature_extractor.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "SSD300":
+        super().train(mode)
+        if self.backbone_is_frozen:
+            self.feature_extractor.eval()
+        return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = [self.feature_extractor(images)]

@@ -18,7 +18,11 @@ from src.weights.backbone import load_backbone_weights
 from src.weights.detector import load_detector, load_weights
 from src.weights.files import load_checkpoint
 
-BEFORE_THE_FLAG = {"--compile": False, "--orientation": "stored"}  # what runs did that were written before it was there
+BEFORE_THE_FLAG = {
+    "--compile": False,
+    "--orientation": "stored",
+    "--freeze-backbone": False,
+}  # what runs did that were written before it was there
 
 
 def resumed_file(resume: Path | bool | None, output: Path) -> Path | None:
@@ -127,5 +131,16 @@ def schedule_warnings(
         rate = f"{schedule.learning_rate(0, iterations - 1):.3g} of {schedule.peak:.3g}"
         warnings.append(
             f"--warmup {schedule.warmup}: the run has {iterations} iterations, so the learning rate gets to {rate}"
+        )
+    elif 4 * schedule.warmup > iterations:
+        warnings.append(
+            f"--warmup {schedule.warmup}: takes {schedule.warmup / iterations:.0%} of the run's {iterations} iterations"
+            f"; give {iterations // 4} or fewer, or raise --epochs"
+        )
+    first = min((epoch for epoch in schedule.multistep if epoch < epochs), default=None)
+    if first is not None and first * length < schedule.warmup <= iterations:
+        warnings.append(
+            f"--multistep {first}: the rate falls after {first * length} iterations, before the warm-up of "
+            f"{schedule.warmup} is over; raise --multistep or lower --warmup"
         )
     return warnings

@@ -61,7 +61,7 @@ def test_only_one_process_prints(whole):
         r"Device: CPU, processes: 2",
         rf"Training images: {IMAGES} with {BOXES * IMAGES} boxes of 2 categories \(1 without boxes left out\)",
         rf"Validation images: {IMAGES + 1} with {BOXES * IMAGES} boxes",
-        r"Iterations an epoch: 3 of 4 images, learning rate: 0.0025",
+        r"Iterations: 9 \(3 an epoch, of 4 images\), learning rate: 0.0025",
         r"Epoch:  0, Iteration: 0, Loss: \d+\.\d{4}",
         r"Epoch  0 finished\. .*",
         r"Epoch  1 finished\. .*",
