@@ -238,7 +238,7 @@ def work(flags: Flags, processes: Processes) -> int:
             return DONE
         predict_folder(
             flags.data, checkpoint=flags.checkpoint, backbone=flags.backbone, config=evaluation_config(flags),
-            context=context,
+            context=context, score=flags.score,
         )  # fmt: skip
     return DONE
 

@@ -46,6 +46,7 @@ class Flags:
     data_pipeline: str
     mode: str
     target: float | None
+    score: float | str | None  # None: as published; "best": each category's own
     orientation: str
     backbone: str
     backbone_weights: str
@@ -147,6 +148,11 @@ def _add_modes(group: Group) -> None:
     group.add_argument(
         "--target", type=_fraction, default=None, metavar="MAP", help="exit status 1 when the final mAP is below it"
     )
+    group.add_argument(
+        "--score", type=_score, default=None, metavar="{S,best}",
+        help="prediction: draw and list detections of this score or more, best: of each category's best F1; left out: "
+        "draw from 0.3, list from 0.05",
+    )  # fmt: skip
 
 
 def _add_input(group: Group) -> None:
@@ -223,6 +229,12 @@ def _rate(text: str) -> float:
 
 def _fraction(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _score(text: str) -> float | str:
+    if text == "best":
+        return text
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1, or best")
 
 
 def _number(text: str, kind: Callable[[str], Number], accept: Callable[[Number], bool], wanted: str) -> Number:

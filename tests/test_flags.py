@@ -37,6 +37,7 @@ OURS = {
     "compile": (["--compile"], False),
     "output": (["--output"], Path("models")),
     "target": (["--target"], None),
+    "score": (["--score"], None),
 }
 
 

@@ -24,7 +24,7 @@ from src.data.images.formats import Images, decode_any, decode_thumbnail, find_i
 from src.data.pipelines.batch import normalise
 from src.evaluation.evaluate import EvaluationConfig, detect_batch, evaluating, log_non_finite, prepare_for_inference
 from src.evaluation.results import DECIMALS, in_pixels, write_json_list
-from src.report.plots import draw_prediction
+from src.report.plots import MIN_SCORE, draw_prediction
 from src.report.report import RESULTS, RunContext, holds_run
 from src.runtime.errors import UserError
 from src.runtime.output_files import NAME_KEPT, make_folder
@@ -61,16 +61,24 @@ class Prediction(NamedTuple):
 
 
 def predict_folder(
-    data: Path, *, checkpoint: Path, backbone: str, config: EvaluationConfig, context: RunContext
+    data: Path,
+    *,
+    checkpoint: Path,
+    backbone: str,
+    config: EvaluationConfig,
+    context: RunContext,
+    score: float | str | None = None,
 ) -> None:
     """`--mode prediction`: draws and lists what a checkpoint's network detects in an image or a folder of images.
 
-    backbone: used where the checkpoint does not name its own.  Each rank draws its share of the images, rank 0 lists
+    backbone: used where the checkpoint does not name its own.  score: see `min_scores_of`.
+    Each rank draws its share of the images, rank 0 lists
     all.  Raises UserError at the end, on rank 0, where images could not be read.
     """
     processes, report, output = context.processes, context.report, context.output
     state = processes.broadcast_object(load_trained(checkpoint) if processes.is_main else None)
     categories = known_categories(state)
+    min_scores = min_scores_of(state, score, len(categories), source=checkpoint)
     folder, images = processes.broadcast_object(
         (_output_folder(data, output), find_images(data, leave_out=output)) if processes.is_main else None
     )
@@ -79,7 +87,7 @@ def predict_folder(
     model = trained_detector(
         state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=processes.device
     )
-    prediction = predict(model, images, categories, config, RunContext(processes, report, folder))
+    prediction = predict(model, images, categories, config, RunContext(processes, report, folder), min_scores)
     if prediction is None:
         return
     readable = prediction.images - len(prediction.unreadable)
@@ -89,6 +97,25 @@ def predict_folder(
     unreadable = images.unreadable + prediction.unreadable
     if unreadable:
         raise unreadable_images_error(unreadable, prediction.images)
+
+
+def min_scores_of(state: dict, score: float | str | None, num_categories: int, *, source: Path) -> Tensor | None:
+    """The least score of each category's detections, [K]; None without --score.
+
+    score: for all categories; or "best": each category's own as the checkpoint has it, where that is not defined the
+    one of all.  Raises UserError for a checkpoint without them.
+    """
+    if score is None:
+        return None
+    if isinstance(score, float):
+        return torch.full((num_categories,), score)
+    thresholds = state.get("score_thresholds") or {"all": None}
+    if thresholds["all"] is None:
+        raise UserError(
+            f"{source}: has no score thresholds, which best.pt has from an evaluation that detects something: give a "
+            "number, as --mode evaluation prints them (--score 0.4)"
+        )
+    return torch.tensor([thresholds["all"] if own is None else own for own in thresholds["by_label"]])
 
 
 def unreadable_images_error(unreadable: Sequence[UserError], images: int) -> UserError:
@@ -112,11 +139,16 @@ def _output_folder(data: Path, output: Path) -> Path:
 
 
 def predict(
-    model: nn.Module, images: Images, categories: Sequence[Category], config: EvaluationConfig, context: RunContext
+    model: nn.Module,
+    images: Images,
+    categories: Sequence[Category],
+    config: EvaluationConfig,
+    context: RunContext,
+    min_scores: Tensor | None = None,
 ) -> Prediction | None:
     """Draws each image's detections into `context.output` (a.jpg gives a.jpg.png) and lists them in detections.json.
 
-    model: as for `detect_batch`.  categories: the k-th belongs to label k.
+    model: as for `detect_batch`.  categories: the k-th belongs to label k.  min_scores: of `min_scores_of`.
     An image that cannot be read is left out.  All ranks must call this with the same images; each takes its shard.
     Gives None on all ranks but 0.
     """
@@ -138,8 +170,12 @@ def predict(
                 non_finite += not_finite
                 for (index, image), found in zip(readable, detections, strict=True):
                     path, found = images.files[index], clip_to_image(found)
+                    if min_scores is not None:
+                        found = _above(found, min_scores)
                     name = path.relative_to(images.folder)
-                    _draw(path, found, categories, make_folder((output / name).parent) / picture_name(path.name))
+                    picture = make_folder((output / name).parent) / picture_name(path.name)
+                    drawn_from = MIN_SCORE if min_scores is None else 0.0
+                    _draw(path, found, categories, picture, min_score=drawn_from)
                     records += _records(name.as_posix(), index, image.size, found, categories)
             bar.update(len(batch))
     gathered = processes.gather_arrays((records, unreadable, non_finite))
@@ -217,12 +253,20 @@ def _read(path: Path, budget: PixelBudget) -> _Image | UserError:
         return _Image((image.shape[2], image.shape[1]), resize(image))
 
 
-def _draw(path: Path, detections: Detections, categories: Sequence[Category], picture: Path) -> None:
+def _above(detections: Detections, min_scores: Tensor) -> Detections:
+    """The detections with the least score of their category or more; min_scores [K]."""
+    kept = detections.scores >= min_scores.to(detections.scores.device)[detections.labels - 1]
+    return Detections(*(each[kept] for each in detections))
+
+
+def _draw(
+    path: Path, detections: Detections, categories: Sequence[Category], picture: Path, *, min_score: float
+) -> None:
     """Draws an image's detections on it, scaled down to MAX_SIDE."""
     image = decode_thumbnail(path, MAX_SIDE, own=True).permute(1, 2, 0).numpy()
     boxes = in_pixels(detections.boxes.cpu().numpy(), image.shape[1::-1])
     names = [categories[label - 1].name for label in detections.labels.tolist()]
-    draw_prediction(image, boxes, names, detections.scores.cpu().numpy(), picture)
+    draw_prediction(image, boxes, names, detections.scores.cpu().numpy(), picture, min_score=min_score)
 
 
 def picture_name(name: str) -> str:

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 from src.data.annotations.coco import Annotations
 from src.data.annotations.coco_json import AnnotationEntry, pieces
 from src.evaluation.results import Results, garbage_collector_paused, index_of
+from src.evaluation.thresholds import Thresholds, best_thresholds
 
 METRIC_NAMES = (
     "mAP",
@@ -43,6 +44,7 @@ class Scores(NamedTuple):
     metrics: dict[str, float | None]  # the keys are METRIC_NAMES
     precision: np.ndarray  # [T, R, K], all areas, at most 100 detections an image; -1: not defined
     category_ap: dict[str, float | None]  # by name, in the order of `categories`; a shared name gets the id
+    thresholds: Thresholds
 
 
 def score(annotations: Annotations, results: Results) -> Scores:
@@ -66,6 +68,8 @@ class ShardMetrics(NamedTuple):
     labels: np.ndarray  # the shard's, [K']
     precision: np.ndarray  # float64 [T, R, K', A, M]
     recall: np.ndarray  # float64 [T, K', A, M]
+    scores: np.ndarray  # float64 [R, K'] of the detection that reaches a recall at IoU 0.5; 0: not reached
+    num_truth: np.ndarray  # int64 [K'] boxes to find, crowds left out
 
 
 class BoxColumns(NamedTuple):
@@ -130,13 +134,21 @@ def _assign_categories(detections: np.ndarray, num_images: int, count: int) -> n
 def score_shard(shard: CategoryShard) -> ShardMetrics:
     """Precision and recall of a shard's categories."""
     if not len(shard.labels):
-        return ShardMetrics(shard.labels, np.zeros((10, 101, 0, 4, 3)), np.zeros((10, 0, 4, 3)))
+        empty = np.zeros((10, 101, 0, 4, 3)), np.zeros((10, 0, 4, 3)), np.zeros((101, 0)), np.zeros(0, np.int64)
+        return ShardMetrics(shard.labels, *empty)
     with garbage_collector_paused():
         truth, detections = (_coco(boxes, shard.num_images, shard.labels) for boxes in (shard.truth, shard.detections))
         scorer = COCOeval_faster(truth, detections, "bbox")
         scorer.evaluate()
         scorer.accumulate()
-    return ShardMetrics(shard.labels, scorer.eval["precision"], scorer.eval["recall"])
+    counts = np.bincount(shard.truth.labels[shard.truth.crowd == 0], minlength=shard.labels.max() + 1)
+    return ShardMetrics(
+        labels=shard.labels,
+        precision=scorer.eval["precision"],
+        recall=scorer.eval["recall"],
+        scores=np.asarray(scorer.eval["scores"])[0, :, :, 0, -1],
+        num_truth=counts[shard.labels],
+    )
 
 
 def merge_shards(annotations: Annotations, shards: Sequence[ShardMetrics]) -> Scores:
@@ -144,6 +156,8 @@ def merge_shards(annotations: Annotations, shards: Sequence[ShardMetrics]) -> Sc
     order = np.argsort(np.concatenate([shard.labels for shard in shards]))
     precision = np.concatenate([shard.precision for shard in shards], axis=2)[:, :, order]  # [T, R, K, A, M]
     recall = np.concatenate([shard.recall for shard in shards], axis=1)[:, order]  # [T, K, A, M]
+    scores = np.concatenate([shard.scores for shard in shards], axis=1)[:, order]
+    num_truth = np.concatenate([shard.num_truth for shard in shards])[order]
     scorer = COCOeval_faster(None, None, "bbox")
     scorer.eval = {"precision": precision, "recall": recall}
     scorer.summarize()
@@ -153,6 +167,7 @@ def merge_shards(annotations: Annotations, shards: Sequence[ShardMetrics]) -> Sc
         metrics={name: _defined(value) for name, value in zip(METRIC_NAMES, scorer.stats, strict=True)},
         precision=overall,
         category_ap={name: _defined(precision.mean()) for name, precision in by_category},
+        thresholds=best_thresholds(overall[0], scores, num_truth),
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -20,14 +21,14 @@ from src.ssd.detect import EndToEndDetector
 from src.weights.detector import read_labelled
 from src.weights.exported import load_trained, trained_detector
 
-Metrics = dict[str, float | None]  # COCO's 12 by name, None: not defined
-
 
 @contextmanager
 def make_evaluation(
     model: nn.Module, validation: Annotations, config: EvaluationConfig, context: RunContext
-) -> Iterator[Callable[[int], Metrics]]:
+) -> Iterator[Callable[[int], tuple[float | None, dict[str, Any]]]]:
     """A function of the epoch that evaluates the network on all ranks, reports the metrics and writes the files.
+
+    It gives mAP (None: not defined) and what belongs to the network in its checkpoint.
 
     The files are written while training goes on; the next evaluation and the end wait for them.
     """
@@ -37,15 +38,17 @@ def make_evaluation(
         BackgroundFiles(context.output, report) as files,
     ):
 
-        def evaluate_epoch(epoch: int) -> Metrics:
+        def evaluate_epoch(epoch: int) -> tuple[float | None, dict[str, Any]]:
             files.finish()
             report.begin_evaluation(epoch)
             evaluation = run_evaluation()
-            report.evaluation(epoch=epoch, figures=evaluation.scores.metrics, seconds=evaluation.seconds)
+            scores = evaluation.scores
+            details = {"score_thresholds": scores.thresholds.as_record(list(scores.category_ap))}
+            report.evaluation(epoch=epoch, figures=scores.metrics, seconds=evaluation.seconds, details=details)
             if context.processes.is_main:
                 log_evaluation_warnings(report, evaluation)
                 files.start(evaluation, validation)
-            return evaluation.scores.metrics
+            return scores.metrics["mAP"], {"score_thresholds": scores.thresholds.as_state()}
 
         yield evaluate_epoch
 
@@ -113,7 +116,7 @@ def log_evaluation_warnings(report: Report | NullReport, evaluation: Evaluation)
 
 
 def log_metrics(report: Report | NullReport, scores: Scores) -> None:
-    """COCO's 12 metrics and the average precision of each category, a line each."""
+    """COCO's 12 metrics, the average precision of each category and the scores to believe, a line each."""
     for name, value in scores.metrics.items():
         report.note(f"{name:<9} {_metric_text(value)}")
     category_ap = {printable(name): value for name, value in scores.category_ap.items()}
@@ -121,6 +124,11 @@ def log_metrics(report: Report | NullReport, scores: Scores) -> None:
     report.note("mAP by category:")
     for name, value in category_ap.items():
         report.note(f"  {name:<{width}}  {_metric_text(value)}")
+    report.note("Score from which on F1 at IoU 0.5 is best, with F1, precision and recall from there on:")
+    thresholds = scores.thresholds
+    for name, threshold in zip(["(all)", *category_ap], [thresholds.overall, *thresholds.by_category], strict=True):
+        shown = "  ".join(f"{value:.4f}" for value in threshold) if threshold else "not defined"
+        report.note(f"  {name:<{max(width, 5)}}  {shown}")
 
 
 def _metric_text(value: float | None) -> str:

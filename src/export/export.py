@@ -46,7 +46,8 @@ def export(checkpoint: Path, data: Path, output: Path, *, backbone: str, report:
     categories = labelled_categories(state, data, source=checkpoint, report=report)
     trained = trained_model(state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=CPU)
     make_folder(output)
-    for name, content in exported_files(trained, categories).items():
+    thresholds = state.get("score_thresholds")
+    for name, content in exported_files(trained, categories, thresholds).items():
         with atomic_write(output / name) as file:
             file.write(content)
     tell_differences(trained.eval(), pictures, output, report)
@@ -89,8 +90,10 @@ def read_pictures(data: Path, report: Report | NullReport) -> Tensor:
     return torch.stack(pictures)
 
 
-def exported_files(trained: nn.Module, categories: Sequence[Category]) -> dict[str, bytes]:
-    """The files by name: their content."""
+def exported_files(
+    trained: nn.Module, categories: Sequence[Category], score_thresholds: dict | None = None
+) -> dict[str, bytes]:
+    """The files by name: their content.  score_thresholds: of the checkpoint, which an older one does not have."""
     from src.export.onnx_graph import (  # here, because what it needs is optional
         detector_graph,
         network_graph,
@@ -103,6 +106,8 @@ def exported_files(trained: nn.Module, categories: Sequence[Category]) -> dict[s
         "deviation": json.dumps(IMAGENET_STD),
         "version": VERSION,
     }
+    if score_thresholds is not None:
+        metadata["score_thresholds"] = json.dumps(score_thresholds)
     graph = network_graph(folded_copy(trained))
     return {
         DETECTOR: with_metadata(detector_graph(graph), metadata),

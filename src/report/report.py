@@ -143,12 +143,21 @@ class Report:
         self._tell_mlperf(lambda log: log.begin_evaluation(epoch))
 
     def evaluation(
-        self, *, epoch: int, figures: Mapping[str, float | None], seconds: Mapping[str, float] | None = None
+        self,
+        *,
+        epoch: int,
+        figures: Mapping[str, float | None],
+        seconds: Mapping[str, float] | None = None,
+        details: Mapping[str, object] | None = None,
     ) -> None:
-        """The evaluation's figures by name, "mAP" among them; None: not defined.  seconds: where its time went."""
+        """The evaluation's figures by name, "mAP" among them; None: not defined.  seconds: where its time went.
+
+        details: further entries of its line in metrics.jsonl.
+        """
         self._end_bar()
         self.note(f"Epoch {epoch:2d}, Accuracy: {_accuracy_text(figures['mAP'])}")
-        self._record({"kind": "evaluation", "epoch": epoch, **figures, **({"seconds": seconds} if seconds else {})})
+        timing = {"seconds": seconds} if seconds else {}
+        self._record({"kind": "evaluation", "epoch": epoch, **figures, **(details or {}), **timing})
         self._scalars("evaluation", figures, epoch)
         self._tell_mlperf(lambda log: log.end_evaluation(epoch, _finite(figures["mAP"])))
 

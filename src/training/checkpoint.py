@@ -4,8 +4,10 @@ A file holds tensors, plain numbers, strings, bytes, lists and dicts only, so th
 """
 
 import io
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -57,10 +59,10 @@ class Checkpoint:
 PARTS = ("model", "optimizer", "scaler", "pipeline")  # of a checkpoint, as they are
 
 
-def save_run(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes a run's checkpoint; see `save_checkpoint`."""
+def save_run(path: Path, checkpoint: Checkpoint, findings: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Writes a run's checkpoint; see `save_checkpoint`.  findings: of the network's evaluation; they stand beside."""
     state = {name: getattr(checkpoint, name) for name in PARTS}
-    save_checkpoint(path, {**state, **asdict(checkpoint.position), **asdict(checkpoint.identity)})
+    save_checkpoint(path, {**state, **asdict(checkpoint.position), **asdict(checkpoint.identity), **findings})
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

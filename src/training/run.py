@@ -1,7 +1,8 @@
 """A whole training run: epochs, evaluations and checkpoints, from wherever it stands to its end."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from src.data.pipelines.loaders import TrainLoader
 from src.report.report import NullReport, Report
@@ -13,7 +14,7 @@ from src.training.step import Schedule, Trainer, train_epoch
 
 LAST, BEST = "last.pt", "best.pt"
 
-Evaluate = Callable[[int], Mapping[str, float | None]]
+Evaluate = Callable[[int], tuple[float | None, dict[str, Any]]]
 
 
 class Run:
@@ -34,8 +35,9 @@ class Run:
         stop: GracefulShutdown,
         report: Report | NullReport,
     ) -> None:
-        """evaluate(epoch): scores the network on all processes, gives the 12 figures and tells the report.
+        """evaluate(epoch): scores the network on all processes and tells the report.
 
+        It gives mAP and what belongs to the network in best.pt, such as its score thresholds.
         None: it is never evaluated.
         """
         self.trainer = trainer
@@ -50,6 +52,7 @@ class Run:
         self.processes = processes
         self.stop = stop
         self.report = report
+        self.findings: dict[str, Any] = {}  # of the last evaluation, for best.pt
         self.images = 0  # trained on by this process group since it started
         self.seconds = 0.0  # of training, evaluations left out
 
@@ -126,7 +129,7 @@ class Run:
         """Scores the network; True where it is better than ever before."""
         self.processes.share_buffers(self.trainer.model)
         position = self.position
-        position.last_map, position.evaluated = evaluate(position.epoch)["mAP"], True
+        (position.last_map, self.findings), position.evaluated = evaluate(position.epoch), True
         if position.last_map is None or (position.best_map is not None and position.last_map <= position.best_map):
             return False
         position.best_map = position.last_map
@@ -146,5 +149,5 @@ class Run:
                 position=self.position,
                 identity=self.identity,
             )
-            save_run(self.output / name, checkpoint)
+            save_run(self.output / name, checkpoint, self.findings if name == BEST else {})
         self.processes.broadcast_object()

@@ -60,8 +60,9 @@ def load_trained(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    categories = _open(content, path, torch.device("cpu")).categories
-    return {"categories": [[category["id"], category["name"]] for category in categories], "exported": content}
+    detector = _open(content, path, torch.device("cpu"))
+    categories = [[category["id"], category["name"]] for category in detector.categories]
+    return {"categories": categories, "score_thresholds": detector.score_thresholds, "exported": content}
 
 
 def trained_detector(
@@ -101,6 +102,7 @@ class OnnxDetector(EndToEndDetector):
         self.session = onnxruntime.InferenceSession(content, options, providers=providers)
         is_detector = [output.name for output in self.session.get_outputs()] == OUTPUTS  # not network.onnx
         metadata = self.session.get_modelmeta().custom_metadata_map
+        self.score_thresholds = json.loads(metadata.get("score_thresholds", "null"))
         self.categories = json.loads(metadata.get("categories", "[]")) if is_detector else []
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

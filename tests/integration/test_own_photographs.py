@@ -65,3 +65,23 @@ def test_labels_become_a_data_set_that_is_checked_and_trained(write, narrow, tmp
     assert main.main(flags(data, run)) == 0
     assert json.loads((run / "flags.json").read_text())["flags"]["data"] == str(data)
     assert "nothing is wrong" in capsys.readouterr().out
+
+
+def test_prediction_from_the_scores_of_the_best_f1(narrow, tmp_path, capsys):
+    """best.pt has them from its evaluation; here they are set, because this network detects nothing right."""
+    data, run = write_coco(tmp_path / "data", [annotation(image) for image in (1, 2)], images=2), tmp_path / "run"
+    assert main.main(flags(data, run)) == 0
+    state = torch.load(run / "best.pt")
+    assert state["score_thresholds"] == {"all": None, "by_label": [None, None]}
+    predict = (*flags(data / "val2017", tmp_path / "found", "--mode", "prediction"), "--checkpoint")
+    assert main.main([*predict, str(run / "best.pt"), "--score", "best"]) == 2
+    assert "has no score thresholds" in capsys.readouterr().err
+    state["model"]["conf.0.bias"][4:8] += 9  # category 1 everywhere in the first map
+    for own, least in ((None, 0.2), (0.9, 0.9)):
+        thresholds = {"all": 0.2, "by_label": [own, None]}
+        torch.save({**state, "score_thresholds": thresholds}, run / "set.pt")
+        assert main.main([*predict, str(run / "set.pt"), "--score", "best"]) == 0
+        found = json.loads((tmp_path / "found" / "detections.json").read_text())
+        assert all(entry["score"] >= least for entry in found if entry["category"] == "square")
+    assert main.main([*predict, str(run / "set.pt"), "--score", "0.999999"]) == 0
+    assert len(json.loads((tmp_path / "found" / "detections.json").read_text())) < len(found) or not found
