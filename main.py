@@ -36,7 +36,7 @@ from src.report.exit_status import (
     meets_target,
     report_error_before_cleanup,
 )
-from src.report.report import NullReport, Report, RunContext
+from src.report.report import Report, RunContext
 from src.report.startup import ResumedFrom, start_report, tell_data, tell_start
 from src.runtime import distributed, launcher_env
 from src.runtime.devices import configure
@@ -115,7 +115,7 @@ def train(flags: Flags, processes: Processes) -> int:
         stack.enter_context(report_error_before_cleanup(processes))
         trainer = make_trainer(flags, processes, model)
         position, warnings = start_position(trainer, loader, schedule, identity, before, rank=processes.rank)
-        report: Report | NullReport = NullReport()
+        report = Report.disabled()
         if processes.is_main:
             stack.enter_context(lock_output_folder(flags.output))
             # An older run's files are moved, or cut back, only now: all that could be among them has been read.
@@ -208,7 +208,7 @@ def work(flags: Flags, processes: Processes) -> int:
     """Every other mode, which writes no log of a run; the exit status."""
     if flags.mode in SINGLE_PROCESS_MODES and processes.world_size > 1:
         raise UserError(f"--mode {flags.mode} works on one process{SINGLE_PROCESS_MODES[flags.mode]}")
-    with closing(Report(None, append=True) if processes.is_main else NullReport()) as report:
+    with closing(Report(None, append=True) if processes.is_main else Report.disabled()) as report:
         context = RunContext(processes, report, flags.output)
         if flags.mode == "check":
             return check(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils import collect_env
 
-from src.report.report import versions
+from src.report.run_folder import versions
 
 GPU_BATCH = 128  # the figures to reach are stated for it
 # Of a training step of ResNet-50: the peaks at batch 128 on an H100, less the reserve; cuDNN's trials are the greater

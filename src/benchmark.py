@@ -16,7 +16,7 @@ from src.data.annotations.coco import Annotations
 from src.data.pipelines.batch import Batch
 from src.data.pipelines.loaders import TrainLoader
 from src.evaluation.evaluate import evaluating, prepare_for_inference
-from src.report.report import NullReport, Report
+from src.report.report import Report
 from src.report.startup import device_name, tell_data
 from src.runtime.precision import autocast, image_dtype
 from src.ssd.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES, default_boxes
@@ -130,7 +130,7 @@ def benchmark(
     *,
     backbone: str,
     batch_size: int,
-    report: Report | NullReport,
+    report: Report,
 ) -> None:
     """`--mode benchmark`: times training on real and on random input and evaluation; a line each and the peak memory.
 

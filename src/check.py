@@ -19,7 +19,7 @@ from src.data.pipelines.image_reader import read_image
 from src.data.pipelines.loaders import DecodeCheck, TrainLoader
 from src.report.exit_status import BAD_INPUT, DONE
 from src.report.plots import draw_batch
-from src.report.report import NullReport, Report
+from src.report.report import Report
 from src.runtime.cores import usable_cores
 from src.runtime.errors import DataError
 from src.runtime.output_files import make_folder
@@ -45,7 +45,7 @@ def check(
     upright: bool,
     make_loader: Callable[[Annotations], TrainLoader],
     make_decode_check: TrialMaker,
-    report: Report | NullReport,
+    report: Report,
 ) -> int:
     """Checks the data set in `folder` and draws a training batch of it into `output`; the exit status.
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from src.data.annotations.coco import Annotations
 from src.evaluation.artifacts import ARTIFACTS, artifact_inputs
 from src.evaluation.evaluate import Evaluation
-from src.report.report import METRICS, NullReport, Report
+from src.report.report import Report
+from src.report.run_folder import METRICS
 from src.runtime.errors import SigtermReceived, UserError
 from src.runtime.output_files import make_folder
 
@@ -37,7 +38,7 @@ class BackgroundFiles:
     complete by then stay as they were.
     """
 
-    def __init__(self, output: Path, report: Report | NullReport) -> None:
+    def __init__(self, output: Path, report: Report) -> None:
         self.output = output
         self.report = report
         self._process: subprocess.Popen | None = None

@@ -19,7 +19,7 @@ from src.evaluation.results import DECIMALS, Results, in_pixels, join_results
 from src.evaluation.scoring import Scores, merge_shards, score_shard, shard_categories
 from src.evaluation.timing import summarise_ranks, timed
 from src.report.progress import Bar, NullBar
-from src.report.report import NullReport, Report
+from src.report.report import Report
 from src.runtime.distributed import Processes
 from src.runtime.precision import autocast, half_is_fast
 from src.ssd.detect import Detections, EndToEndDetector, detect, finite_boxes, strip_padding
@@ -165,7 +165,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def log_non_finite(report: Report | NullReport, count: int) -> None:
+def log_non_finite(report: Report, count: int) -> None:
     """Warns of default boxes whose outputs are NaN or infinite."""
     if count:
         report.warn(f"{count} default boxes' outputs were not finite: they detect nothing")

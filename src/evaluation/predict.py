@@ -25,7 +25,8 @@ from src.data.pipelines.batch import normalise
 from src.evaluation.evaluate import EvaluationConfig, detect_batch, evaluating, log_non_finite, prepare_for_inference
 from src.evaluation.results import DECIMALS, in_pixels, write_json_list
 from src.report.plots import MIN_SCORE, draw_prediction
-from src.report.report import RESULTS, RunContext, holds_run
+from src.report.report import RunContext
+from src.report.run_folder import RESULTS, holds_run
 from src.runtime.errors import UserError
 from src.runtime.output_files import NAME_KEPT, make_folder
 from src.ssd.detect import Detections, EndToEndDetector

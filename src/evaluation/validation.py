@@ -13,7 +13,7 @@ from src.evaluation.artifacts import artifact_inputs, write_artifacts
 from src.evaluation.background_files import BackgroundFiles
 from src.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate, log_non_finite
 from src.evaluation.scoring import Scores
-from src.report.report import NullReport, Report, RunContext
+from src.report.report import Report, RunContext
 from src.report.startup import tell_data
 from src.runtime.errors import UserError, printable
 from src.runtime.output_files import make_folder
@@ -107,7 +107,7 @@ def _evaluator(
         )
 
 
-def log_evaluation_warnings(report: Report | NullReport, evaluation: Evaluation) -> None:
+def log_evaluation_warnings(report: Report, evaluation: Evaluation) -> None:
     """Warns of outputs that are NaN or infinite, and notes an evaluation without detections; on rank 0."""
     assert evaluation.results is not None
     log_non_finite(report, evaluation.non_finite)
@@ -115,7 +115,7 @@ def log_evaluation_warnings(report: Report | NullReport, evaluation: Evaluation)
         report.note("Nothing was detected with a score above the threshold")
 
 
-def log_metrics(report: Report | NullReport, scores: Scores) -> None:
+def log_metrics(report: Report, scores: Scores) -> None:
     """COCO's 12 metrics, the average precision of each category and the scores to believe, a line each."""
     for name, value in scores.metrics.items():
         report.note(f"{name:<9} {_metric_text(value)}")

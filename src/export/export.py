@@ -13,7 +13,7 @@ from src.data.images.decode import resize
 from src.data.images.formats import decode_any, find_images
 from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, normalise
 from src.evaluation.evaluate import detect_batch
-from src.report.report import NullReport, Report
+from src.report.report import Report
 from src.runtime.errors import UserError
 from src.runtime.output_files import atomic_write, make_folder
 from src.runtime.version import VERSION
@@ -32,7 +32,7 @@ MATCHED = 1e-2  # of the image, and in score: a detection of both is no further 
 TOLERATED = 1e-4  # difference in boxes and scores without a warning
 
 
-def export(checkpoint: Path, data: Path, output: Path, *, backbone: str, report: Report | NullReport) -> None:
+def export(checkpoint: Path, data: Path, output: Path, *, backbone: str, report: Report) -> None:
     """Writes a checkpoint's detector into `output` as files that other programs run, compared with it on pictures.
 
     data: an image, a folder of images, or a data set, whose validation images are taken.  backbone: that of a
@@ -53,7 +53,7 @@ def export(checkpoint: Path, data: Path, output: Path, *, backbone: str, report:
     tell_differences(trained.eval(), pictures, output, report)
 
 
-def labelled_categories(state: dict, data: Path, *, source: Path, report: Report | NullReport) -> tuple[Category, ...]:
+def labelled_categories(state: dict, data: Path, *, source: Path, report: Report) -> tuple[Category, ...]:
     """The categories of a checkpoint's labels; of one that does not say those of the data set, in their order.
 
     Without a data set, that a label is its category's id.  Raises UserError where the data set has others.
@@ -71,7 +71,7 @@ def labelled_categories(state: dict, data: Path, *, source: Path, report: Report
     return known_categories(state)
 
 
-def read_pictures(data: Path, report: Report | NullReport) -> Tensor:
+def read_pictures(data: Path, report: Report) -> Tensor:
     """The first images of `data` for the network, [P, 3, 300, 300] uint8; warns of those that cannot be read.
 
     Raises UserError where none can.
@@ -127,7 +127,7 @@ def default_boxes_file() -> str:
     return json.dumps({"form": "cx, cy, width, height", "variances": VARIANCES, "default_boxes": boxes})
 
 
-def tell_differences(trained: nn.Module, pictures: Tensor, output: Path, report: Report | NullReport) -> None:
+def tell_differences(trained: nn.Module, pictures: Tensor, output: Path, report: Report) -> None:
     """A line for each file: how large it is, and how far what it gives is from what the trained network gives."""
     normalised = normalise(pictures)
     with torch.inference_mode():

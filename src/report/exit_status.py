@@ -10,7 +10,7 @@ import torch
 
 from src.data.pipelines.workers import explained
 from src.report.progress import Bar
-from src.report.report import NullReport, Report
+from src.report.report import Report
 from src.runtime.collective_errors import advice, is_setup_error, reason
 from src.runtime.distributed import Processes
 from src.runtime.errors import DivergenceError, ReportedElsewhereError, UserError
@@ -69,7 +69,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def meets_target(accuracy: float | None, target: float | None, report: Report | NullReport) -> int:
+def meets_target(accuracy: float | None, target: float | None, report: Report) -> int:
     """The exit status after an evaluation that ended with `accuracy`; a warning where that is below the target."""
     if target is None or (accuracy is not None and accuracy >= target):
         return DONE

@@ -165,7 +165,7 @@ def _use_only(logger: logging.Logger, handler: logging.Handler) -> None:
     logger.propagate = False
 
 
-def truncated(text: str, epoch: int) -> str:
+def rewind(text: str, epoch: int) -> str:
     """An mlperf.log as it was before `epoch` was evaluated: what a run continued in that epoch goes on from.
 
     A run that had ended goes on as if it had not; a line that was cut goes, and so do constants that are not complete.

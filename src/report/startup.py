@@ -8,7 +8,8 @@ import torch
 
 from src.data.annotations.coco import Annotations
 from src.data.pipelines.loaders import TrainLoader
-from src.report.report import NullReport, Report, set_aside_old_run
+from src.report.report import Report
+from src.report.run_folder import set_aside_old_run
 from src.runtime.distributed import Processes
 from src.runtime.precision import SLOW_HALF, half_is_fast
 
@@ -31,13 +32,13 @@ def start_report(
     if moved:
         report.note(moved)
     if continued is not None:
-        report.truncate(epoch=continued.epoch, iteration=continued.iteration)
+        report.rewind(epoch=continued.epoch, iteration=continued.iteration)
         report.note(f"Continued from {continued.file}: epoch {continued.epoch}, iteration {continued.iteration}")
     report.flags(flags, device=device_name(processes.device), processes=processes.world_size)
     return report
 
 
-def tell_data(report: Report | NullReport, *data: Annotations | None, half: bool, device: torch.device) -> None:
+def tell_data(report: Report, *data: Annotations | None, half: bool, device: torch.device) -> None:
     """What is odd about the data and the machine.  half: whether --fp16 is asked for."""
     for annotations in data:
         for warning in annotations.warnings if annotations else ():
@@ -47,7 +48,7 @@ def tell_data(report: Report | NullReport, *data: Annotations | None, half: bool
 
 
 def tell_start(
-    report: Report | NullReport,
+    report: Report,
     *,
     processes: Processes,
     loader: TrainLoader,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data.pipelines.loaders import TrainLoader
-from src.report.report import NullReport, Report
+from src.report.report import Report
 from src.runtime.distributed import Processes
 from src.runtime.errors import SigtermReceived
 from src.runtime.preemption import GracefulShutdown
@@ -33,7 +33,7 @@ class Run:
         output: Path,
         processes: Processes,
         stop: GracefulShutdown,
-        report: Report | NullReport,
+        report: Report,
     ) -> None:
         """evaluate(epoch): scores the network on all processes and tells the report.
 

@@ -11,7 +11,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim import SGD, Optimizer
 
 from src.data.pipelines.batch import Batch
-from src.report.report import NullReport, Report
+from src.report.metrics import IterationMetrics
+from src.report.report import Report
 from src.runtime.distributed import Processes
 from src.runtime.errors import DivergenceError, UserError
 from src.runtime.precision import autocast
@@ -216,7 +217,7 @@ def train_epoch(
     first_iteration: int,
     start: int,
     stop: GracefulShutdown,
-    report: Report | NullReport,
+    report: Report,
 ) -> EpochResult:
     """Trains on `batches`, those of `epoch` from its iteration `start` on.
 
@@ -254,7 +255,7 @@ def train_epoch(
 
 
 def _log(
-    report: Report | NullReport,
+    report: Report,
     trainer: Trainer,
     parts: LossParts,
     epoch: int,
@@ -263,9 +264,7 @@ def _log(
     images_per_second: float,
 ) -> None:
     localisation, label = torch.stack(parts).tolist()  # one wait for the device
-    report.iteration(
-        epoch=epoch,
-        iteration=iteration,
+    metrics = IterationMetrics(
         loss=localisation + label,
         localisation_loss=localisation,
         label_loss=label,
@@ -274,3 +273,4 @@ def _log(
         loss_scale=trainer.scaler.get_scale(),
         skipped_steps=trainer.skipped_steps(),
     )
+    report.iteration(epoch, iteration, metrics)

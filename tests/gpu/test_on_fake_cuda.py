@@ -17,7 +17,7 @@ from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EvaluationLoader, TorchTrainLoader
 from src.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
 from src.evaluation.predict import predict
-from src.report.report import NullReport, RunContext
+from src.report.report import Report, RunContext
 from src.runtime.distributed import Processes
 from src.runtime.preemption import GracefulShutdown
 from src.ssd.detect import detect
@@ -74,7 +74,9 @@ def train(device: torch.device, batches, *, half: bool = False) -> list[torch.Te
     stop = GracefulShutdown(trainer.breakdown.processes)
     schedule = Schedule(base=0.01, images=BATCH, warmup=0, multistep=())
     try:
-        train_epoch(trainer, batches, schedule, epoch=0, first_iteration=0, start=0, stop=stop, report=NullReport())
+        train_epoch(
+            trainer, batches, schedule, epoch=0, first_iteration=0, start=0, stop=stop, report=Report.disabled()
+        )
     finally:
         stop.close()
     return [on_host(parameter.detach()) for parameter in trainer.model.parameters()]
@@ -215,7 +217,7 @@ def test_predictions_are_the_cpus(data, tmp_path):
     listed = {}
     for device in (CPU, GPU):
         with fake_gpu() as gpu:
-            context = RunContext(Processes.single(device), NullReport(), tmp_path / device.type)
+            context = RunContext(Processes.single(device), Report.disabled(), tmp_path / device.type)
             done = predict(detecting_network(device), images, categories, config, context)
         assert "mixed" not in gpu.kinds()
         assert done.detections > 0
@@ -227,7 +229,12 @@ def test_a_benchmark_waits_for_each_step_and_inside_it_for_no_more_than_a_run_do
     monkeypatch.setattr("src.benchmark.STEPS", 1)
     trainer, start = make_trainer(GPU), len(gpu.events)
     benchmark(
-        trainer, torch_loader(data, GPU), annotations_of(data), backbone="small", batch_size=BATCH, report=NullReport()
+        trainer,
+        torch_loader(data, GPU),
+        annotations_of(data),
+        backbone="small",
+        batch_size=BATCH,
+        report=Report.disabled(),
     )
     steps = [[]]
     for event in gpu.events[start:]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.report import mlperf
+from src.report.metrics import IterationMetrics
 from src.report.report import Report
 
 CONSTANTS = mlperf.Constants(
@@ -41,7 +42,7 @@ def log_iteration(to: Report, iteration: int, **changes) -> None:
         "loss_scale": 65536.0,
         "skipped_steps": 3,
     }
-    to.iteration(epoch=iteration // ITERATIONS, iteration=iteration, **(figures | changes))
+    to.iteration(iteration // ITERATIONS, iteration, IterationMetrics(**(figures | changes)))
 
 
 def end_epoch(to: Report, epoch: int) -> None:

@@ -11,7 +11,7 @@ from src.data.annotations.coco import Category
 from src.data.images.formats import Images
 from src.evaluation.evaluate import EvaluationConfig
 from src.evaluation.predict import Prediction, predict
-from src.report.report import NullReport, RunContext
+from src.report.report import Report, RunContext
 from src.runtime.distributed import Processes
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, encode
 
@@ -53,7 +53,9 @@ def predict_files(
     processes = processes or Processes.single(torch.device("cpu"))
     images = Images(folder or files[0].parent, list(files), 0, [])
     config = EvaluationConfig(batch_size=batch_size, num_workers=0, amp=False)
-    return predict(model or FindsOneDisc(), images, CATEGORIES, config, RunContext(processes, NullReport(), output))
+    return predict(
+        model or FindsOneDisc(), images, CATEGORIES, config, RunContext(processes, Report.disabled(), output)
+    )
 
 
 def entries(output: Path) -> list[dict]:

@@ -9,7 +9,7 @@ import torch
 import main
 from src.data.prepare.__main__ import main as prepare
 from src.export.export import labelled_categories, read_pictures
-from src.report.report import NullReport
+from src.report.report import Report
 from tests.helpers.datasets import annotation, to_roboflow, write_coco
 from tests.helpers.label_folders import write_voc, write_yolo
 from tests.helpers.launch import HALF
@@ -42,9 +42,9 @@ def test_roboflows_layout_is_trained_checked_and_scored(roboflow, narrow, tmp_pa
 
 
 def test_export_takes_roboflows_pictures_and_categories(roboflow):
-    assert len(read_pictures(roboflow, NullReport())) == 3
+    assert len(read_pictures(roboflow, Report.disabled())) == 3
     heads = {"conf.0.bias": torch.zeros(4 * 4)}  # 4 boxes a cell; background and 3 categories
-    found = labelled_categories({"model": heads}, roboflow, source=Path("x"), report=NullReport())
+    found = labelled_categories({"model": heads}, roboflow, source=Path("x"), report=Report.disabled())
     assert [category.name for category in found] == ["shapes", "square", "disc"]
 
 

@@ -113,7 +113,7 @@ def test_constants_that_a_kill_cut_short_are_told_again(tmp_path):
     lines = (tmp_path / "mlperf.log").read_text().splitlines(keepends=True)
     (tmp_path / "mlperf.log").write_text("".join(lines[:10]))
     to = Report(tmp_path, append=True, stream=io.StringIO())
-    to.truncate(epoch=0, iteration=0)
+    to.rewind(epoch=0, iteration=0)
     to.begin_run(CONSTANTS)
     to.close()
     assert tags(tmp_path) == whole
