@@ -12,16 +12,21 @@ from typing import NamedTuple
 import numpy as np
 
 from src.data.annotations.coco import Annotations
+from src.evaluation.confusion import GroundTruth, confusion_matrix, ground_truth, min_scores, write_confusion
 from src.evaluation.results import Results, write_results
+from src.evaluation.thresholds import SCORES, Thresholds
+from src.report.confusion_plot import draw_confusion
 from src.report.drawing import PANEL
 from src.report.plots import Example, draw_detections, draw_precision_recall, draw_training
 from src.runtime.errors import UserError
 
-ARTIFACTS = DETECTIONS, PRECISION_RECALL, EXAMPLES, TRAINING = (
+ARTIFACTS = DETECTIONS, PRECISION_RECALL, EXAMPLES, TRAINING, CONFUSION_PICTURE, CONFUSION = (
     "detections.json",
     "precision_recall.png",
     "detections.png",
     "training.png",
+    "confusion_matrix.png",
+    "confusion_matrix.json",
 )
 RECALLS = np.linspace(0, 1, 101)  # COCO's
 NUM_EXAMPLES = 8  # validation images in detections.png
@@ -32,6 +37,8 @@ class ArtifactInputs(NamedTuple):
 
     results: Results
     precision: np.ndarray  # [T, R, K], see Scores
+    thresholds: Thresholds
+    truth: GroundTruth
     names: list[str]  # of the K categories
     examples: list[Example]  # the images of detections.png
     metrics_file: Path | None  # metrics.jsonl of a training run, for training.png
@@ -41,6 +48,7 @@ class ArtifactInputs(NamedTuple):
 def artifact_inputs(
     results: Results,
     precision: np.ndarray,
+    thresholds: Thresholds,
     validation: Annotations,
     *,
     metrics_file: Path | None = None,
@@ -50,6 +58,8 @@ def artifact_inputs(
     return ArtifactInputs(
         results=results,
         precision=precision,
+        thresholds=thresholds,
+        truth=ground_truth(validation),
         names=[category.name for category in validation.categories],
         examples=[_example(validation, results, index) for index in _example_indices(validation)],
         metrics_file=metrics_file,
@@ -61,7 +71,15 @@ def write_artifacts(inputs: ArtifactInputs, output: Path) -> list[str]:
     """Writes the files into `output`; gives a line for each that cannot be written."""
     writers: list[Callable[[], object]] = [
         partial(write_results, output / DETECTIONS, inputs.results),
-        partial(draw_precision_recall, inputs.precision, RECALLS, inputs.names, output / PRECISION_RECALL),
+        partial(
+            draw_precision_recall,
+            inputs.precision,
+            RECALLS,
+            inputs.names,
+            output / PRECISION_RECALL,
+            f1=(SCORES, inputs.thresholds.f1),
+        ),
+        partial(_write_confusion, inputs, output),
         partial(draw_detections, inputs.examples, output / EXAMPLES),
     ]
     if inputs.metrics_file is not None:
@@ -73,6 +91,13 @@ def write_artifacts(inputs: ArtifactInputs, output: Path) -> list[str]:
         except UserError as error:
             failures.append(str(error))
     return failures
+
+
+def _write_confusion(inputs: ArtifactInputs, output: Path) -> None:
+    least = min_scores(inputs.thresholds)
+    matrix = confusion_matrix(inputs.results, inputs.truth, least)
+    write_confusion(output / CONFUSION, matrix, inputs.names, least)
+    draw_confusion(matrix, inputs.names, output / CONFUSION_PICTURE)
 
 
 def _example_indices(validation: Annotations) -> np.ndarray:

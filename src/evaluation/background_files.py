@@ -70,7 +70,12 @@ class BackgroundFiles:
         """In the thread, because reading the example images and sending 637,000 detections take a second."""
         assert evaluation.results is not None and process.stdin is not None and process.stdout is not None
         inputs = artifact_inputs(
-            evaluation.results, evaluation.scores.precision, validation, metrics_file=metrics, metrics_size=size
+            evaluation.results,
+            evaluation.scores.precision,
+            evaluation.scores.thresholds,
+            validation,
+            metrics_file=metrics,
+            metrics_size=size,
         )
         with suppress(BrokenPipeError):  # the status below says more
             pickle.dump(inputs, process.stdin, pickle.HIGHEST_PROTOCOL)

@@ -81,7 +81,9 @@ def score_checkpoint(
     if processes.is_main:
         assert evaluation.results is not None
         log_evaluation_warnings(report, evaluation)
-        inputs = artifact_inputs(evaluation.results, evaluation.scores.precision, validation)
+        inputs = artifact_inputs(
+            evaluation.results, evaluation.scores.precision, evaluation.scores.thresholds, validation
+        )
         failures = write_artifacts(inputs, make_folder(context.output))
         if failures:
             raise UserError("; ".join(failures))

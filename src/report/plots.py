@@ -219,24 +219,30 @@ def draw_precision_recall(
     path: Path | str,
     *,
     iou_thresholds: Sequence[float] = IOU_THRESHOLDS,
+    f1: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Figure:
-    """Precision over recall for each IoU threshold, and the categories by average precision, best first.
+    """Precision over recall for each IoU threshold, F1 over score, and the categories by average precision.
 
     precision [T, R, K] in 0..1, -1 where not defined; recalls [R]; names of the K categories.
+    f1: scores [S] and F1 from each on at the first IoU threshold, [S, K].
     """
     precision = np.where(np.asarray(precision) < 0, np.nan, precision)
     scored = np.flatnonzero(~np.isnan(precision).all(axis=(0, 1)))  # [S]: there is ground truth of them
     half = MOST_CATEGORIES // 2
-    height = 5.5 if len(scored) < 14 else 1.6 + 0.27 * min(len(scored), MOST_CATEGORIES)
+    height = 7.0 if len(scored) < 14 else 1.6 + 0.27 * min(len(scored), MOST_CATEGORIES)
     figure = Figure(figsize=(14, height), layout="constrained", dpi=DPI)
-    curves, bars = figure.subplots(1, 2, width_ratios=(1.3, 1))
+    axes = figure.subplot_mosaic([["curves", "bars"], ["f1" if f1 else "curves", "bars"]], width_ratios=(1.3, 1))
+    curves, bars = axes["curves"], axes["bars"]
     curves.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="mean over the categories")
     if not len(scored):
         _remark(curves, "no ground truth")
-        bars.set_axis_off()
+        for others in axes.keys() - {"curves"}:
+            axes[others].set_axis_off()
         return _save(figure, path)
     precision = precision[:, :, scored]  # [T, R, S]
     _draw_curves(curves, precision, recalls, iou_thresholds)
+    if f1:
+        _draw_f1(axes["f1"], f1[0], f1[1][:, scored], iou_thresholds[0])
     average = np.nanmean(precision, axis=(0, 1))  # [S]
     order = (-average).argsort(kind="stable")
     listed = order if len(order) <= MOST_CATEGORIES else np.concatenate((order[:half], order[-half:]))
@@ -258,6 +264,18 @@ def _draw_curves(axes: Axes, precision: np.ndarray, recalls: np.ndarray, iou_thr
         label = f"{threshold:.2f}: {np.nanmean(values):.3f}"
         axes.plot(recalls, np.nanmean(values, axis=1), color=colour, label=label)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, title="IoU: AP")
+
+
+def _draw_f1(axes: Axes, scores: np.ndarray, f1: np.ndarray, iou_threshold: float) -> None:
+    """F1 of the detections from each score on, [S, S'], and the score where the mean is best."""
+    mean = f1.mean(axis=1)
+    best = int(mean.argmax())
+    if f1.shape[1] > 1:
+        axes.plot(scores, f1, color=SKY, linewidth=0.8, alpha=0.5)
+    axes.plot(scores, mean, color=BLUE)
+    axes.set_title(f"best mean: {mean[best]:.3f} from score {scores[best]:.2f} on")
+    axes.axvline(scores[best], color=BLACK, linewidth=1, linestyle=":")
+    axes.set(xlabel="least score", ylabel=f"F1 at IoU {iou_threshold:.2f}", xlim=(0, 1), ylim=(0, 1.02))
 
 
 def _draw_bars(

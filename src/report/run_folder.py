@@ -12,9 +12,9 @@ from src.runtime.output_files import atomic_write, writing
 
 LAST, BEST = "last.pt", "best.pt"
 METRICS, FLAGS, MLPERF_LOG, TENSORBOARD = "metrics.jsonl", "flags.json", "mlperf.log", "tensorboard"
-PICTURES = ("training.png", "precision_recall.png", "detections.png", "batch.png")
-RESULTS = "detections.json"
-RUN_FILES = (LAST, BEST, METRICS, FLAGS, MLPERF_LOG, *PICTURES, RESULTS)
+PICTURES = ("training.png", "precision_recall.png", "confusion_matrix.png", "detections.png", "batch.png")
+RESULTS, CONFUSION = "detections.json", "confusion_matrix.json"
+RUN_FILES = (LAST, BEST, METRICS, FLAGS, MLPERF_LOG, *PICTURES, RESULTS, CONFUSION)
 EVENT_FILES = f"{TENSORBOARD}/events.out.tfevents.*"
 PACKAGES = ("torch", "torchvision", "numpy", "msgspec", "faster-coco-eval", "pycocotools")  # whose versions matter
 

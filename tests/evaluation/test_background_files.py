@@ -80,7 +80,13 @@ def written(folder: Path) -> dict[str, bytes]:
 def test_the_files_are_those_that_the_run_itself_would_write(validation, evaluation, report, tmp_path, capsys):
     expected = tmp_path / "expected"
     expected.mkdir()
-    assert write_artifacts(artifact_inputs(evaluation.results, evaluation.scores.precision, validation), expected) == []
+    assert (
+        write_artifacts(
+            artifact_inputs(evaluation.results, evaluation.scores.precision, evaluation.scores.thresholds, validation),
+            expected,
+        )
+        == []
+    )
     draw_training(tmp_path / "run" / "metrics.jsonl", expected / "training.png")
     with BackgroundFiles(tmp_path / "run", report) as files:
         files.start(evaluation, validation)
@@ -110,6 +116,7 @@ def test_a_file_that_cannot_be_written_is_a_warning_that_names_it(validation, ev
     assert line.startswith(f"main.py: warning: cannot write {blocked}: ")
     assert len(json.loads((tmp_path / "run" / "detections.json").read_text())) == 3
     assert {path.name for path in tmp_path.glob("run/*.png")} == {
+        "confusion_matrix.png",
         "detections.png",
         "precision_recall.png",
         "training.png",

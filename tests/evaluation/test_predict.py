@@ -161,9 +161,9 @@ def test_photographs(coco128, tmp_path):
 def test_any_number_of_processes_leaves_the_same(tmp_path, world_size, monkeypatch):
     drawing = threading.Lock()  # matplotlib's settings are the process's, and the processes are threads here
 
-    def draw(*arguments):
+    def draw(*arguments, **options):
         with drawing:
-            return draw_prediction(*arguments)
+            return draw_prediction(*arguments, **options)
 
     monkeypatch.setattr("src.evaluation.predict.draw_prediction", draw)
     folder = tmp_path / "in"
