@@ -74,9 +74,8 @@ def test_every_room_stands_in_the_order_and_is_there():
 @pytest.mark.parametrize(
     ("place", "statement", "is_wrong"),
     [
-        ("src/data/annotations/coco.py", "from src.report.report import , Report", True)(
-            "src/data/annotations/coco.py", "def f():\n    from ...report import report", True
-        ),
+        ("src/data/annotations/coco.py", "from src.report.report import Report", True),
+        ("src/data/annotations/coco.py", "def f():\n    from ...report import report", True),
         ("src/data/annotations/coco.py", "from ..images import decode", True),
         ("src/data/images/decode.py", "from ..annotations import coco", True),
         ("src/data/annotations/coco.py", "import src.ssd.model", False),
