@@ -1,176 +1,136 @@
-"""Pictures of which no annotation file tells: found, and read upright; and pictures read no larger than they are drawn.
+"""Images without annotations: finds them, reads them upright, and reads them no larger than they are drawn."""
 
-Files are known by how they begin, whatever their names.
-"""
-
-import io
 import os
-import re
-import struct
-import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.Image import DecompressionBombError
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from src.data.images.decode import decode
-from src.data.images.exif import ORIENTATION_TAG, orientation, turned
-from src.data.images.png import pixels
+from src.data.images.decode import (
+    DAMAGE,
+    HEADER_BYTES,
+    UnreadableError,
+    decode,
+    decode_content,
+    image_format,
+    open_image,
+    pixels,
+    read_file,
+    unreadable_error,
+)
+from src.data.images.exif import STORED, apply_orientation, picture_orientation, read_orientation
 from src.runtime.errors import DataError, UserError
 
-BEGINNINGS = {  # of files by kind, as regular expressions
-    "JPEG": rb"\xff\xd8\xff",
-    "PNG": rb"\x89PNG",
-    "GIF": rb"GIF8",
-    "WebP": rb"RIFF....WEBP",
-    "BMP": rb"BM....\0\0\0\0",
-    "TIFF": rb"II\*\0|MM\0\*",
-    "AVIF": rb"....ftypavi[fs]",
-    "HEIC": rb"....ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)",
-}
-LONGEST_BEGINNING = 12  # bytes
-# Pillow's readers, called by name: Image.open refuses pictures of more than 180 megapixels.
-READERS: dict[str, type[ImageFile]] = {
-    "JPEG": JpegImageFile,
-    "PNG": PngImageFile,
-    "GIF": GifImageFile,
-    "WebP": WebPImageFile,
-    "BMP": BmpImageFile,
-    "TIFF": TiffImageFile,
-}
-BY_PILLOW = ("BMP", "TIFF")  # which torchvision cannot decode
 REFUSED = ("AVIF", "HEIC")
-SUFFIXES = (
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".heic",
-    ".heif",
-    ".jfif",
-    ".jpe",
-    ".jpeg",
-    ".jpg",
-    ".png",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
-MOST_PIXELS = 500_000_000  # that Pillow is to read; a damaged file may claim any number, and take that much memory
+SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SUBFILE_TYPE, REDUCED = 254, 1  # TIFF 6.0, section 8: the picture is a smaller version of another one in the file
-DAMAGE = (  # what Pillow raises where a file is damaged
-    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, MemoryError),
-    *(struct.error, zlib.error, DecompressionBombError),
-)
 
 
 class Images(NamedTuple):
     """What there is in a folder and the folders below it."""
 
     folder: Path
-    files: list[Path]  # pictures, and what has a picture's suffix, sorted
+    files: list[Path]  # images, and files and broken links with an image's suffix, sorted
     others: int  # files that are neither
     unreadable: list[UserError]  # one for each folder that cannot be listed
+    predictions: int = 0  # folders that hold an earlier prediction, left out
 
 
 def find_images(path: Path, *, leave_out: Path | None = None) -> Images:
-    """The image at `path`, which may have any name, or those in the folder at `path` and in all folders below it.
+    """The image at `path`, whatever its name, or all images in the folder at `path` and the folders below it.
 
-    Hidden files and folders, whose names begin with a dot, are not looked at, nor is the folder `leave_out`.
-    Raises UserError where there is no image.
+    Leaves out hidden files and folders, whose names begin with a dot, the folder `leave_out`, and folders below `path`
+    that hold the drawings of an earlier prediction.  Raises UserError where there is no image.
     """
-    # Pillow's remarks about tags would stand between the lines; what cannot be read is told of by those who read it.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-    if path.is_file():
+    # os.path gives False where Path.is_file raises, before Python 3.14: in folders that may not be entered.
+    if os.path.isfile(path):
         return Images(path.parent, [path], 0, [])
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path.absolute()}: no such image or folder")
-    unreadable: list[UserError] = []
-    files = [file for file in _files(path, leave_out, unreadable) if file.is_file()]
-    images = sorted(file for file in files if file.suffix.lower() in SUFFIXES or kind_of(file))
+    walk = _Walk(path, leave_out)
+    files = list(walk.files())
+    images = sorted(file for file in files if file.suffix.lower() in SUFFIXES or format_of(file))
     if not images:
-        told = "".join(f"; {error}" for error in unreadable)
-        raise UserError(f"{path.absolute()}: no image in this folder or below it, but {len(files)} other files{told}")
-    return Images(path, images, len(files) - len(images), unreadable)
+        errors = "".join(f"; {error}" for error in walk.unreadable)
+        raise UserError(f"{path.absolute()}: no image in this folder or below it, but {len(files)} other files{errors}")
+    return Images(path, images, len(files) - len(images), walk.unreadable, walk.predictions)
 
 
-def _files(folder: Path, leave_out: Path | None, unreadable: list[UserError]) -> Iterator[Path]:
-    """The files below a folder, each folder once whatever links lead to it; adds to `unreadable`."""
+class _Walk:
+    """Lists the files below a folder, each folder once whatever links lead to it."""
 
-    def note(error: OSError) -> None:
-        unreadable.append(DataError(f"{Path(error.filename).absolute()}: {error.strerror}"))
+    def __init__(self, folder: Path, leave_out: Path | None) -> None:
+        self.folder = folder
+        self.leave_out = leave_out
+        self.unreadable: list[UserError] = []
+        self.predictions = 0
 
-    seen = {os.path.realpath(folder)} | ({os.path.realpath(leave_out)} if leave_out else set())
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=note):
-        shown = sorted((name for name in folders if not name.startswith(".")), reverse=True)
-        inside = {
-            os.path.realpath(os.path.join(place, name)): name for name in shown
-        }  # of links to one place the first
-        folders[:] = [name for real, name in inside.items() if real not in seen]
-        seen.update(inside)
-        yield from (Path(place, name) for name in names if not name.startswith("."))
+    def files(self) -> Iterator[Path]:
+        """Regular files, and links that lead to nothing."""
+        seen = {os.path.realpath(self.folder)} | ({os.path.realpath(self.leave_out)} if self.leave_out else set())
+        for place, folders, names in os.walk(self.folder, followlinks=True, onerror=self._note):
+            if place != str(self.folder) and RESULTS in names:
+                self.predictions += 1
+                folders.clear()
+                continue
+            shown = sorted((name for name in folders if not name.startswith(".")), reverse=True)
+            inside = {os.path.realpath(os.path.join(place, name)): name for name in shown}  # the first of equal links
+            folders[:] = [name for real, name in inside.items() if real not in seen]
+            seen.update(inside)
+            paths = (Path(place, name) for name in names if not name.startswith("."))
+            yield from (path for path in paths if os.path.isfile(path) or (path.is_symlink() and not os.path.exists(path)))
+
+    def _note(self, error: OSError) -> None:
+        self.unreadable.append(DataError(f"{Path(error.filename).absolute()}: {error.strerror}"))
 
 
-def kind_of(path: Path) -> str | None:
-    """The kind of picture that a file's first bytes announce, a key of BEGINNINGS; None for another file."""
+def format_of(path: Path) -> str | None:
+    """The format that a file's first bytes announce; None for another file and one that cannot be opened."""
     try:
         with path.open("rb") as file:
-            start = file.read(LONGEST_BEGINNING)
+            return image_format(file.read(HEADER_BYTES))
     except OSError:
         return None
-    return next((kind for kind, pattern in BEGINNINGS.items() if re.match(pattern, start, re.DOTALL)), None)
 
 
 def decode_any(path: Path) -> Tensor:
-    """The picture in a file, a film's first one, turned upright by its EXIF orientation tag; [3, H, W] uint8 RGB.
+    """The picture in a file, the first of several, turned upright by its orientation tag; [3, H, W] uint8 RGB.
 
     Raises DataError, with the full path, for a file that cannot be read.
     """
-    kind = kind_of(path)
-    if kind in REFUSED:
-        raise DataError(f"{path.absolute()}: is a picture in {kind} format, which cannot be read: store it as JPEG")
-    return _by_pillow(path, READERS[kind]) if kind in BY_PILLOW else decode(path, upright=True)
-
-
-def _by_pillow(path: Path, reader: type[ImageFile]) -> Tensor:
     try:
-        with reader(path) as picture:
-            if picture.width * picture.height > MOST_PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
+        content = read_file(path)
+        kind = image_format(content)
+        if kind in REFUSED:
+            raise DataError(f"{path.absolute()}: is a picture in {kind} format, which cannot be read: store it as JPEG")
+        if kind is None:
+            raise UnreadableError("it is no JPEG, PNG, WebP, GIF, BMP or TIFF file")
+        image = decode_content(content, kind) if kind == "JPEG" else None
+        with open_image(content, [kind]) as picture:
             if getattr(picture, "tag_v2", {}).get(SUBFILE_TYPE) == REDUCED:
-                raise ValueError("of the camera's raw data only a small preview can be read: store it as JPEG")
-            return turned(_pixels(picture), picture.getexif().get(ORIENTATION_TAG, 1))
-    except DAMAGE as error:
-        raise DataError(f"{path.absolute()}: cannot be read as an image ({error or type(error).__name__})") from None
+                raise UnreadableError("of the camera's raw data only a small preview can be read: store it as JPEG")
+            image = pixels(picture) if image is None else image
+            return apply_orientation(image, picture_orientation(picture))
+    except UnreadableError as error:
+        raise unreadable_error(path, error) from None
 
 
-def _pixels(picture: ImageFile) -> Tensor:
-    """[3, H, W] uint8 RGB.  Raises ValueError for pixels that are no colours, measurements for example."""
-    if picture.mode in ("I", "F"):
-        raise ValueError("its pixels are numbers of 32 bits, no colours")
-    return pixels(picture)
+def decode_thumbnail(path: Path, longest: int, *, any_format: bool, upright: bool = False) -> Tensor:
+    """The picture in a file, scaled down where a side is longer than `longest` pixels; [3, H, W] uint8 RGB.
 
-
-def decode_thumbnail(path: Path, longest: int, *, own: bool, upright: bool = False) -> Tensor:
-    """The picture in a file, made smaller where a side is longer than `longest` pixels; [3, H, W] uint8 RGB.
-
-    own: as `decode_any` reads it, otherwise as `decode` does, turned only where `upright` says so.
-    A JPEG is made smaller while it is decoded, in a fraction of the time and the memory.  Raises DataError.
+    any_format: as `decode_any` reads it; otherwise as `decode` does, turned only where `upright` says so.
+    A JPEG is scaled down while it is decoded, in a fraction of the time and the memory.  Raises DataError.
     """
-    smaller = _smaller_jpeg(path, longest, upright=own or upright) if kind_of(path) == "JPEG" else None
+    upright = upright or any_format
+    smaller = _smaller_jpeg(path, longest, upright=upright) if format_of(path) == "JPEG" else None
     if smaller is not None:
         return smaller
-    image = decode_any(path) if own else decode(path, upright=upright)
+    if any_format:
+        image = decode_any(path)
+    else:
+        image = apply_orientation(decode(path), read_orientation(path) if upright else STORED)
     height, width = image.shape[1:]
     scale = longest / max(height, width)
     if scale >= 1:
@@ -179,26 +139,24 @@ def decode_thumbnail(path: Path, longest: int, *, own: bool, upright: bool = Fal
 
 
 def _smaller_jpeg(path: Path, longest: int, *, upright: bool) -> Tensor | None:
-    """None for a picture that is small enough already, and for one that only another decoder can judge."""
+    """None for a picture that is small enough already, and for a damaged one, which `decode` judges."""
     try:
-        content = path.read_bytes()
-        with JpegImageFile(io.BytesIO(content)) as picture:
+        with open_image(read_file(path), ["JPEG"]) as picture:
             if max(picture.size) <= longest:
                 return None
             picture.thumbnail((longest, longest))
-            image = _pixels(picture)
-    except DAMAGE:
+            return apply_orientation(pixels(picture), picture_orientation(picture) if upright else STORED)
+    except (UnreadableError, *DAMAGE):
         return None
-    return turned(image, orientation(content)) if upright else image
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Width and height that a picture file's beginning tells; (0, 0) where it cannot be read."""
-    kind = kind_of(path)
-    if kind not in READERS:
-        return 0, 0
+    """Width and height that an image file's header tells; (0, 0) where it cannot be read."""
     try:
-        with READERS[kind](path) as picture:
+        kind = format_of(path)
+        if kind is None or kind in REFUSED:
+            return 0, 0
+        with open_image(read_file(path), [kind]) as picture:
             return picture.size
-    except DAMAGE:
+    except UnreadableError:
         return 0, 0

@@ -1,66 +1,48 @@
-"""PNG files, read by Pillow: torchvision's decoder ends the whole process where the data are damaged."""
+"""Checks PNG files and strips them to the chunks that a picture needs.
 
-import io
+Pillow alone would do neither: `Image.verify` refuses files whose texts have a wrong checksum or are long, which every
+other reader passes over, and without it Pillow ignores the checksums of the pixels.
+"""
+
 import struct
 import zlib
-from collections.abc import Iterator
-
-import numpy as np
-import torch
-from PIL.ImageFile import ImageFile
-from PIL.PngImagePlugin import PngImageFile
-from torch import Tensor
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG = SIGNATURE[:4]  # what makes torchvision take a file for one
-FRAME = 12  # bytes of a chunk beside its data: length, name, checksum
-ANCILLARY = 0x20  # set in the first letter of a chunk's name where the picture can be had without it
+FRAME_BYTES = 12  # of a chunk beside its data: length, name, checksum
+ANCILLARY = 0x20  # this bit of a name's first letter marks chunks that a picture does not need
+ORIENTATION = b"eXIf"
+COLOUR_TYPE, PALETTE = 25, 3  # position of the colour type in a file; its value where pixels are indices of colours
+# What may have a wrong checksum, as for libpng.  Of any other name one bit may have changed: PLTE becomes pLTE, and
+# Pillow shows a picture without its palette black.
+UNNEEDED = (
+    *(b"bKGD", b"cHRM", b"cICP", b"cLLI", b"gAMA", b"hIST", b"iCCP", b"iTXt", b"mDCV", b"pHYs", b"sBIT", b"sPLT"),
+    *(b"sRGB", b"tEXt", b"tIME", b"tRNS", b"zTXt"),
+)
 
 
-class DamagedPngError(ValueError):
-    """What is wrong with a PNG file, in words."""
+def needed_chunks(content: bytes) -> bytes:
+    """The PNG file without texts, profiles and whatever follows the picture.
 
-
-def decode_png(content: bytes | bytearray) -> Tensor:
-    """The picture of a PNG file; [3, H, W] uint8 RGB, of 16 bits the upper 8.
-
-    Raises DamagedPngError.  Wrong checksums are damage, as they are to DALI and to libpng; Pillow would pass over them.
-    """
-    # Of the other chunks, texts and colour profiles, Pillow refuses long ones.
-    needed = b"".join(chunk for name, chunk in png_chunks(content) if not name[0] & ANCILLARY)
-    try:
-        # Not Image.open, which refuses pictures of more than 180 megapixels.
-        with PngImageFile(io.BytesIO(SIGNATURE + needed)) as picture:
-            return pixels(picture)
-    except (OSError, SyntaxError, ValueError, MemoryError, struct.error, zlib.error) as error:
-        raise DamagedPngError(str(error) or type(error).__name__) from None
-
-
-def pixels(picture: ImageFile) -> Tensor:
-    """[3, H, W] uint8 RGB, of 16 bits the upper 8."""
-    if picture.mode.startswith("I;16"):  # grey
-        grey = (np.asarray(picture) >> 8).astype(np.uint8)
-        return torch.from_numpy(grey).expand(3, -1, -1)
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-
-
-def png_chunks(content: bytes | bytearray) -> Iterator[tuple[bytes, memoryview]]:
-    """Name and bytes of each chunk up to the last, IEND.
-
-    Raises DamagedPngError for one that is cut off, and where the picture needs it, for one whose checksum is wrong.
+    Raises ValueError where a chunk is cut off or has a wrong checksum, and where the palette is missing.
     """
     if not content.startswith(SIGNATURE):
-        raise DamagedPngError("its first bytes are damaged")
-    whole = memoryview(content)
+        raise ValueError("its first bytes are damaged")
+    needed, names = [SIGNATURE], set()
     start, name = len(SIGNATURE), b""
     while name != b"IEND":
-        if start + FRAME > len(whole):
-            raise DamagedPngError("it is cut off")
-        length, name = struct.unpack_from(">I4s", whole, start)
-        chunk = whole[start : start + FRAME + length]
-        if len(chunk) < FRAME + length:
-            raise DamagedPngError("it is cut off, or damaged")
-        if not name[0] & ANCILLARY and struct.pack(">I", zlib.crc32(chunk[4:-4])) != chunk[-4:]:
-            raise DamagedPngError(f"damaged: the checksum at byte {start + FRAME + length - 4} is wrong")
-        yield name, chunk
+        if start + FRAME_BYTES > len(content):
+            raise ValueError("it is cut off")
+        length, name = struct.unpack_from(">I4s", content, start)
+        chunk = content[start : start + FRAME_BYTES + length]
+        if len(chunk) < FRAME_BYTES + length:
+            raise ValueError("it is cut off, or damaged")
+        if name not in UNNEEDED and struct.pack(">I", zlib.crc32(chunk[4:-4])) != chunk[-4:]:
+            raise ValueError(f"damaged: the checksum at byte {start + FRAME_BYTES + length - 4} is wrong")
+        if not name[0] & ANCILLARY or name == ORIENTATION:
+            needed.append(chunk)
+            names.add(name)
         start += len(chunk)
+    whole = b"".join(needed)
+    if whole[COLOUR_TYPE] == PALETTE and b"PLTE" not in names:
+        raise ValueError("damaged: its palette, the PLTE chunk, is missing")
+    return whole

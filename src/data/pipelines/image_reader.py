@@ -1,31 +1,74 @@
-"""Reads an image of an annotation file and compares it with its entry there."""
+"""Reads an image of an annotation file, and refuses what the two pipelines would read differently."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
 from torch import Tensor
 
 from src.data.annotations.coco import Annotations
-from src.data.images.decode import decode
-from src.data.images.exif import TRANSPOSED, orientation
+from src.data.images.decode import MAX_PIXELS, UnreadableError, check_size, decode, unreadable_error
+from src.data.images.exif import TRANSPOSED, apply_orientation, read_orientation
 from src.runtime.errors import DataError
 
+READERS = 16  # threads that read tags: on a network's disk they mostly wait
+BLOCK = 1024  # tags that a thread reads together
 
-def read_image(annotations: Annotations, index: int) -> Tensor:
-    """`decode` of an image of the annotation file, turned as that has it, whose size must be the one given there."""
-    # Both pipelines read the same files.
-    image = decode(annotations.image_path(index), gif=False, upright=annotations.upright)
+
+def read_image(annotations: Annotations, index: int, *, warn: Callable[[str], None] | None = None) -> Tensor:
+    """An image of the annotation file, turned as its boxes are; [3, H, W] uint8 RGB.  warn: as for `decode`.
+
+    Raises DataError for a file that cannot be read, and for a picture whose size is not that of its entry.
+    """
+    path = annotations.image_path(index)
+    image = decode(path, warn=warn)
+    if annotations.upright:
+        image = apply_orientation(image, read_orientation(path))
     width, height = annotations.sizes[index]
     if image.shape[1:] != (height, width):
         raise DataError(
-            f"{annotations.image_path(index).absolute()}: the picture is {image.shape[2]} x {image.shape[1]}, but "
-            f"{annotations.path} says width {width}, height {height}: {_advice(annotations, index, image)}"
+            f"{path.absolute()}: the picture is {image.shape[2]} x {image.shape[1]}, but {annotations.path} says width "
+            f"{width}, height {height}: {_size_hint(annotations, index, image)}"
         )
     return image
 
 
-def _advice(annotations: Annotations, index: int, image: Tensor) -> str:
+def _size_hint(annotations: Annotations, index: int, image: Tensor) -> str:
     """What to do about a picture [3, H, W] whose size is not the annotation file's."""
-    is_turned = orientation(annotations.image_path(index).read_bytes()) in TRANSPOSED
-    if is_turned and tuple(image.shape[1:]) == tuple(annotations.sizes[index]):
+    if tuple(image.shape[1:]) == tuple(annotations.sizes[index]) and _is_transposed(annotations.image_path(index)):
         if annotations.upright:
             return "it is the stored picture's size, which --orientation stored reads"
         return "it is the size of the picture turned by its orientation tag, which --orientation upright reads"
     return f"correct the entry of image {annotations.image_ids[index]}"
+
+
+def _is_transposed(path: Path) -> bool:
+    try:
+        return read_orientation(path) in TRANSPOSED
+    except DataError:
+        return False
+
+
+def check_headers(annotations: Annotations, images: np.ndarray | range) -> None:
+    """Raises DataError for the first of these images that is too large or has an unusual orientation tag.
+
+    The sizes are the annotation file's.  The tags are read only where pictures are turned by them, once, because DALI
+    and Pillow disagree about unusual ones.
+    """
+    images = np.asarray(images)
+    too_large = images[annotations.sizes[images].astype(np.int64).prod(axis=1) > MAX_PIXELS]
+    if len(too_large):
+        try:
+            check_size(*annotations.sizes[too_large[0]].tolist())
+        except UnreadableError as error:
+            raise unreadable_error(annotations.image_path(too_large[0]), error) from None
+    if annotations.upright:
+        with ThreadPoolExecutor(READERS) as pool:
+            for _ in pool.map(lambda block: _read_orientations(annotations, block), np.array_split(images, -(-len(images) // BLOCK) or 1)):
+                pass
+
+
+def _read_orientations(annotations: Annotations, images: np.ndarray) -> None:
+    for index in images.tolist():
+        read_orientation(annotations.image_path(index))
