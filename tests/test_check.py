@@ -159,8 +159,8 @@ def test_an_interrupted_check_ends_at_once(tmp_path):
 
 
 def damaged_at_the_start(content: bytes) -> bytes:
-    """A JPEG file without its first segment, which torchvision and Pillow do not need, but for its last bytes."""
-    return content[:3] + content[11:]
+    """A JPEG file with three bytes too many between its first two segments, which Pillow passes over."""
+    return content[:20] + bytes(3) + content[20:]
 
 
 @pytest.mark.parametrize("pipeline", ["no_dali", "dali"])

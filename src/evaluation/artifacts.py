@@ -116,7 +116,7 @@ def _example(validation: Annotations, results: Results, index: int) -> Example:
     boxes = results.boxes[own].copy()
     boxes[:, 2:] += boxes[:, :2]
     path, upright = validation.image_path(index), validation.upright
-    image = decode_thumbnail(path, PANEL, own=False, upright=upright).permute(1, 2, 0).numpy()
+    image = decode_thumbnail(path, PANEL, any_format=False, upright=upright).permute(1, 2, 0).numpy()
     scale = np.tile(np.array(image.shape[1::-1]) / validation.sizes[index], 2)  # [4]
     return Example(
         image=image,

@@ -264,7 +264,7 @@ def _draw(
     path: Path, detections: Detections, categories: Sequence[Category], picture: Path, *, min_score: float
 ) -> None:
     """Draws an image's detections on it, scaled down to MAX_SIDE."""
-    image = decode_thumbnail(path, MAX_SIDE, own=True).permute(1, 2, 0).numpy()
+    image = decode_thumbnail(path, MAX_SIDE, any_format=True).permute(1, 2, 0).numpy()
     boxes = in_pixels(detections.boxes.cpu().numpy(), image.shape[1::-1])
     names = [categories[label - 1].name for label in detections.labels.tolist()]
     draw_prediction(image, boxes, names, detections.scores.cpu().numpy(), picture, min_score=min_score)

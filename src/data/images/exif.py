@@ -1,7 +1,7 @@
 """The EXIF orientation tag, by which a camera says how the picture that it stored is to be turned.
 
-`picture_orientation` reads whatever Pillow understands, for pictures without annotations.  `read_orientation` is for data
-sets, which both pipelines must turn alike: it refuses tags of a form that decoders read differently.
+`picture_orientation` reads whatever Pillow understands, for pictures without annotations.  `read_orientation` is for
+data sets, which both pipelines must turn alike: it refuses tags of a form that decoders read differently.
 """
 
 import os
@@ -72,8 +72,8 @@ def read_orientation(path: Path) -> int:
         raise unreadable_error(path, error.strerror) from None
     except OddTagError as error:
         raise DataError(
-            f"{path.absolute()}: its EXIF orientation tag is unusual ({error}), and decoders disagree about it: store the "
-            "picture turned and without the tag, or use --orientation stored"
+            f"{path.absolute()}: its EXIF orientation tag is unusual ({error}) and decoders disagree about it: store "
+            "the picture turned and without the tag, or use --orientation stored"
         ) from None
 
 
@@ -82,7 +82,8 @@ def _orientation(file: BinaryIO) -> int:
     read_blocks = readers.get(image_format(file.read(HEADER_BYTES)) or "")
     if read_blocks is None:
         return STORED
-    blocks, others = [], []
+    blocks: list[bytes] = []
+    others: list[bytes] = []
     try:
         for block in read_blocks(file):
             (blocks if block.is_exif else others).append(block.data)

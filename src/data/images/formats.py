@@ -24,7 +24,10 @@ from src.data.images.exif import STORED, apply_orientation, picture_orientation,
 from src.runtime.errors import DataError, UserError
 
 REFUSED = ("AVIF", "HEIC")
-SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff"),
+    ".webp",
+)
 SUBFILE_TYPE, REDUCED = 254, 1  # TIFF 6.0, section 8: the picture is a smaller version of another one in the file
 
 
@@ -35,44 +38,45 @@ class Images(NamedTuple):
     files: list[Path]  # images, and files and broken links with an image's suffix, sorted
     others: int  # files that are neither
     unreadable: list[UserError]  # one for each folder that cannot be listed
-    predictions: int = 0  # folders that hold an earlier prediction, left out
+    marked: int = 0  # folders that hold the file `marker`, left out
 
 
-def find_images(path: Path, *, leave_out: Path | None = None) -> Images:
+def find_images(path: Path, *, leave_out: Path | None = None, marker: str | None = None) -> Images:
     """The image at `path`, whatever its name, or all images in the folder at `path` and the folders below it.
 
-    Leaves out hidden files and folders, whose names begin with a dot, the folder `leave_out`, and folders below `path`
-    that hold the drawings of an earlier prediction.  Raises UserError where there is no image.
+    Leaves out hidden files and folders, whose names begin with a dot, and the folder `leave_out`.  Counts and leaves
+    out folders below `path` with a file named `marker`.  Raises UserError where there is no image.
     """
     # os.path gives False where Path.is_file raises, before Python 3.14: in folders that may not be entered.
     if os.path.isfile(path):
         return Images(path.parent, [path], 0, [])
     if not os.path.isdir(path):
         raise UserError(f"{path.absolute()}: no such image or folder")
-    walk = _Walk(path, leave_out)
+    walk = _Walk(path, leave_out, marker)
     files = list(walk.files())
     images = sorted(file for file in files if file.suffix.lower() in SUFFIXES or format_of(file))
     if not images:
         errors = "".join(f"; {error}" for error in walk.unreadable)
         raise UserError(f"{path.absolute()}: no image in this folder or below it, but {len(files)} other files{errors}")
-    return Images(path, images, len(files) - len(images), walk.unreadable, walk.predictions)
+    return Images(path, images, len(files) - len(images), walk.unreadable, walk.marked)
 
 
 class _Walk:
     """Lists the files below a folder, each folder once whatever links lead to it."""
 
-    def __init__(self, folder: Path, leave_out: Path | None) -> None:
+    def __init__(self, folder: Path, leave_out: Path | None, marker: str | None) -> None:
         self.folder = folder
         self.leave_out = leave_out
+        self.marker = marker
         self.unreadable: list[UserError] = []
-        self.predictions = 0
+        self.marked = 0
 
     def files(self) -> Iterator[Path]:
-        """Regular files, and links that lead to nothing."""
+        """Regular files, and links that lead to nothing or into a folder without permission."""
         seen = {os.path.realpath(self.folder)} | ({os.path.realpath(self.leave_out)} if self.leave_out else set())
         for place, folders, names in os.walk(self.folder, followlinks=True, onerror=self._note):
-            if place != str(self.folder) and RESULTS in names:
-                self.predictions += 1
+            if place != str(self.folder) and self.marker in names:
+                self.marked += 1
                 folders.clear()
                 continue
             shown = sorted((name for name in folders if not name.startswith(".")), reverse=True)
@@ -80,7 +84,7 @@ class _Walk:
             folders[:] = [name for real, name in inside.items() if real not in seen]
             seen.update(inside)
             paths = (Path(place, name) for name in names if not name.startswith("."))
-            yield from (path for path in paths if os.path.isfile(path) or (path.is_symlink() and not os.path.exists(path)))
+            yield from (path for path in paths if os.path.isfile(path) or not os.path.exists(path))
 
     def _note(self, error: OSError) -> None:
         self.unreadable.append(DataError(f"{Path(error.filename).absolute()}: {error.strerror}"))
@@ -108,7 +112,7 @@ def decode_any(path: Path) -> Tensor:
         if kind is None:
             raise UnreadableError("it is no JPEG, PNG, WebP, GIF, BMP or TIFF file")
         image = decode_content(content, kind) if kind == "JPEG" else None
-        with open_image(content, [kind]) as picture:
+        with open_image(content, kind) as picture:
             if getattr(picture, "tag_v2", {}).get(SUBFILE_TYPE) == REDUCED:
                 raise UnreadableError("of the camera's raw data only a small preview can be read: store it as JPEG")
             image = pixels(picture) if image is None else image
@@ -141,7 +145,7 @@ def decode_thumbnail(path: Path, longest: int, *, any_format: bool, upright: boo
 def _smaller_jpeg(path: Path, longest: int, *, upright: bool) -> Tensor | None:
     """None for a picture that is small enough already, and for a damaged one, which `decode` judges."""
     try:
-        with open_image(read_file(path), ["JPEG"]) as picture:
+        with open_image(read_file(path), "JPEG") as picture:
             if max(picture.size) <= longest:
                 return None
             picture.thumbnail((longest, longest))
@@ -156,7 +160,7 @@ def size_of(path: Path) -> tuple[int, int]:
         kind = format_of(path)
         if kind is None or kind in REFUSED:
             return 0, 0
-        with open_image(read_file(path), [kind]) as picture:
+        with open_image(read_file(path), kind) as picture:
             return picture.size
     except UnreadableError:
         return 0, 0

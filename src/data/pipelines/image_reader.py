@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.data.annotations.coco import Annotations
 from src.data.images.decode import MAX_PIXELS, UnreadableError, check_size, decode, unreadable_error
-from src.data.images.exif import TRANSPOSED, apply_orientation, read_orientation
+from src.data.images.exif import STORED, TRANSPOSED, apply_orientation, read_orientation
 from src.runtime.errors import DataError
 
 READERS = 16  # threads that read tags: on a network's disk they mostly wait
@@ -22,9 +22,8 @@ def read_image(annotations: Annotations, index: int, *, warn: Callable[[str], No
     Raises DataError for a file that cannot be read, and for a picture whose size is not that of its entry.
     """
     path = annotations.image_path(index)
-    image = decode(path, warn=warn)
-    if annotations.upright:
-        image = apply_orientation(image, read_orientation(path))
+    orientation = read_orientation(path) if annotations.upright else STORED
+    image = apply_orientation(decode(path, warn=warn), orientation)
     width, height = annotations.sizes[index]
     if image.shape[1:] != (height, width):
         raise DataError(
@@ -64,9 +63,9 @@ def check_headers(annotations: Annotations, images: np.ndarray | range) -> None:
         except UnreadableError as error:
             raise unreadable_error(annotations.image_path(too_large[0]), error) from None
     if annotations.upright:
+        blocks = [images[start : start + BLOCK] for start in range(0, len(images), BLOCK)]
         with ThreadPoolExecutor(READERS) as pool:
-            for _ in pool.map(lambda block: _read_orientations(annotations, block), np.array_split(images, -(-len(images) // BLOCK) or 1)):
-                pass
+            list(pool.map(lambda block: _read_orientations(annotations, block), blocks))  # raises their first error
 
 
 def _read_orientations(annotations: Annotations, images: np.ndarray) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from src.data.annotations.coco import Annotations
 from src.data.pipelines.batch import Batch
+from src.data.pipelines.image_reader import check_headers
 from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EvaluationLoader, TorchTrainLoader
 from src.data.pipelines.workers import allow_open_files
@@ -52,7 +53,11 @@ def make_decode_check(
 
 
 def make_train_loader(pipeline: str, annotations: Annotations, config: LoaderConfig) -> TrainLoader:
-    """The training loader of `--data_pipeline`.  Raises UserError where DALI is asked for and cannot be used."""
+    """The training loader of `--data_pipeline`.
+
+    Raises UserError for images that the pipelines would read differently, and where DALI cannot be used.
+    """
+    check_headers(annotations, annotations.with_boxes()[config.shard.rank :: config.shard.world_size])
     if pipeline == "no_dali":
         return TorchTrainLoader(annotations, config)
     allow_open_files(config.num_workers)  # the evaluation's worker processes come later

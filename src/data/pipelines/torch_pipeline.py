@@ -17,7 +17,7 @@ from src.data.annotations.coco import Annotations
 from src.data.images.decode import resize
 from src.data.pipelines.augment import FLIP_PROBABILITY, NO_COLOUR, random_colour_matrix, random_crop
 from src.data.pipelines.batch import Batch, BatchMaker, HostBatch, normalise
-from src.data.pipelines.image_reader import read_image
+from src.data.pipelines.image_reader import check_headers, read_image
 from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.workers import data_loader, end_workers, guarded, share
 from src.runtime.distributed import Shard
@@ -191,6 +191,7 @@ class EvaluationLoader:
         self.device = config.device
         self.normalised = normalised
         own = range(config.shard.rank, len(annotations), config.shard.world_size)
+        check_headers(annotations, own)
         batches = [list(own[start : start + config.batch_size]) for start in range(0, len(own), config.batch_size)]
         workers = min(config.num_workers, len(batches))
         dataset = EvaluationSet(annotations)

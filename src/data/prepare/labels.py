@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 from unicodedata import normalize
 
-from src.data.images.decode import is_text
-from src.data.images.exif import TRANSPOSED, orientation
-from src.data.images.formats import kind_of, size_of
-from src.runtime.errors import UserError, printable
+from src.data.images.decode import DATASET_FORMATS, is_text
+from src.data.images.exif import TRANSPOSED, read_orientation
+from src.data.images.formats import format_of, size_of
+from src.runtime.errors import DataError, UserError, printable
 
 Part = Literal["train", "val", "test"]
 
-TRAINABLE = ("JPEG", "PNG", "WebP")  # both data pipelines read them
-JPEG_HEADER_BYTES = 2**18  # the orientation tag comes first in a JPEG, in a segment of at most 2^16 bytes
 MAX_FAULTS = 20  # printed; the rest is counted
 CLIP_TOLERANCE = 1.0  # pixels; labelling tools round
 
@@ -86,17 +84,19 @@ class Checker:
         return self._sizes[path]
 
     def _read_size(self, path: Path) -> tuple[int, int, int]:
-        kind = kind_of(path)
+        kind = format_of(path)
         width, height = size_of(path)
         if not is_text(path):
             self.fault(path, "the file name is not UTF-8; rename it")
-        elif kind is not None and kind not in TRAINABLE:
+        elif kind is not None and kind not in DATASET_FORMATS:
             self.fault(path, f"a {kind} picture cannot be trained on; store it as JPEG")
         elif not width or not height:
             self.fault(path, "cannot be read as a picture; replace it, or remove it and its labels")
         else:
-            with path.open("rb") as file:
-                return width, height, orientation(file.read(JPEG_HEADER_BYTES if kind == "JPEG" else -1))
+            try:
+                return width, height, read_orientation(path)
+            except DataError as error:
+                self.faults.append(str(error))
         return 0, 0, 1
 
     def box(self, ltrb: Iterable[float], picture: Picture, place: str) -> list[float] | None:

@@ -117,22 +117,22 @@ def test_own_pictures_are_upright_whole_and_made_smaller(tmp_path, kind, orienta
         upright = ImageOps.exif_transpose(stored).convert("RGB")
         assert np.abs(pixels(decode_any(tmp_path / "a")) - np.asarray(upright).astype(int)).max() <= 2
         smaller = np.asarray(upright.resize((50, 30) if orientation < 5 else (30, 50)), int)
-        assert np.abs(pixels(decode_thumbnail(tmp_path / "a", 50, own=True)) - smaller).max() <= 12
+        assert np.abs(pixels(decode_thumbnail(tmp_path / "a", 50, any_format=True)) - smaller).max() <= 12
         if kind == "jpeg":  # what data sets may hold too
             smaller = np.asarray(stored.resize((50, 30)), int)
-            assert np.abs(pixels(decode_thumbnail(tmp_path / "a", 50, own=False)) - smaller).max() <= 12
+            assert np.abs(pixels(decode_thumbnail(tmp_path / "a", 50, any_format=False)) - smaller).max() <= 12
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_only_what_is_larger_is_made_smaller(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     write_image(path, 300, 2)
-    assert (decode_thumbnail(path, 300, own=False) == decode(path)).all()
-    assert decode_thumbnail(path, 100, own=False).shape == (3, 1, 100)
+    assert (decode_thumbnail(path, 300, any_format=False) == decode(path)).all()
+    assert decode_thumbnail(path, 100, any_format=False).shape == (3, 1, 100)
 
 
 def test_a_large_jpeg_that_is_damaged_is_named(tmp_path):
     write_image(tmp_path / "a.jpg", 400, 300)
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:600])
     with pytest.raises(DataError, match=r"a\.jpg: cannot be read as an image"):
-        decode_thumbnail(tmp_path / "a.jpg", 100, own=True)
+        decode_thumbnail(tmp_path / "a.jpg", 100, any_format=True)
