@@ -12,13 +12,14 @@ from docutils.core import publish_doctree
 
 from src.data.recipes import RECIPES
 from src.flags import make_parser, parse_args
-from src.report.report import RUN_FILES
+from src.report.run_folder import RUN_FILES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.rst"), *ROOT.glob("docs/*.rst"), *ROOT.glob("tests/**/README.rst")])
-OTHER_PROGRAMS_FLAGS = (  # in prose: torchrun's, Slurm's, python -m benchmarks'
+OTHER_PROGRAMS_FLAGS = (  # in prose: those of torchrun, Slurm, python -m benchmarks and python -m src.data.prepare
     "--nproc_per_node --master_addr --master_port --rdzv_endpoint --rdzv_id --max-restarts --local_addr "
-    "--cpus-per-task --gpus-per-task --ntasks-per-node --kill-on-bad-exit --time --requeue --array --gpu"
+    "--cpus-per-task --gpus-per-task --ntasks-per-node --kill-on-bad-exit --time --requeue --array --gpu "
+    "--val --val-list --names"
 )
 
 # Every page is read once; a warning of docutils raises.
