@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from src.data.pipelines.loaders import EvaluationLoader
 from src.evaluation.results import DECIMALS, Results, in_pixels, join_results
 from src.evaluation.scoring import Scores, merge_shards, score_shard, shard_categories
 from src.evaluation.timing import summarise_ranks, timed
+from src.evaluation.validation_loss import ValidationLoss, mean_losses
 from src.report.progress import Bar, NullBar
 from src.report.report import Report
 from src.runtime.distributed import Processes
@@ -44,6 +46,7 @@ class Evaluation(NamedTuple):
     results: Results | None  # on rank 0
     non_finite: int  # default boxes of all images whose output was NaN or infinite; they detect nothing
     seconds: dict[str, float]  # where the time went, see `summarise_ranks`; on rank 0, elsewhere empty
+    losses: dict[str, float | None] | None = None  # see `mean_losses`; None for an exported file
 
 
 def evaluate(
@@ -66,18 +69,21 @@ def evaluate(
     bar_context = progress(len(loader), "Evaluation") if progress else NullBar()
     with evaluating(model), torch.inference_mode(), bar_context as bar:
         network = prepare_for_inference(model, device=processes.device, amp=amp)
+        loss = None if isinstance(model, EndToEndDetector) else ValidationLoss(annotations, processes.device)
         start = time.perf_counter()
         non_finite = 0
         batches = []
         for images, indices in loader:
-            detections, not_finite = detect_batch(network, images, amp=amp, seconds=seconds)
+            observe = partial(loss.add, indices=indices.cpu().numpy()) if loss else None
+            detections, not_finite = detect_batch(network, images, amp=amp, seconds=seconds, observe=observe)
             non_finite += not_finite
             with timed(seconds, "detections"):
                 batches.append(to_results(detections, indices.cpu().numpy(), annotations))
             bar.update()
         total = time.perf_counter() - start
     seconds["loading"] = total - seconds.get("network", 0.0) - seconds.get("detections", 0.0)
-    return score_distributed(processes, annotations, join_results(batches, annotations), non_finite, seconds)
+    part = RankPart(join_results(batches, annotations), non_finite, loss.sums() if loss else None)
+    return score_distributed(processes, annotations, part, seconds)
 
 
 @torch.no_grad()
@@ -87,12 +93,14 @@ def detect_batch(
     *,
     amp: bool = False,
     seconds: dict[str, float] | None = None,
+    observe: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[list[Detections], int]:
     """The detections in each image, and the number of default boxes whose outputs were not finite.
 
     model: a network, which takes normalised images [N, 3, 300, 300], or an EndToEndDetector, which takes uint8 images;
     all outputs of that one count as finite, because it gives detections alone.
     seconds: the time of "network" and "detections" is added to these.
+    observe: gets the network's offsets and logits; its time counts as "detections".
     """
     seconds = {} if seconds is None else seconds
     with timed(seconds, "network"):
@@ -103,6 +111,8 @@ def detect_batch(
         valid = finite_boxes(offsets, logits)
         non_finite = int((~valid).sum())  # waits for the GPU; without that its time would count as "detections"
     with timed(seconds, "detections"):
+        if observe:
+            observe(offsets, logits)
         return detect(offsets, logits, valid=valid), non_finite
 
 
@@ -127,17 +137,26 @@ def to_results(detections: list[Detections], indices: np.ndarray, annotations: A
     )
 
 
+class RankPart(NamedTuple):
+    """What one rank has found on its images."""
+
+    results: Results
+    non_finite: int
+    loss_sums: list[float] | None  # of ValidationLoss
+
+
 def score_distributed(
-    processes: Processes, annotations: Annotations, results: Results, non_finite: int, seconds: dict[str, float]
+    processes: Processes, annotations: Annotations, part: RankPart, seconds: dict[str, float]
 ) -> Evaluation:
-    """Scores the detections of all ranks; results, non_finite, seconds: this rank's.  All ranks must call this."""
+    """Scores the detections of all ranks; part, seconds: this rank's.  All ranks must call this."""
     with timed(seconds, "gathering"):
-        gathered = processes.gather_arrays((results, non_finite))
+        gathered = processes.gather_arrays(tuple(part))
     shards = None
     if gathered is not None:  # on rank 0
         with timed(seconds, "scoring"):
-            results = join_results((part for part, _ in gathered), annotations)
-            non_finite = sum(count for _, count in gathered)
+            results = join_results((results for results, _, _ in gathered), annotations)
+            non_finite = sum(count for _, count, _ in gathered)
+            losses = mean_losses([sums for _, _, sums in gathered], annotations)
             shards = shard_categories(annotations, results, processes.world_size)
     with timed(seconds, "gathering"):
         shard = processes.scatter(shards)
@@ -149,8 +168,9 @@ def score_distributed(
         return Evaluation(*processes.broadcast_object())
     with timed(seconds, "scoring"):
         scores = merge_shards(annotations, [metrics for metrics, _ in gathered])
-    processes.broadcast_object((scores, None, non_finite, {}))
-    return Evaluation(scores, results, non_finite, summarise_ranks([seconds, *(others for _, others in gathered[1:])]))
+    processes.broadcast_object((scores, None, non_finite, {}, losses))
+    all_seconds = summarise_ranks([seconds, *(others for _, others in gathered[1:])])
+    return Evaluation(scores, results, non_finite, all_seconds, losses)
 
 
 @contextmanager

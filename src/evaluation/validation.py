@@ -44,7 +44,8 @@ def make_evaluation(
             evaluation = run_evaluation()
             scores = evaluation.scores
             details = {"score_thresholds": scores.thresholds.as_record(list(scores.category_ap))}
-            report.evaluation(epoch=epoch, figures=scores.metrics, seconds=evaluation.seconds, details=details)
+            figures = scores.metrics | (evaluation.losses or {})
+            report.evaluation(epoch=epoch, figures=figures, seconds=evaluation.seconds, details=details)
             if context.processes.is_main:
                 log_evaluation_warnings(report, evaluation)
                 files.start(evaluation, validation)
@@ -78,6 +79,8 @@ def score_checkpoint(
     with _evaluator(model, validation, config, context) as run_evaluation:
         evaluation = run_evaluation()
     log_metrics(report, evaluation.scores)
+    for name, loss in (evaluation.losses or {}).items():
+        report.note(f"{name.replace('_', ' ')}: {'not finite' if loss is None else f'{loss:.4f}'}")
     if processes.is_main:
         assert evaluation.results is not None
         log_evaluation_warnings(report, evaluation)

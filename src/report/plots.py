@@ -113,6 +113,7 @@ def draw_training(metrics_file: Path | str, path: Path | str, *, size: int | Non
     figure = Figure(figsize=(9, 9), layout="constrained", dpi=DPI)
     losses, rate, accuracy = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1.5))
     _draw_losses(losses, iterations, logged)
+    _draw_validation_loss(losses, entries["evaluation"], ends, epoch_length)
     rate.plot(iterations, _column(logged, "learning_rate"), color=PURPLE, marker=_marker(iterations))
     rate.set(ylabel="learning rate", ylim=(0, None))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -191,9 +192,21 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
+def _places(evaluations: list[dict], ends: dict[int, int], epoch_length: float) -> list[float]:
+    return [ends.get(entry["epoch"], (entry["epoch"] + 1) * epoch_length) for entry in evaluations]
+
+
+def _draw_validation_loss(axes: Axes, evaluations: list[dict], ends: dict[int, int], epoch_length: float) -> None:
+    values = _column(evaluations, "validation_loss")
+    if np.isfinite(values).any():
+        places = _places(evaluations, ends, epoch_length)
+        axes.plot(places, values, label="validation loss", color=ORANGE, marker="o", markersize=5)
+        axes.legend(loc="upper right")
+
+
 def _draw_accuracy(axes: Axes, evaluations: list[dict], ends: dict[int, int], epoch_length: float) -> None:
     """Each evaluation stands where its epoch ended."""
-    places = [ends.get(entry["epoch"], (entry["epoch"] + 1) * epoch_length) for entry in evaluations]
+    places = _places(evaluations, ends, epoch_length)
     for key, (colour, marker) in ACCURACIES.items():
         axes.plot(places, _column(evaluations, key), label=key, color=colour, marker=marker, markersize=5)
     axes.set_ylabel("average precision")

@@ -1,0 +1,63 @@
+"""The loss on the validation images, from the outputs that an evaluation computes anyway."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.data.annotations.coco import Annotations
+from src.data.pipelines.batch import BatchMaker
+from src.ssd.loss import MultiBoxLoss
+
+LOSS_NAMES = ("validation_loss", "validation_localisation_loss", "validation_label_loss")  # as in metrics.jsonl
+
+
+class ValidationLoss:
+    """Sums both parts of the loss over images; images without boxes have none."""
+
+    def __init__(self, annotations: Annotations, device: torch.device) -> None:
+        self.annotations = annotations
+        self.device = device
+        self._matcher = BatchMaker().to(device)
+        self._criterion = MultiBoxLoss().to(device)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # localisation and label part
+
+    def add(self, offsets: Tensor, logits: Tensor, indices: np.ndarray) -> None:
+        """Adds the losses of images by their outputs (see `MultiBoxLoss.parts`) and indices in the annotations."""
+        truth = [self.annotations.of_image(index) for index in indices.tolist()]
+        rows = [row for row, (boxes, _) in enumerate(truth) if len(boxes)]
+        if not rows:
+            return
+        sizes = self.annotations.sizes[indices]
+        boxes = np.concatenate([truth[row][0] / np.tile(sizes[row], 2) for row in rows]).astype(np.float32)
+        labels = np.concatenate([truth[row][1] for row in rows])
+        owners = np.repeat(np.arange(len(rows)), [len(truth[row][0]) for row in rows])
+        truth_boxes, truth_labels, images = map(self._to_device, (boxes, labels, owners))
+        matched = self._matcher.targets(truth_boxes, truth_labels, images, len(rows))
+        if len(rows) < len(indices):
+            offsets, logits = offsets[rows], logits[rows]
+        parts = self._criterion.parts(offsets, logits, *matched)  # means over these images
+        self._sums += torch.stack(parts).double() * len(rows)
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def sums(self) -> list[float]:
+        """Of both parts; waits for the device."""
+        return self._sums.tolist()
+
+
+def mean_losses(sums: Sequence[Sequence[float] | None], annotations: Annotations) -> dict[str, float | None] | None:
+    """The losses by name, means over all images with boxes; None: not finite.
+
+    sums: of each rank, None of a model that gives detections alone, which has no losses.
+    """
+    images = len(annotations.with_boxes())
+    known = [each for each in sums if each is not None]
+    if not images or len(known) < len(sums):
+        return None
+    localisation, label = (math.fsum(part) / images for part in zip(*known, strict=True))
+    values = (localisation + label, localisation, label)
+    return {name: value if math.isfinite(value) else None for name, value in zip(LOSS_NAMES, values, strict=True)}
