@@ -163,7 +163,7 @@ def make_scene(folder: Path) -> Scene:
         scores=rng.uniform(0.05, 1, DETECTIONS),
     )
     order = np.argsort(results.image_ids, kind="stable")
-    return Scene(read_annotations(file, folder), Results(*(column[order] for column in results)))
+    return Scene(read_annotations(file, folder, for_scoring=True), Results(*(column[order] for column in results)))
 
 
 def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:

@@ -49,7 +49,7 @@ def take_images(source: Path, folder: Path) -> Path:
 def run(data: Path, *, pipeline: str = "no_dali", seed: int = 0, device: torch.device = CPU) -> float:
     """Trains and scores; the mAP on the images trained on."""
     with tempfile.TemporaryDirectory() as folder:
-        annotations = read_annotations(take_images(data, Path(folder)), locations(data, "train")[1])
+        annotations = read_annotations(take_images(data, Path(folder)), locations(data, "train")[1], for_scoring=True)
         return train_and_score(annotations, pipeline=pipeline, seed=seed, device=device)
 
 

@@ -86,7 +86,7 @@ def main(folder: Path, annotation_file: str, *, a_core_each: bool) -> None:
 
 def _score(folder: Path, annotation_file: str) -> None:
     with distributed.start(int(os.environ["LOCAL_RANK"]), torch.device("cpu")) as processes:
-        annotations = read_annotations(folder / annotation_file, folder)
+        annotations = read_annotations(folder / annotation_file, folder, for_scoring=True)
         with np.load(folder / DETECTIONS) as columns:
             results = Results(**columns)
         own = annotations.image_ids[processes.rank :: processes.world_size]

@@ -86,7 +86,10 @@ def check_dataset(
     faults = 0
     for annotation_file, image_folder in files:
         try:
-            annotations = read_annotations(annotation_file, image_folder, categories=categories, upright=upright)
+            annotations = read_annotations(
+                annotation_file, image_folder, categories=categories, upright=upright,
+                for_scoring=annotation_file != files[0][0],
+            )  # fmt: skip
         except DataError as error:
             faults += 1
             write(str(error))

@@ -82,7 +82,7 @@ def test_loaders_have_a_row_a_pipeline_and_number_of_workers(data, monkeypatch):
 @pytest.mark.parametrize("cores", [1, 2])
 def test_scoring_shared_out_has_its_rows(data, tmp_path, monkeypatch, cores):
     file = shutil.copy(locations(data, "val")[0], tmp_path)
-    annotations = read_annotations(file, tmp_path)
+    annotations = read_annotations(file, tmp_path, for_scoring=True)
     ones = np.ones(4)
     results = Results(annotations.image_ids, ones.astype(int), np.tile([20.0, 20, 60, 50], (4, 1)), ones)
     # One process, this one, in the place of the launcher's two.

@@ -63,7 +63,8 @@ def test_what_was_left_out_is_told_and_no_fault(check, tmp_path):
     write_coco(tmp_path, [annotation(1), annotation(1, bbox=(5, 5, 0, 5)), annotation(77)])
     status, lines, _ = check(tmp_path)
     assert status == 0
-    assert len(lines_with(lines, "warning: 1 of 3 annotations left out", "not positive")) == 2
+    assert len(lines_with(lines, "warning: 1 of 3 annotations left out", "not positive")) == 1
+    assert len(lines_with(lines, "warning: 1 of 3 annotations count as missed in the scoring", "not positive")) == 1
     assert len(lines_with(lines, "warning: 1 of 3 annotations left out", "image_id (77)")) == 2
 
 

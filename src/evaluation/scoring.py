@@ -9,7 +9,6 @@ area, M = 3 limits of detections.
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,6 @@ from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import ArrayLike
 
 from src.data.annotations.coco import Annotations
-from src.data.annotations.coco_json import AnnotationEntry, pieces
 from src.evaluation.results import Results, garbage_collector_paused, index_of
 from src.evaluation.thresholds import Thresholds, best_thresholds
 
@@ -179,28 +177,17 @@ def _unique_names(annotations: Annotations) -> Iterator[str]:
 
 
 def load_ground_truth(annotations: Annotations, numbers: np.ndarray) -> BoxColumns:
-    """The file's boxes as they stand there: those that training drops or clips count, as in every COCO scorer."""
-    entries = _annotation_entries(annotations.path)
-    images = index_of([entry.image_id for entry in entries], annotations.image_ids)
-    entries = [entry for entry, image in zip(entries, images, strict=True) if image >= 0]
-    boxes = np.array([entry.bbox for entry in entries], np.float64).reshape(-1, 4)
-    areas = [box.prod() if entry.area is None else entry.area for entry, box in zip(entries, boxes[:, 2:], strict=True)]
+    """The file's boxes as they stood there when it was read: those that training drops or clips count here."""
+    assert annotations.ground_truth is not None, "read_annotations(..., for_scoring=True)"
+    image_index, labels, boxes, areas, crowd = annotations.ground_truth
     return BoxColumns(
-        images=numbers[images[images >= 0]],
-        labels=_labels([entry.category_id for entry in entries], annotations),
+        images=numbers[image_index],
+        labels=labels.astype(np.int64),
         boxes=boxes,
-        areas=np.array(areas),
-        crowd=np.array([int(bool(entry.iscrowd)) for entry in entries]),
-        scores=np.zeros(len(entries)),
+        areas=areas,
+        crowd=crowd.astype(np.int64),
+        scores=np.zeros(len(labels)),
     )
-
-
-def _annotation_entries(path: Path) -> list[AnnotationEntry]:
-    entries: list[AnnotationEntry] = []
-    for part, first, some in pieces(path):
-        if part == "annotations":
-            entries[first:] = some
-    return entries
 
 
 def _labels(category_ids: ArrayLike, annotations: Annotations) -> np.ndarray:

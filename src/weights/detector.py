@@ -122,10 +122,12 @@ def read_labelled(path: Path, image_folder: Path, state: dict, *, source: Path, 
     """
     if "categories" in state:
         known = known_categories(state)
-        return read_annotations(path, image_folder, categories=known, categories_of=str(source), upright=upright)
+        return read_annotations(
+            path, image_folder, categories=known, categories_of=str(source), upright=upright, for_scoring=True
+        )
     if not label_count(state["model"]):
         raise UserError(f"{source}: holds no SSD300 network (it has no label heads, conf.0 and so on)")
-    annotations = read_annotations(path, image_folder, upright=upright)
+    annotations = read_annotations(path, image_folder, upright=upright, for_scoring=True)
     difference = _difference(state, annotations.categories)
     if difference is not None:
         raise UserError(f"{source}: its categories are not those of {path}: {difference}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src.data.annotations.coco import Annotations, read_annotations
+from src.data.annotations.coco import Annotations, locations, read_annotations
 from src.evaluation import background_files
 from src.evaluation.artifacts import ARTIFACTS, artifact_inputs, write_artifacts
 from src.evaluation.background_files import ROOT, BackgroundFiles
@@ -39,7 +39,7 @@ writer.wait()
 def validation(tmp_path_factory) -> Annotations:
     boxes = [annotation(1, (10, 10, 60, 50)), annotation(2, (5, 40, 30, 60), 2), annotation(4, (70, 10, 80, 100))]
     folder = write_coco(tmp_path_factory.mktemp("data"), boxes)
-    return read_annotations(folder / "annotations" / "instances_val2017.json", folder / "val2017")
+    return read_annotations(*locations(folder, "val"), for_scoring=True)
 
 
 @pytest.fixture(scope="module")

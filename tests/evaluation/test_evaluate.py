@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision.ops import box_convert, box_iou
 
-from src.data.annotations.coco import read_annotations
+from src.data.annotations.coco import locations, read_annotations
 from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EvaluationLoader
 from src.evaluation.evaluate import evaluate, prepare_for_inference, to_results
@@ -33,7 +33,7 @@ def test_results_have_the_files_ids_and_pixels(tmp_path):
     ]
     categories = [{"id": 90, "name": "kite"}, {"id": 7, "name": "train"}]
     folder = write_coco(tmp_path, [annotation(largest, category_id=7)], images=images, categories=categories)
-    annotations = read_annotations(folder / "annotations" / "instances_val2017.json", folder / "val2017")
+    annotations = read_annotations(*locations(folder, "val"), for_scoring=True)
     detections = [
         Detections(torch.tensor([[0.1, 0.2, 0.5, 0.7]]), torch.tensor([2]), torch.tensor([0.75])),
         Detections(torch.tensor([[0.0, 0, 1, 1], [-0.5, 0, 0.5, 2]]), torch.tensor([1, 2]), torch.tensor([0.5, 0.25])),
@@ -82,7 +82,7 @@ def annotations(tmp_path):
         annotation(5, (0, 0, 160, 120)),
     ]
     folder = write_coco(tmp_path, boxes, images=5)
-    return read_annotations(folder / "annotations" / "instances_val2017.json", folder / "val2017")
+    return read_annotations(*locations(folder, "val"), for_scoring=True)
 
 
 def test_a_perfect_detector_scores_1_and_every_module_keeps_its_mode(annotations):

@@ -81,7 +81,7 @@ def assert_same(ours: Scores, theirs: Scores) -> None:
 
 
 def assert_scores_as_pycocotools(annotation_file, folder, results: Results) -> None:
-    annotations = read_annotations(annotation_file, folder)
+    annotations = read_annotations(annotation_file, folder, for_scoring=True)
     results = join_results([results], annotations)
     write_results(folder / "detections.json", results)
     scores = score(annotations, results)
@@ -148,13 +148,29 @@ def test_a_missing_area_is_width_times_height(tmp_path):
         del entry["area"], entry["iscrowd"]
     bare = write_annotations(tmp_path / "without", content, "val")
     results = noisy_results(file, seed=4)
-    bare, expected = (score(read_annotations(path, tmp_path), results).metrics for path in (bare, expected))
+    bare, expected = (
+        score(read_annotations(path, tmp_path, for_scoring=True), results).metrics for path in (bare, expected)
+    )
     assert bare == expected
+
+
+def test_the_file_may_change_or_go_after_it_was_read(tmp_path):
+    """As while a training runs: the ground truth is that of its start."""
+    file = random_file(tmp_path, seed=3, image_ids=[4, 1, 3, 2], categories=CATEGORIES)
+    results = noisy_results(file, seed=5)
+    annotations = read_annotations(file, tmp_path, for_scoring=True)
+    expected = score(annotations, results)
+    assert expected.metrics["mAP"] > 0
+    content = json.loads(file.read_text())
+    write_annotations(tmp_path, {**content, "annotations": content["annotations"][:1]}, "val")
+    assert_same(score(annotations, results), expected)
+    file.unlink()
+    assert_same(score(annotations, results), expected)
 
 
 def test_nothing_detected_scores_0(tmp_path):
     file = random_file(tmp_path, seed=0, image_ids=[1, 2], categories=CATEGORIES)
-    annotations = read_annotations(file, tmp_path)
+    annotations = read_annotations(file, tmp_path, for_scoring=True)
     scores = score(annotations, NO_RESULTS)
     assert_same(scored_in_shards(annotations, NO_RESULTS, 5), scores)
     assert set(scores.metrics.values()) <= {0, None}
@@ -167,7 +183,7 @@ def test_without_ground_truth_no_metric_is_defined(tmp_path):
     content = json.loads(train.read_text())
     file = write_annotations(tmp_path, {**content, "annotations": []}, "val")
     categories = read_annotations(train, tmp_path).categories
-    annotations = read_annotations(file, tmp_path, categories=categories)
+    annotations = read_annotations(file, tmp_path, categories=categories, for_scoring=True)
     results = Results(np.array([1]), np.array([90]), np.array([[1.0, 2, 3, 4]]), np.array([0.5]))
     for found in (results, NO_RESULTS):
         assert score(annotations, found).metrics == dict.fromkeys(METRIC_NAMES)
@@ -180,7 +196,7 @@ def test_shards_have_about_equal_numbers_of_detections(tmp_path):
     labels = np.repeat(np.arange(1, 8), (10, 40, 20, 30, 50, 0, 0))
     ones = np.ones(len(labels))
     results = Results(ones.astype(int), labels, np.ones((len(labels), 4)), ones)
-    shards = shard_categories(read_annotations(file, tmp_path), results, 3)
+    shards = shard_categories(read_annotations(file, tmp_path, for_scoring=True), results, 3)
     assert sorted(len(shard.detections.scores) for shard in shards) == [50, 50, 50]
     assert sorted(label for shard in shards for label in shard.labels.tolist()) == list(range(1, 8))
     for shard in shards:
@@ -212,5 +228,5 @@ def test_a_large_results_file_is_written_in_chunks(tmp_path, monkeypatch):
 
 def test_scoring_prints_nothing(tmp_path, capfd):
     file = random_file(tmp_path, seed=0, image_ids=[1, 2], categories=CATEGORIES)
-    score(read_annotations(file, tmp_path), noisy_results(file, seed=1))
+    score(read_annotations(file, tmp_path, for_scoring=True), noisy_results(file, seed=1))
     assert capfd.readouterr() == ("", "")

@@ -22,7 +22,7 @@ def annotations(tmp_path_factory):
             entries.append(annotation(image, (60, 10, 40, 40), 2))
     categories = [{"id": number, "name": name} for number, name in ((1, "square"), (2, "disc"), (3, "star"))]
     folder = write_coco(tmp_path_factory.mktemp("data"), entries, images=COUNT, categories=categories, splits=("val",))
-    return read_annotations(folder / "annotations" / "instances_val2017.json", folder / "val2017")
+    return read_annotations(folder / "annotations" / "instances_val2017.json", folder / "val2017", for_scoring=True)
 
 
 def detections(seed: int) -> tuple[Results, list[tuple[int, float, bool]]]:

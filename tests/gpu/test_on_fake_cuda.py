@@ -45,7 +45,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def annotations_of(data: Path, split: str = "train") -> Annotations:
-    return read_annotations(*locations(data, split))
+    return read_annotations(*locations(data, split), for_scoring=True)
 
 
 def make_trainer(device: torch.device, *, half: bool = False) -> Trainer:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from src.data.annotations.coco import Annotations, read_annotations
+from src.data.annotations.coco import Annotations, locations, read_annotations
 from src.data.pipelines.batch import Batch
 from src.data.pipelines.dali_pipeline import DaliTrainLoader
 from src.data.pipelines.loader_config import LoaderConfig
@@ -53,8 +53,7 @@ def write_data(folder: Path) -> None:
 
 
 def read(folder: Path, count: int, split: str = "train") -> Annotations:
-    data = folder / str(count)
-    return read_annotations(data / "annotations" / f"instances_{split}2017.json", data / f"{split}2017")
+    return read_annotations(*locations(folder / str(count), split), for_scoring=True)
 
 
 class SmallNetwork(nn.Module):

@@ -8,6 +8,7 @@ from contextlib import suppress
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -37,6 +38,19 @@ NAMELESS = 64  # it has no id
 ROTATED = 128  # CVAT's `attributes.rotation` is not 0
 
 
+class GroundTruth(NamedTuple):
+    """Boxes as they stand in a validation file: those without area or outside their image count in every COCO scorer.
+
+    Shapes: M entries of `annotations` that belong to an image.
+    """
+
+    image_index: np.ndarray  # int32 [M] among the file's images
+    labels: np.ndarray  # int32 [M]
+    boxes: np.ndarray  # float64 [M, 4] x, y, width, height in pixels
+    areas: np.ndarray  # float64 [M] the file's `area`, else width x height
+    crowd: np.ndarray  # bool [M]
+
+
 class AnnotationTable:
     """The entries of `annotations` before any is left out, a column a field; `finish` is to be called last."""
 
@@ -49,8 +63,11 @@ class AnnotationTable:
     count: int  # M
     renumbered: bool  # the file's ids were missing or not unique
 
-    def __init__(self, images: Images) -> None:
+    def __init__(self, images: Images, *, for_scoring: bool) -> None:
+        """for_scoring: the entries are kept as they stand in the file, too."""
         self._images = images
+        self.for_scoring = for_scoring
+        self._raw = Column(np.float64, 4), Column(np.float64)
         self._image, self._category_ids, self._ids = Column(np.int32), Column(np.int64), Column(np.int64)
         self._boxes, self._areas, self._flags = Column(np.float32, 4), Column(np.float64), Column(np.uint8)
         self.strange: list[int] = []  # the first image_ids that no image has
@@ -63,8 +80,13 @@ class AnnotationTable:
         self.num_strange += len(strange)
         self.strange += strange[: FIRST + 1 - len(self.strange)].tolist()
         sizes = self._images.sizes[image] if len(self._images.sizes) else np.ones((len(entries), 2), np.int32)
-        boxes, areas, flags = _boxes(entries, sizes)
+        numbers = chain.from_iterable(map(attrgetter("bbox"), entries))
+        raw = np.fromiter(numbers, np.float64, 4 * len(entries)).reshape(-1, 4)  # x, y, width, height
+        boxes, areas, flags = _boxes(raw, sizes)
         given = field(entries, "area", np.float64)  # NaN where there is none
+        if self.for_scoring:
+            self._raw[0].extend(raw)
+            self._raw[1].extend(np.where(np.isnan(given), raw[:, 2] * raw[:, 3], given))
         flags[field(entries, "iscrowd", np.bool_)] |= CROWD
         flags[_rotated(entries)] |= ROTATED
         try:
@@ -94,6 +116,17 @@ class AnnotationTable:
         if self.renumbered:
             self.ids = np.arange(1, len(self.ids) + 1)
         del self._image, self._boxes, self._areas, self._flags, self._ids
+
+    def ground_truth(self) -> GroundTruth | None:
+        """The entries of known images as they stand in the file, after `finish`; None unless they are for scoring."""
+        if not self.for_scoring:
+            return None
+        known = self.image >= 0
+        boxes, areas = (column.array()[known] for column in self._raw)
+        return GroundTruth(self.image[known], self.labels[known], boxes, areas, self.has(CROWD)[known])
+
+    def raw_areas(self) -> np.ndarray:
+        return self._raw[1].array()
 
     def _labels(self, path: Path, category_ids: list[int]) -> np.ndarray:
         given = self._category_ids.array()
@@ -132,14 +165,13 @@ def _rotated(entries: list[AnnotationEntry]) -> np.ndarray:
     return rotated
 
 
-def _boxes(entries: list[AnnotationEntry], sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The clipped boxes [M, 4], their areas [M] and flags [M] of some entries; sizes [M, 2]."""
-    numbers = chain.from_iterable(map(attrgetter("bbox"), entries))
-    given = np.fromiter(numbers, np.float64, 4 * len(entries)).reshape(-1, 4).T.copy()  # x, y, width, height
-    boxes = np.empty((len(entries), 4), np.float32)
-    areas = np.ones(len(entries))
-    flat, outside = np.zeros((2, len(entries)), np.bool_)
-    solid, corners, fractions = np.ones((3, len(entries)), np.bool_)
+def _boxes(raw: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The clipped boxes [M, 4], their areas [M] and flags [M].  raw [M, 4] x, y, width, height; sizes [M, 2]."""
+    given, count = raw.T.copy(), len(raw)
+    boxes = np.empty((count, 4), np.float32)
+    areas = np.ones(count)
+    flat, outside = np.zeros((2, count), np.bool_)
+    solid, corners, fractions = np.ones((3, count), np.bool_)
     with np.errstate(over="ignore"):
         for axis in (0, 1):  # one after the other, as NumPy is slow on rows of two
             limit = sizes[:, axis].astype(np.float64)
@@ -153,7 +185,7 @@ def _boxes(entries: list[AnnotationEntry], sizes: np.ndarray) -> tuple[np.ndarra
             outside |= (low < -1) | (high > limit + 1)
             corners &= (low < side) & (low >= -1) & (side <= limit + 1)
             fractions &= (low >= 0) & (high <= 1.01)
-    flags = np.zeros(len(entries), np.uint8)
+    flags = np.zeros(count, np.uint8)
     for flag, which in zip(
         (HAS_AREA, DEGENERATE, OUTSIDE, LOOKS_LIKE_XYXY, LOOKS_NORMALISED),
         (solid, flat, outside, corners, fractions),
@@ -170,11 +202,18 @@ def warnings_of(rows: AnnotationTable, usable: np.ndarray) -> Iterator[str]:
     if rows.num_strange:
         strange = f"{rows.num_strange} of {len(known)} annotations left out"
         yield f"{strange}: no image has their image_id ({listed(rows.strange)})"
+    missed, verb, clipped = np.zeros(len(known), np.bool_), "trained", "clipped"
+    if rows.for_scoring:  # COCO's scorer ignores crowds and negative areas
+        missed, verb, clipped = ~rows.has(CROWD) & (rows.raw_areas() >= 0), "scored", "scored as they stand"
+    flat_kind = "the width or height of their `bbox` is not positive"
+    outside_kind = "their `bbox` is outside the image"
     kinds = (
-        (known & flat, "left out: the width or height of their `bbox` is not positive"),
-        (known & ~flat & ~usable, "left out: their `bbox` is outside the image"),
-        (usable & rows.has(ROTATED), "trained upright: their `attributes.rotation` is not 0, which boxes cannot have"),
-        (usable & outside, "clipped: their `bbox` reaches more than a pixel outside the image"),
+        (known & flat & missed, f"count as missed in the scoring: {flat_kind}"),
+        (known & flat & ~missed, f"left out: {flat_kind}"),
+        (known & ~flat & ~usable & missed, f"count as missed in the scoring: {outside_kind}"),
+        (known & ~flat & ~usable & ~missed, f"left out: {outside_kind}"),
+        (usable & rows.has(ROTATED), f"{verb} upright: their `attributes.rotation` is not 0, which boxes cannot have"),
+        (usable & outside, f"{clipped}: their `bbox` reaches more than a pixel outside the image"),
     )
     for which, what in kinds:
         if which.any():

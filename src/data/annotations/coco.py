@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from src.data.annotations.annotation_table import CROWD, HAS_AREA, AnnotationTable, listed, warnings_of
+from src.data.annotations.annotation_table import CROWD, HAS_AREA, AnnotationTable, GroundTruth, listed, warnings_of
 from src.data.annotations.array_builders import first_repeated, starts
 from src.data.annotations.coco_json import CategoryEntry, pieces
 from src.data.annotations.image_table import Images
@@ -56,6 +56,7 @@ class Annotations:
     categories: tuple[Category, ...]  # of the training file, in its order
     warnings: tuple[str, ...]  # a line each
     upright: bool = False  # sizes and boxes are those of the pictures turned as their orientation tags say
+    ground_truth: GroundTruth | None = None  # what is scored against; None where the file was read for training
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -92,13 +93,17 @@ class Annotations:
 
     @cached_property
     def digest(self) -> str:
-        """A short text that differs where the images with boxes, or their boxes and labels, do."""
-        images = self.with_boxes()
+        """A short text that differs where another network would be trained, or other figures scored.
+
+        For training: where the images with boxes, or their boxes and labels, differ.
+        """
+        images = self.with_boxes() if self.ground_truth is None else np.arange(len(self))
         content = hashlib.blake2b(digest_size=8)
         for start in range(0, len(images), BLOCK):
             names = self.packed_names(images[start : start + BLOCK], b"\0")
             content.update(names if start + BLOCK < len(images) else names[:-1])
-        for array in (self.sizes[images], np.diff(self.first_box)[images], self.boxes, self.labels):
+        scored = () if self.ground_truth is None else (self.image_ids, *self.ground_truth)
+        for array in (self.sizes[images], np.diff(self.first_box)[images], self.boxes, self.labels, *scored):
             content.update(np.ascontiguousarray(array).data)
         return content.hexdigest()
 
@@ -114,18 +119,19 @@ def read_annotations(
     categories: tuple[Category, ...] | None = None,
     categories_of: str = "the training file",
     upright: bool = False,
+    for_scoring: bool = False,
 ) -> Annotations:
     """Reads and cleans an annotation file.
 
-    categories: the training file's, whose order gives the labels; None for the training file itself, which must then
-    have a usable box.  categories_of: what they are called in an error.
+    categories: the training file's, whose order gives the labels; None: the file's own.
+    categories_of: what they are called in an error.
+    for_scoring: the file's boxes are kept as `ground_truth`, too.  Otherwise at least one box must be usable.
     upright: sizes and boxes are those of pictures turned as their orientation tags say, not of the stored ones.
     Boxes are clipped to their image; those without area there are dropped, with a warning.
     Raises DataError for what cannot be trained on or scored.
     """
     path, image_folder = Path(path), Path(image_folder)
-    training = categories is None
-    images, rows, own = _read(path)
+    images, rows, own = _read(path, for_scoring=for_scoring)
     own_categories = _categories(path, own)
     if categories is not None:
         _check_same_categories(path, own_categories, categories, categories_of)
@@ -133,15 +139,17 @@ def read_annotations(
     images.spell_as_on_disk(image_folder)
     categories = own_categories if categories is None else tuple(categories)
     rows.finish(path, [category.id for category in categories])
-    annotations = replace(_clean(path, image_folder, images, rows, categories), upright=upright)
-    _check_usable(annotations, rows, training=training)
+    ground_truth = rows.ground_truth()
+    annotations = _clean(path, image_folder, images, rows, categories)
+    annotations = replace(annotations, upright=upright, ground_truth=ground_truth)
+    _check_usable(annotations, rows, training=not for_scoring)
     return annotations
 
 
-def _read(path: Path) -> tuple[Images, AnnotationTable, list[CategoryEntry]]:
+def _read(path: Path, *, for_scoring: bool) -> tuple[Images, AnnotationTable, list[CategoryEntry]]:
     """The file's three lists; nothing is checked yet but the entries' fields."""
     images, categories = Images(), list[CategoryEntry]()
-    rows = AnnotationTable(images)
+    rows = AnnotationTable(images, for_scoring=for_scoring)
     for part, first, entries in pieces(path):
         if part == "images":
             images = images if first else Images()
@@ -149,7 +157,7 @@ def _read(path: Path) -> tuple[Images, AnnotationTable, list[CategoryEntry]]:
         elif part == "annotations":
             if not first:
                 images.finish()
-                rows = AnnotationTable(images)
+                rows = AnnotationTable(images, for_scoring=for_scoring)
             rows.add(entries)
         else:
             categories = categories + entries if first else entries

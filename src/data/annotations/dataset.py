@@ -17,7 +17,8 @@ def read_dataset(
     training = read_annotations(*locations(folder, "train"), upright=upright)
     validation = None
     if evaluating:
-        validation = read_annotations(*locations(folder, "val"), categories=training.categories, upright=upright)
+        files = locations(folder, "val")
+        validation = read_annotations(*files, categories=training.categories, upright=upright, for_scoring=True)
     for annotations in (training, validation):
         if annotations is not None:
             check_images_exist(annotations, tell=tell)

@@ -174,8 +174,9 @@ def test_no_usable_annotation_at_all(tmp_path):
 
 def test_a_validation_file_may_hold_no_boxes_but_not_those_of_other_images(tmp_path):
     categories = (Category(1, "square"), Category(2, "disc"))
-    assert len(read(tmp_path, content([]), categories=categories)) == 4
-    assert "0 of 4 images" in error_of(tmp_path, content([annotation(99)]), categories=categories)
+    assert len(read(tmp_path, content([]), categories=categories, for_scoring=True)) == 4
+    message = error_of(tmp_path, content([annotation(99)]), categories=categories, for_scoring=True)
+    assert "0 of 4 images" in message
 
 
 def test_boxes_of_more_images_than_16_bits_can_number(tmp_path):
@@ -275,6 +276,54 @@ def test_a_box_too_small_for_the_fractions_that_are_trained_on_is_left_out(tmp_p
     annotations = read(tmp_path, content(entries, images))
     assert annotations.boxes.tolist() == [[500, 5, 509, 14]]
     assert "1 of 2 annotations left out" in annotations.warnings[0]
+
+
+def test_boxes_of_a_validation_file_that_no_detection_can_match_count_as_missed(tmp_path):
+    """As pycocotools has it, which ignores crowds and negative areas."""
+    given = [(20, 20, 0, 5), (20, 20, -5, -5), (20, 20, -5, 5), (200, 0, 5, 5), (150, 110, 30, 30), (20, 20, 5, 5)]
+    entries = [*(annotation(1, bbox=bbox) for bbox in given), annotation(2, bbox=(0, 0, 0, 5), iscrowd=1)]
+    annotations = read(tmp_path, content([*entries, annotation(99)]), for_scoring=True)
+    told = [line.removeprefix(f"{annotations.path}: ") for line in annotations.warnings]
+    assert told == [
+        "1 of 8 annotations left out: no image has their image_id (99)",
+        "2 of 8 annotations count as missed in the scoring: the width or height of their `bbox` is not positive "
+        "(annotation ids 1, 2)",
+        "2 of 8 annotations left out: the width or height of their `bbox` is not positive (annotation ids 3, 7)",
+        "1 of 8 annotations count as missed in the scoring: their `bbox` is outside the image (annotation ids 4)",
+        "1 of 8 annotations scored as they stand: their `bbox` reaches more than a pixel outside the image "
+        "(annotation ids 5)",
+    ]
+
+
+def test_the_ground_truth_is_what_stands_in_the_file(tmp_path):
+    entries = [annotation(2, (150.1, 100.3, 30, 30), area=12.5), annotation(99), annotation(1, (0.1, 7, 0, -3), 2),
+               annotation(1, (5, 6, 7.5, 8), iscrowd=1, area=None)]  # fmt: skip
+    assert read(tmp_path, content(entries)).ground_truth is None
+    truth = read(tmp_path, content(entries), for_scoring=True).ground_truth
+    assert truth.image_index.tolist() == [1, 0, 0]
+    assert truth.labels.tolist() == [1, 2, 1]
+    assert truth.boxes.tolist() == [[150.1, 100.3, 30, 30], [0.1, 7, 0, -3], [5, 6, 7.5, 8]]
+    assert truth.areas.tolist() == [12.5, 0, 60]
+    assert truth.crowd.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"bbox": [20, 20, 60, 51]}, {"category_id": 2}, {"area": 7}, {"iscrowd": 1}, {"image_id": 2}, {"id": 7}, {}],
+)
+def test_the_digest_of_a_validation_file_is_that_of_what_is_scored(tmp_path, changed):
+    before, after = (
+        read(tmp_path, content([annotation(1), {**annotation(1), **fields}]), for_scoring=True)
+        for fields in ({}, changed)
+    )
+    assert (before.digest == after.digest) == (changed.keys() <= {"id"})
+
+
+@pytest.mark.parametrize("changed", [{"id": 9}, {"file_name": "x.jpg"}, {"width": 161}, {"license": 3}])
+def test_the_digest_of_a_validation_file_covers_images_without_boxes(tmp_path, changed):
+    images = [*IMAGES[:3], {**IMAGES[3], **changed}]
+    before, after = (read(tmp_path, content(images=given), for_scoring=True) for given in (IMAGES, images))
+    assert (before.digest == after.digest) == ("license" in changed)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
