@@ -3,12 +3,13 @@
 Shapes: I images, K categories, M entries.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -83,18 +84,21 @@ class AnnotationTable:
         numbers = chain.from_iterable(map(attrgetter("bbox"), entries))
         raw = np.fromiter(numbers, np.float64, 4 * len(entries)).reshape(-1, 4)  # x, y, width, height
         boxes, areas, flags = _boxes(raw, sizes)
-        given = field(entries, "area", np.float64)  # NaN where there is none
+        given = np.fromiter((_number(entry.area) for entry in entries), np.float64, len(entries))
         if self.for_scoring:
             self._raw[0].extend(raw)
             self._raw[1].extend(np.where(np.isnan(given), raw[:, 2] * raw[:, 3], given))
         flags[field(entries, "iscrowd", np.bool_)] |= CROWD
         flags[_rotated(entries)] |= ROTATED
-        try:
-            ids = field(entries, "id", np.int64)
-        except TypeError:  # None
-            nameless = np.array([entry.id is None for entry in entries])
-            flags[nameless] |= NAMELESS
-            ids = np.array([entry.id or 0 for entry in entries])
+        if {type(entry.id) for entry in entries} == {int}:
+            try:
+                ids = field(entries, "id", np.int64)
+            except OverflowError:
+                ids = np.zeros(len(entries), np.int64)
+                flags |= NAMELESS
+        else:
+            ids = np.zeros(len(entries), np.int64)
+            flags |= NAMELESS
         self._image.extend(image)
         self._category_ids.extend(field(entries, "category_id", np.int64))
         self._boxes.extend(boxes)
@@ -148,6 +152,11 @@ class AnnotationTable:
     def has(self, flag: int) -> np.ndarray:
         """Which entries this is known of; bool [M]."""
         return (self.flags & flag) != 0
+
+
+def _number(area: Any) -> float:
+    """The area where it is a number, else NaN."""
+    return area if type(area) in (float, int) else math.nan
 
 
 class _Attributes(msgspec.Struct):

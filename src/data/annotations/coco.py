@@ -10,6 +10,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -292,10 +293,27 @@ def check_images_exist(annotations: Annotations, *, tell: Callable[[str], None] 
                 listed[folder] = _files_in(annotations, folder, told)
             # Not every file system tells upper and lower case apart, so the listing alone is no proof.
             if name not in listed[folder] and not os.path.isfile(annotations.image_path(index)):
-                raise DataError(
-                    f"{annotations.image_path(index).absolute()}: no such image file: {annotations.path} names it for "
-                    f"image {annotations.image_ids[index]}"
-                )
+                raise _missing(annotations, index)
+
+
+def _missing(annotations: Annotations, index: int) -> DataError:
+    """Why the image's file is of no use, and which entry names it."""
+    path = annotations.image_path(index).absolute()
+    why = "no such image file"
+    try:
+        path.stat()
+        why = "no such image file (it is a folder)" if path.is_dir() else "no image file (it is a pipe or a device)"
+    except FileNotFoundError:
+        if path.is_symlink():
+            why = f"no such image file (it is a link to {os.readlink(path)}, which is not there)"
+    except (OSError, ValueError) as error:
+        why = f"no such image file that can be read ({getattr(error, 'strerror', None) or error})"
+    name = annotations.file_name(index)
+    slashes = name.replace("\\", "/")
+    hint = ""
+    if slashes != name and os.path.isfile(annotations.image_folder / slashes):
+        hint = f" by file_name {name!r}; there is a file {slashes!r}: write slashes in file_name"
+    return DataError(f"{path}: {why}: {annotations.path} names it for image {annotations.image_ids[index]}{hint}")
 
 
 class ScanProgress:
@@ -321,8 +339,9 @@ def _files_in(annotations: Annotations, folder: str, told: ScanProgress) -> set[
     try:
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.is_file():
-                    names.add(entry.name)
+                with suppress(OSError):  # a link to itself, or into a folder that may not be entered
+                    if entry.is_file():
+                        names.add(entry.name)
                 told.count()
         return names
     except OSError as error:

@@ -6,8 +6,9 @@ What msgspec refuses is looked at a second time, slowly, for a message that a us
 import json
 import re
 from codecs import getincrementaldecoder
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 from msgspec import DecodeError, Raw, Struct
@@ -46,7 +47,9 @@ TEXT_OR_NAN = re.compile(TEXT + rb"?|(NaN|-?Infinity)", re.DOTALL)  # a text tha
 TEXT_OR_BRACKET = re.compile(TEXT + rb"|[\[\]{}]", re.DOTALL)
 PLAIN_VALUE = re.compile(TEXT + rb'|[^\s,\[\]{}"]+', re.DOTALL)
 # No text can hold this: the quotes in it would be written \".
-WHOLE_NUMBER_AS_FLOAT = re.compile(rb'"(?:id|image_id|category_id|width|height|iscrowd)"\s*:\s*-?\d+(\.0+)(?=[\s,}])')
+WHOLE_NUMBER_AS_FLOAT = re.compile(
+    rb'("(?:id|image_id|category_id|width|height|iscrowd)"\s*:\s*)(-?\d{1,20}(?:\.\d+)?(?:[eE][+-]?\d{1,2})?)(?=[\s,}])'
+)
 NO_NUMBER = b'"?"'
 
 
@@ -56,13 +59,6 @@ class Object(Struct):
 
 class Array(Struct, array_like=True):
     """Any array, likewise."""
-
-
-class Excerpt(NamedTuple):
-    """Text that begins with a list's "[", as it stands in the file and as the decoder can read it."""
-
-    original: bytes
-    readable: bytes | bytearray  # of the same length
 
 
 def mask_nan(data: bytes | memoryview, first: int) -> bytearray:
@@ -80,12 +76,17 @@ def mask_nan(data: bytes | memoryview, first: int) -> bytearray:
     return readable
 
 
-def without_empty_fractions(readable: bytearray, data: bytes) -> bytearray:
-    """`readable` with 1 in place of 1.0 where a whole number is wanted: some programs write all numbers so."""
-    for found in WHOLE_NUMBER_AS_FLOAT.finditer(data):
-        start, end = found.span(1)
-        readable[start:end] = b" " * (end - start)
-    return readable
+def whole_numbers_as_int(readable: bytearray) -> bytes:
+    """`readable` with 1 in place of 1.0 and 100000 of 1e+05 where a whole number is wanted.
+
+    Some programs write all numbers so.  In decimals, because a float does not hold each of 64 bits.
+    """
+    return WHOLE_NUMBER_AS_FLOAT.sub(lambda found: found[1] + _as_int(found[2]), readable)
+
+
+def _as_int(text: bytes) -> bytes:
+    number = Decimal(text.decode())
+    return b"%d" % int(number) if number == number.to_integral_value() else text
 
 
 def after_space(data: memoryview, place: int) -> int:
@@ -141,7 +142,7 @@ def _closed(data: memoryview, place: int) -> int | None:
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def raise_wrong_entry(path: Path, part: str, first: int, text: Excerpt, problem: str) -> NoReturn:
+def raise_wrong_entry(path: Path, part: str, first: int, text: bytes, problem: str) -> NoReturn:
     """Raises DataError for what the decoder said of a list's piece, such as: Expected `int`, got `str` - at `$[0].id`.
 
     first: how many entries of the list came before.
@@ -167,9 +168,9 @@ def describe(part: str, index: int, entry: Any) -> str:
     return f"{part}[{index}]" + (f" ({', '.join(known)})" if known else "")
 
 
-def _entry(text: Excerpt, index: int) -> Any:
+def _entry(text: bytes, index: int) -> Any:
     """An entry as Python's JSON reader has it, which knows NaN; None where it cannot be had."""
-    view = memoryview(text.readable)
+    view = memoryview(text)
     place: int | None = after_space(view, 1)
     for _ in range(index):
         place = value_end(view, place) if place is not None else None
@@ -178,7 +179,7 @@ def _entry(text: Excerpt, index: int) -> Any:
         return None
     end = _closed(view, place)
     try:
-        return json.loads(text.original[place:end])
+        return json.loads(text[place:end])
     except (ValueError, RecursionError):
         return None
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, BinaryIO, NamedTuple, NoReturn
+from typing import Annotated, Any, BinaryIO, NamedTuple, NoReturn
 
 import msgspec
 from msgspec import DecodeError, Meta, Raw, Struct, ValidationError
@@ -25,7 +25,6 @@ from src.data.annotations.coco_errors import (
     SPACE,
     WANTED,
     Array,
-    Excerpt,
     Object,
     after_space,
     end_of,
@@ -38,7 +37,7 @@ from src.data.annotations.coco_errors import (
     raise_wrong_entry,
     raise_wrong_outline,
     value_end,
-    without_empty_fractions,
+    whole_numbers_as_int,
 )
 from src.runtime.errors import DataError
 
@@ -46,6 +45,16 @@ from src.runtime.errors import DataError
 # then lie scattered in memory that is used over and over.
 PIECE = 2**24
 TRIES = 8  # places to cut that are tried before a piece is made twice as large
+WHITE_SPACE = BYTE_ORDER_MARK + b" \t\r\n"
+OTHER_FILES = {
+    b"\x1f\x8b": "a gzip archive: unpack it with gunzip",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"BZh": "a bzip2 archive: unpack it with bunzip2",
+    b"\xfd7zXZ": "an xz archive: unpack it with unxz",
+    b"\x28\xb5\x2f\xfd": "a zstd archive: unpack it with unzstd",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
+    b"<": "an HTML or XML page, not JSON: download the annotation file again",
+}
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 NO_ATTRIBUTES = Raw()
@@ -68,8 +77,8 @@ class AnnotationEntry(Struct, gc=False):
     image_id: Id
     category_id: Id
     bbox: Box
-    id: Id | None = None
-    area: float | None = None
+    id: Any = None  # for messages alone: other programs write UUIDs and other texts
+    area: Any = None  # of no use unless it is a number
     iscrowd: int | bool | None = 0
     attributes: Raw = NO_ATTRIBUTES  # CVAT's, which may say that a box is to be turned
 
@@ -110,6 +119,9 @@ def pieces(path: Path) -> Iterator[Piece]:
         ) from None
     except OSError as error:
         raise DataError(f"{path.absolute()}: the annotation file cannot be read ({error.strerror})") from None
+    for beginning, what in OTHER_FILES.items():
+        if bytes(data[:64]).lstrip(WHITE_SPACE).startswith(beginning):
+            raise DataError(f"{path}: is {what}")
     if data[:2] in UTF16_MARKS:
         raise DataError(f"{path}: is UTF-16 text: save it as UTF-8")
     if not bytes(data[:4096]).strip():
@@ -247,15 +259,18 @@ class _Reader:
 
         None where it is cut in a wrong place; whole: it is not, as it reaches to the end of the file.
         """
-        readable: bytes | bytearray = text
         try:
             try:
                 return _entries(DECODERS[part], text)
             except DecodeError as error:
-                readable = without_empty_fractions(mask_nan(text, max(0, _refused(error) - 1)), text)
+                readable = mask_nan(text, max(0, _refused(error) - 1))
+            try:
                 return _entries(DECODERS[part], readable)
+            except ValidationError:
+                length = _array_length(readable)
+                return DECODERS[part].decode(whole_numbers_as_int(readable[:length])), length
         except ValidationError as error:
-            raise_wrong_entry(self.path, part, first, Excerpt(text, readable), str(error))
+            raise_wrong_entry(self.path, part, first, text, str(error))
         except (DecodeError, UnicodeDecodeError) as error:
             if is_not_utf8(error):
                 raise_not_utf8(self.path, self.data)
@@ -307,6 +322,18 @@ def _entries(decoder: msgspec.json.Decoder, text: bytes | bytearray) -> tuple[li
         if length is None:
             raise
         return decoder.decode(memoryview(text)[:length]), length
+
+
+def _array_length(text: bytes | bytearray) -> int | None:
+    """The length of the array that `text` begins with, None where nothing follows it; raises DecodeError."""
+    try:
+        msgspec.json.decode(text, type=Array)
+    except DecodeError as error:
+        length = end_of(error)
+        if length is None:
+            raise
+        return length
+    return None
 
 
 def _refused(error: Exception) -> int:

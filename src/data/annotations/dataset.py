@@ -1,9 +1,11 @@
 """A data set's folder as training needs it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from src.data.annotations.coco import Annotations, check_images_exist, locations, read_annotations
+from src.runtime.errors import DataError
 
 
 def read_dataset(
@@ -18,6 +20,11 @@ def read_dataset(
     validation = None
     if evaluating:
         files = locations(folder, "val")
+        if not os.path.lexists(files[0]):
+            raise DataError(
+                f"{files[0].absolute()}: no such annotation file: --data has no validation split; "
+                "--evaluation without epochs trains without one"
+            )
         validation = read_annotations(*files, categories=training.categories, upright=upright, for_scoring=True)
     for annotations in (training, validation):
         if annotations is not None:

@@ -6,6 +6,7 @@ Expected values are worked out by hand or by pycocotools.
 import contextlib
 import io
 import json
+import os
 import pickle
 
 import numpy as np
@@ -14,10 +15,11 @@ from pycocotools.coco import COCO
 
 from src.data.annotations import coco
 from src.data.annotations.coco import Category, check_images_exist, read_annotations
+from src.data.annotations.dataset import read_dataset
 from src.data.pipelines.dali_files import write_clean_file
 from src.runtime.errors import DataError
 from tests.helpers.annotation_files import IMAGES, LARGEST_ID, content, error_of, read, without
-from tests.helpers.datasets import CATEGORIES, annotation, write_annotations
+from tests.helpers.datasets import CATEGORIES, annotation, write_annotations, write_coco
 
 # --- what is read ----------------------------------------------------------------------------------------------------
 
@@ -374,6 +376,39 @@ def test_a_folder_is_no_image(tmp_path):
     (tmp_path / "train2017" / "1.jpg").mkdir(parents=True)
     with pytest.raises(DataError, match=r"1\.jpg: no such image file"):
         check_images_exist(read(tmp_path, content()))
+
+
+def test_what_stands_in_the_place_of_an_image_is_named(tmp_path):
+    folder = tmp_path / "train2017"
+    touch_images(folder, ["a/1.jpg"])
+    (folder / "dangling").symlink_to("nowhere")
+    (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "pipe")
+    whats = {
+        "dangling": "no such image file (it is a link to nowhere, which is not there)",
+        "loop": "(Too many levels of symbolic links)",
+        "pipe": "no image file (it is a pipe or a device)",
+        "a": "no such image file (it is a folder)",
+        "a\\1.jpg": "there is a file 'a/1.jpg': write slashes in file_name",
+    }
+    for name, what in whats.items():
+        with pytest.raises(DataError) as caught:
+            check_images_exist(read(tmp_path, content(images=[{**IMAGES[0], "file_name": name}])))
+        assert str(folder / name) in str(caught.value) and what in str(caught.value)
+
+
+def test_what_no_entry_names_does_not_matter(tmp_path):
+    folder = tmp_path / "train2017"
+    touch_images(folder, ["1.jpg"])
+    (folder / "loop").symlink_to("loop")
+    check_images_exist(read(tmp_path, content(images=IMAGES[:1])))
+
+
+def test_a_data_set_without_a_validation_split(tmp_path):
+    data = write_coco(tmp_path, [annotation(1)], splits=("train",))
+    assert read_dataset(data, evaluating=False, upright=False)[1] is None
+    with pytest.raises(DataError, match="no validation split; --evaluation without epochs trains without one"):
+        read_dataset(data, evaluating=True, upright=False)
 
 
 def test_the_clean_file_holds_what_is_trained_on(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from src.data.annotations.coco import read_annotations
 from src.data.annotations.coco_errors import BLOCK
 from src.runtime.errors import DataError
-from tests.helpers.annotation_files import IMAGES, content, error_of, without
+from tests.helpers.annotation_files import IMAGES, content, error_of, read, without
 from tests.helpers.datasets import CATEGORIES, annotation, write_annotations
 
 BBOX_FAULTS = ["[]", "[1, 2, 3]", "[1, 2, 3, 4, 5]", '[1, 2, "3", 4]', "[1, 2, 3, null]", "null", '"1 2 3 4"', "7",
@@ -72,11 +72,62 @@ def test_a_file_name_must_stay_in_the_folder(tmp_path, name):
     assert "images[1]" in message and repr(name) in message and str(tmp_path / "train2017") in message
 
 
-@pytest.mark.parametrize("field", ["area", "iscrowd"])
-def test_a_wrong_optional_field(tmp_path, field):
-    assert f'{field} is "much" in annotations[0] (id 1): it must be' in error_of(
-        tmp_path, content([annotation(1, **{field: "much"})])
+def test_a_wrong_optional_field(tmp_path):
+    assert 'iscrowd is "much" in annotations[0] (id 1): it must be' in error_of(
+        tmp_path, content([annotation(1, iscrowd="much")])
     )
+
+
+@pytest.mark.parametrize("area", ['"much"', '"12"', "[7]", '{"a": 1}', "NaN", "true", "null"])
+def test_an_area_that_is_no_number_counts_as_missing(tmp_path, area):
+    text = json.dumps(content([annotation(1, area="A")])).replace('"A"', area)
+    assert read(tmp_path, text, for_scoring=True).ground_truth.areas.tolist() == [3000]  # 60 x 50
+
+
+@pytest.mark.parametrize("given", ["a1-uuid", 1.5, [1], {"a": None}, True, 10**30, None])
+def test_an_annotation_id_may_be_anything(tmp_path, given):
+    entries = [{**annotation(1), "id": given}, {**annotation(2), "id": 7}]
+    annotations = read(tmp_path, {**content(), "annotations": entries})
+    assert annotations.annotation_ids.tolist() == [1, 2]
+    assert "numbered from 1" in annotations.warnings[0]
+
+
+@pytest.mark.parametrize("written", ["1e0", "1.0e+0", "10E-1", "100e-2", "0.1e1", "1.0"])
+@pytest.mark.parametrize("after", ["", ', "more": [1, {"id": 2.0}]'])
+def test_whole_numbers_of_any_form(tmp_path, written, after):
+    text = json.dumps(content([annotation(1), annotation(2)])).replace('"image_id": 1,', f'"image_id": {written},')
+    text = text.replace("160", "1.6e+02").replace("120", "12E1")[:-1] + after + "}"
+    annotations = read(tmp_path, text)
+    assert annotations.with_boxes().tolist() == [0, 1]
+    assert annotations.sizes.tolist() == [[160, 120]] * 4
+
+
+@pytest.mark.parametrize("written", ["1e-1", "1.5", "1e400", "12e-1", "1e19"])
+def test_numbers_that_are_not_whole_or_too_large(tmp_path, written):
+    text = json.dumps(content([annotation(1), annotation(2)])).replace('"image_id": 1,', f'"image_id": {written},')
+    assert " in annotations[0] (id 1): it must be the id of an entry of `images`" in error_of(tmp_path, text)
+
+
+def test_a_fault_behind_whole_numbers_of_another_form_is_placed_in_the_file(tmp_path):
+    text = json.dumps(content()).replace("160", "1.6e+02").replace('"annotations"', '"annotations" ?')
+    assert f"(byte {text.index('?')})" in error_of(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("beginning", "what"),
+    [
+        (b"\x1f\x8b\x08", "a gzip archive"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "a Git LFS pointer"),
+        (b"<!DOCTYPE html>", "an HTML or XML page"),
+        (b"\xef\xbb\xbf\n <html>", "an HTML or XML page"),
+    ],
+)
+def test_files_of_another_kind_are_named(tmp_path, beginning, what):
+    path = write_annotations(tmp_path, "")
+    path.write_bytes(beginning)
+    with pytest.raises(DataError, match=f"{path}: is {what}"):
+        read_annotations(path, tmp_path)
 
 
 @pytest.mark.parametrize("part", ["images", "annotations", "categories"])
@@ -101,7 +152,7 @@ def test_no_images(tmp_path):
         (" \n", "is empty"),
         ("[]", "is of type array: it must be an object with images, annotations, categories"),
         ("null", "is of type null"),
-        ("<html>", "line 1, column 1 (byte 0), around \"<html>\""),
+        ("html", "line 1, column 1 (byte 0), around \"html\""),
         ('{"images": [],\n "extra": [1,,2]}', "line 2, column 14 (byte 28)"),
         (json.dumps(content())[:-20], "ends in the middle"),
         (json.dumps(content()) + "}", "trailing characters at line 1"),
