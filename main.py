@@ -37,6 +37,7 @@ from src.report.exit_status import (
     report_error_before_cleanup,
 )
 from src.report.report import Report, RunContext
+from src.report.run_folder import LAST
 from src.report.startup import ResumedFrom, start_report, tell_data, tell_start
 from src.runtime import distributed, launcher_env
 from src.runtime.devices import configure
@@ -48,7 +49,7 @@ from src.ssd.detect import IOU_THRESHOLD, MAX_DETECTIONS
 from src.ssd.model import SSD300, feature_channels, training_memory_format
 from src.training.checkpoint import TRAINING_DATA, Identity
 from src.training.resume import resumed_file, run_to_continue, schedule_warnings, start_position, starting_model
-from src.training.run import LAST, Run
+from src.training.run import Run
 from src.training.step import Schedule, Trainer, make_optimizer
 
 SINGLE_PROCESS_MODES = {
@@ -122,6 +123,7 @@ def train(flags: Flags, processes: Processes) -> int:
             continued = ResumedFrom(resumed, before.position.epoch, before.position.iteration) if resumed else None
             report = start_report(flags.output, continued=continued, flags=asdict(flags), processes=processes)
             stack.enter_context(closing(report))
+        del before  # its weights and momentum: 200 MB and more on each rank
         tell_data(report, training, validation, half=flags.fp16, device=processes.device)
         missing = flags.output / LAST if flags.resume and not resumed else None
         for warning in (

@@ -194,7 +194,7 @@ class Report:
         assert self._output is not None
         path = self._output / METRICS
         if not path.exists():
-            if iteration:
+            if iteration and self._append:
                 self.warn(f"{path}: missing: it now starts at epoch {epoch}, iteration {iteration}")
             return set(range(epoch))
         with writing(path):

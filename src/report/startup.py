@@ -9,7 +9,7 @@ import torch
 from src.data.annotations.coco import Annotations
 from src.data.pipelines.loaders import TrainLoader
 from src.report.report import Report
-from src.report.run_folder import set_aside_old_run
+from src.report.run_folder import branch_off, same_folder, set_aside_old_run
 from src.runtime.distributed import Processes
 from src.runtime.precision import SLOW_HALF, half_is_fast
 
@@ -26,11 +26,11 @@ def start_report(
     output: Path, *, continued: ResumedFrom | None, flags: Mapping[str, object], processes: Processes
 ) -> Report:
     """Opens a run's files; those of an older run are set aside first, or cut back to where this one goes on."""
-    appended = continued is not None and continued.file.parent.resolve() == output.resolve()
-    moved = None if appended else set_aside_old_run(output)
-    report = Report(output, append=appended)
-    if moved:
-        report.note(moved)
+    in_output = continued is not None and same_folder(continued.file.parent, output)
+    line = branch_off(output, continued.file) if continued and in_output else set_aside_old_run(output)
+    report = Report(output, append=in_output)
+    if line:
+        report.note(line)
     if continued is not None:
         report.rewind(epoch=continued.epoch, iteration=continued.iteration)
         report.note(f"Continued from {continued.file}: epoch {continued.epoch}, iteration {continued.iteration}")

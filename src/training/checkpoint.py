@@ -4,7 +4,7 @@ A file holds tensors, plain numbers, strings, bytes, lists and dicts only, so th
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +16,7 @@ from torch import Tensor
 from src.runtime.errors import UserError
 from src.runtime.output_files import atomic_write
 from src.weights.detector import first_difference
-from src.weights.files import load_checkpoint
+from src.weights.files import load_checkpoint, short
 
 TRAINING_DATA = "the training data"  # one of the settings
 
@@ -71,7 +71,12 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises UserError where the file cannot be written (a full disk); the old one stays.
     """
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    try:
+        torch.save(state, buffer)
+    except RuntimeError as error:  # torch's archive writer raises it while it handles a MemoryError of the buffer
+        if isinstance(error.__context__, MemoryError):
+            raise MemoryError(f"while {path.name} was made") from None
+        raise
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
 
@@ -91,8 +96,56 @@ def read_run(path: Path, identity: Identity) -> Checkpoint:
         position=Position(**{name: state[name] for name in position}),
         identity=Identity(**{name: state[name] for name in theirs}),
     )
+    _check_fields(path, state)
     _check_same_run(path, checkpoint.identity, identity)
     return checkpoint
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value <= 1)
+
+
+def _is_settings(value: object) -> bool:
+    wanted = ("--batch-size", "the number of processes")
+    return isinstance(value, dict) and all(_is_count(value.get(name)) and value[name] for name in wanted)
+
+
+def _is_optimizer(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
+        return False
+    groups = value.get("param_groups")
+    return isinstance(groups, list) and all(isinstance(one, dict) and "params" in one for one in groups)
+
+
+COUNT, SCORE = "a whole number, 0 or more", "a number from 0 to 1, or None"
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "optimizer": (_is_optimizer, "the state_dict of an optimizer"),
+    "scaler": (lambda value: isinstance(value, dict), "a dict"),
+    "pipeline": (lambda value: isinstance(value, list) and bool(value) and all(isinstance(own, dict) for own in value),
+                 "a list with a dict for each process"),
+    "epoch": (_is_count, COUNT),
+    "within": (_is_count, COUNT),
+    "length": (_is_count, COUNT),
+    "iteration": (_is_count, COUNT),
+    "best_map": (_is_score, SCORE),
+    "last_map": (_is_score, SCORE),
+    "evaluated": (lambda value: isinstance(value, bool), "True or False"),
+    "seed": (lambda value: type(value) is int and 0 <= value < 2**64, "a whole number from 0 to 2^64 - 1"),
+    "settings": (_is_settings, "a dict with --batch-size and the number of processes"),
+}  # of a checkpoint, which `load_checkpoint` has not looked at: what is accepted, and how to say it  # fmt: skip
+
+
+def _check_fields(path: Path, state: dict[str, Any]) -> None:
+    """Raises UserError that names the first field of a run which holds what this program never writes there."""
+    for name, (accepts, expected) in FIELDS.items():
+        if not accepts(state[name]):
+            raise UserError(f"{path}: {name} = {short(state[name])}: expected {expected}; use --checkpoint {path}")
+    if state["within"] > state["length"]:
+        raise UserError(f"{path}: within = {state['within']}: expected at most length = {state['length']}")
 
 
 def _check_same_run(path: Path, theirs: Identity, ours: Identity) -> None:

@@ -9,20 +9,17 @@ import torch
 
 from src.data.annotations.coco import Category
 from src.data.pipelines.loaders import TrainLoader
+from src.report.run_folder import BEST, LAST, same_folder
 from src.runtime.distributed import Processes
 from src.ssd.model import SSD300
 from src.training.checkpoint import TRAINING_DATA, Checkpoint, Identity, Position, read_run
-from src.training.run import BEST, LAST
 from src.training.step import Schedule, Trainer
 from src.weights.backbone import load_backbone_weights
 from src.weights.detector import load_detector, load_weights
 from src.weights.files import load_checkpoint
 
-BEFORE_THE_FLAG = {
-    "--compile": False,
-    "--orientation": "stored",
-    "--freeze-backbone": False,
-}  # what runs did that were written before it was there
+# What a checkpoint means that was written before the flag existed.
+LEGACY_DEFAULTS = {"--compile": False, "--orientation": "stored", "--freeze-backbone": False}
 
 
 def resumed_file(resume: Path | bool | None, output: Path) -> Path | None:
@@ -33,12 +30,12 @@ def resumed_file(resume: Path | bool | None, output: Path) -> Path | None:
 
 
 def run_to_continue(file: Path, output: Path, identity: Identity) -> Checkpoint:
-    """The run of a checkpoint; `read_run` tells of its errors.
+    """The run of a checkpoint.  Raises UserError as `read_run` does.
 
-    Where `output` does not hold its best network, the next evaluation leaves one there, whatever was reached elsewhere.
+    If `output` does not hold the run's best network, the next evaluation writes one, whatever was reached elsewhere.
     """
     run = read_run(file, identity)
-    if file.absolute().parent != output.absolute() or not (output / BEST).exists():
+    if not same_folder(file.parent, output) or not (output / BEST).exists():
         run.position.best_map = None
     return run
 
@@ -93,7 +90,7 @@ def start_position(
 
 def _changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The settings that differ from those a checkpoint was written under, as "name (old -> new)"."""
-    before = BEFORE_THE_FLAG | before
+    before = LEGACY_DEFAULTS | before
     changed = [name for name, value in now.items() if before.get(name) != value]
     return [name if name == TRAINING_DATA else f"{name} ({before.get(name)} -> {now[name]})" for name in changed]
 

@@ -6,13 +6,12 @@ from typing import Any
 
 from src.data.pipelines.loaders import TrainLoader
 from src.report.report import Report
+from src.report.run_folder import BEST, LAST
 from src.runtime.distributed import Processes
 from src.runtime.errors import SigtermReceived
 from src.runtime.preemption import GracefulShutdown
 from src.training.checkpoint import Checkpoint, Identity, Position, save_run
 from src.training.step import Schedule, Trainer, train_epoch
-
-LAST, BEST = "last.pt", "best.pt"
 
 Evaluate = Callable[[int], tuple[float | None, dict[str, Any]]]
 
@@ -144,7 +143,7 @@ class Run:
             checkpoint = Checkpoint(
                 model=trainer.model.state_dict(),
                 optimizer=trainer.optimizer.state_dict(),
-                scaler=trainer.scaler.state_dict(),
+                scaler=trainer.scaler_state(),
                 pipeline=pipeline,
                 position=self.position,
                 identity=self.identity,

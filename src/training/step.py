@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,6 +23,7 @@ from src.ssd.loss import LossParts, MultiBoxLoss
 REFERENCE_BATCH = 32  # images; --learning-rate is stated for it
 DECAY = 0.1  # of the learning rate at each --multistep epoch
 LOG_INTERVAL = 20  # iterations between readings of the loss
+SKIPPED_STEPS = "skipped_steps"  # in the loss scaling's part of a checkpoint
 NEVER = 2**62  # in the place of an iteration
 ADVICE = "lower --learning-rate or lengthen --warmup; nothing was saved since"
 
@@ -71,6 +73,21 @@ def _prepare_momentum(optimizer: Optimizer) -> None:
             momentum = optimizer.state[parameter].get("momentum_buffer")
             prepared = torch.zeros_like(parameter)
             optimizer.state[parameter]["momentum_buffer"] = prepared if momentum is None else prepared.copy_(momentum)
+
+
+def _check_momentum(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Raises UserError where a checkpoint's optimizer state is not that of this network's optimizer."""
+    theirs = [group["params"] for group in state["param_groups"]]
+    ours = [group["params"] for group in optimizer.param_groups]
+    if [len(params) for params in theirs] != [len(params) for params in ours]:
+        raise UserError("--resume: optimizer.param_groups: expected those of this network; use --checkpoint instead")
+    for number, parameter in zip(chain(*theirs), chain(*ours), strict=True):
+        momentum = state["state"].get(number, {}).get("momentum_buffer")
+        if momentum is not None and (not isinstance(momentum, Tensor) or momentum.shape != parameter.shape):
+            raise UserError(
+                f"--resume: optimizer.state[{number}].momentum_buffer: expected numbers of shape "
+                f"{list(parameter.shape)}; use --checkpoint instead"
+            )
 
 
 @contextmanager
@@ -125,11 +142,11 @@ class Trainer:
         self._skipped += (overflows > 0).sum()
 
     def skipped_steps(self) -> int:
-        """Steps that were left out because gradients overflowed, since this process started; waits for the device."""
+        """Steps that loss scaling left out, as gradients overflowed, since the run's start; waits for the device."""
         return int(self._skipped)
 
     def check_weights(self, *, epoch: int, iteration: int, learning_rate: float) -> None:
-        """Raises TrainingBreakdownError, on all ranks alike, where weights or batch-norm statistics are spoilt.
+        """Raises DivergenceError, on all ranks alike, where weights or batch-norm statistics are spoilt.
 
         The statistics may be by a step that loss scaling has left out: the forward pass had moved them already.
         """
@@ -161,22 +178,29 @@ class Trainer:
         The optimizer's settings stay this run's.
         """
         settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
+        _check_momentum(self.optimizer, optimizer)
         self.optimizer.load_state_dict(optimizer)
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         _prepare_momentum(self.optimizer)
         if self.scaler.is_enabled() and scaler:
             self.scaler.load_state_dict(scaler)
+            self._skipped.fill_(scaler.get(SKIPPED_STEPS, 0))  # older checkpoints lack it
+
+    def scaler_state(self) -> dict[str, Any]:
+        """What `restore` takes as `scaler`; empty without loss scaling."""
+        state = self.scaler.state_dict()
+        return {**state, SKIPPED_STEPS: self.skipped_steps()} if state else state
 
 
 class NonFiniteLossMonitor:
     """Records on the device the first iteration whose loss is not finite, so that no iteration waits for the device."""
 
     def __init__(self, processes: Processes, device: torch.device, *, patient: bool) -> None:
-        """patient: with loss scaling one overflow is skipped, so a run ends when the next reading is bad as well."""
+        """patient: tolerate one bad reading, as loss scaling skips an overflow; a second one in a row ends the run."""
         self.processes = processes
         self.patient = patient
-        self._warned = False
+        self._tolerated_at: int | None = None  # iteration of the last bad reading
         self._first = torch.full((), NEVER, dtype=torch.int64, device=device)
 
     def observe(self, loss: Tensor, iteration: int) -> None:
@@ -184,13 +208,16 @@ class NonFiniteLossMonitor:
         bad = ~torch.isfinite(loss) & (self._first == NEVER)
         self._first = torch.where(bad, iteration, self._first)
 
-    def check(self, *, epoch: int, learning_rate: float) -> None:
-        """Reads the record, on all ranks together; raises TrainingBreakdownError on all of them."""
+    def check(self, *, epoch: int, iteration: int, learning_rate: float) -> None:
+        """Reads the record after `iteration`, on all ranks together; raises DivergenceError on all of them."""
         first = -self.processes.maximum(-int(self._first))  # the least of all
-        bad, warned, self._warned = first < NEVER, self._warned, first < NEVER
-        if not bad:
+        if first == NEVER:
+            # The reading at an epoch's end may follow a bad one by an iteration, which proves no recovery.
+            if self._tolerated_at is not None and iteration - self._tolerated_at >= LOG_INTERVAL:
+                self._tolerated_at = None
             return
-        if self.patient and not warned:
+        if self.patient and self._tolerated_at is None:
+            self._tolerated_at = iteration
             self._first.fill_(NEVER)
             return
         raise DivergenceError(
@@ -222,7 +249,7 @@ def train_epoch(
     """Trains on `batches`, those of `epoch` from its iteration `start` on.
 
     first_iteration: the number, counted from the run's start, of the first of them.
-    Raises TrainingBreakdownError when the loss is not finite.
+    Raises DivergenceError when the loss is not finite.
     """
     trainer.parallel.train()
     skipped = trainer.skipped_steps()
@@ -237,7 +264,7 @@ def train_epoch(
         done += 1
         report.step(schedule.images)
         if iteration % LOG_INTERVAL == 0:
-            trainer.breakdown.check(epoch=epoch, learning_rate=rate)
+            trainer.breakdown.check(epoch=epoch, iteration=iteration, learning_rate=rate)
             now = time.perf_counter()
             _log(report, trainer, parts, epoch, iteration, rate, (done - logged) * schedule.images / (now - logged_at))
             logged, logged_at = done, now
@@ -245,7 +272,7 @@ def train_epoch(
             stopped = True
             break
     if done:
-        trainer.breakdown.check(epoch=epoch, learning_rate=rate)
+        trainer.breakdown.check(epoch=epoch, iteration=iteration, learning_rate=rate)
         trainer.check_weights(epoch=epoch, iteration=iteration, learning_rate=rate)
         stopped = stop.finish_poll() or stopped
         skipped = trainer.skipped_steps() - skipped

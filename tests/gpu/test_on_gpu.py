@@ -145,7 +145,7 @@ def test_from_the_second_step_on_the_host_never_waits(half):
             trainer = next(steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    trainer.breakdown.check(epoch=0, learning_rate=1e-4)
+    trainer.breakdown.check(epoch=0, iteration=0, learning_rate=1e-4)
 
 
 @pytest.mark.usefixtures("narrow")

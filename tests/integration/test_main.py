@@ -283,7 +283,7 @@ def test_an_iteration_reads_nothing_from_the_device():
         parts = trainer.step(batch, 0.01)
         trainer.breakdown.observe(sum(parts), 0)
         assert reads.count == 0
-        trainer.breakdown.check(epoch=0, learning_rate=0.01)
+        trainer.breakdown.check(epoch=0, iteration=0, learning_rate=0.01)
         assert reads.count == 1
 
 

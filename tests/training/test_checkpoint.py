@@ -14,10 +14,11 @@ from src.training.checkpoint import Checkpoint, Identity, Position, read_run, sa
 from src.weights.files import load_checkpoint
 
 WEIGHTS = {"conf.0.bias": torch.arange(12.0), "loc.0.bias": torch.arange(16.0)}
-IDENTITY = Identity("resnet18", [[7, "square"], [9, "disc"]], 5, {"--batch-size": 4})
+SETTINGS = {"--batch-size": 4, "the number of processes": 2}
+IDENTITY = Identity("resnet18", [[7, "square"], [9, "disc"]], 5, SETTINGS)
 RUN = Checkpoint(
     model=WEIGHTS,
-    optimizer={"state": {0: {"momentum_buffer": torch.ones(2)}}},
+    optimizer={"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": []},
     scaler={},
     pipeline=[{"position": 3}, {"position": 4}],
     position=Position(epoch=2, within=3, length=8, iteration=19, best_map=0.5, last_map=0.25, evaluated=True),
@@ -53,6 +54,37 @@ def test_a_file_that_lacks_a_part_holds_no_run(tmp_path, missing):
     torch.save(state, tmp_path / "last.pt")
     with pytest.raises(UserError, match=rf"no run to continue \(no {missing}\): use --checkpoint"):
         read_run(tmp_path / "last.pt", IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epoch", "3"), ("epoch", -1), ("iteration", 2.0), ("within", True), ("within", 9), ("length", None),
+        ("best_map", 7.0), ("last_map", float("nan")), ("evaluated", 1), ("seed", -1), ("pipeline", []),
+        ("pipeline", [3]), ("optimizer", []), ("optimizer", {"state": {}}), ("scaler", None), ("settings", {}),
+        ("backbone", "vgg16"), ("backbone", ["resnet18"]), ("categories", []), ("categories", {7: "square"}),
+        ("categories", [{"id": 7, "name": "square"}]), ("categories", [["7", "square"]]),
+        ("categories", [[7, "square"], [7, "disc"]]), ("model", {"a": torch.zeros(2, dtype=torch.complex64)}),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_kind_is_named(tmp_path, name, value):
+    path = tmp_path / "last.pt"
+    save_run(path, RUN)
+    torch.save({**torch.load(path), name: value}, path)
+    with pytest.raises(UserError, match=rf"^{path}: {name}\b[^\n]*: (expected|an id)"):
+        read_run(path, IDENTITY)
+
+
+def test_memory_that_runs_out_while_a_checkpoint_is_made_is_told_as_such(tmp_path, monkeypatch):
+    def no_memory(*_):
+        try:
+            raise MemoryError
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")  # as torch's archive writer does
+
+    monkeypatch.setattr(torch, "save", no_memory)
+    with pytest.raises(MemoryError, match=r"last\.pt"):
+        save_checkpoint(tmp_path / "last.pt", {"model": WEIGHTS})
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_the_first_bad_iteration_of_all_processes_is_named(others):
     watch = NonFiniteLossMonitor(SimpleNamespace(maximum=lambda own: max(own, others)), CPU, patient=False)
     watch.observe(torch.tensor(float("nan")), 6)
     with pytest.raises(DivergenceError, match=f"iteration {min(6, -others)} "):
-        watch.check(epoch=0, learning_rate=0.1)
+        watch.check(epoch=0, iteration=0, learning_rate=0.1)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -169,16 +169,46 @@ def test_breakdown_names_the_first_bad_iteration():
     for iteration, loss in enumerate([1.0, 2.0, math.nan, math.inf, 3.0]):
         watch.observe(torch.tensor(loss), iteration)
     with pytest.raises(DivergenceError, match=r"epoch 4, iteration 2 \(learning rate 0\.5\)"):
-        watch.check(epoch=4, learning_rate=0.5)
+        watch.check(epoch=4, iteration=0, learning_rate=0.5)
 
 
-def test_breakdown_with_loss_scaling_waits_for_a_second_bad_reading():
+def read_after(watch: NonFiniteLossMonitor, iteration: int, loss: float = 1.0) -> None:
+    watch.observe(torch.tensor(loss), iteration)
+    watch.check(epoch=0, iteration=iteration, learning_rate=0.1)
+
+
+def test_loss_scaling_tolerates_one_bad_reading_and_not_two_in_a_row():
     watch = NonFiniteLossMonitor(ALONE, CPU, patient=True)
-    watch.observe(torch.tensor(math.inf), 3)
-    watch.check(epoch=0, learning_rate=0.1)
-    watch.check(epoch=0, learning_rate=0.1)  # fine in between: forgiven
-    watch.observe(torch.tensor(math.inf), 45)
-    watch.check(epoch=0, learning_rate=0.1)
-    watch.observe(torch.tensor(math.inf), 66)
-    with pytest.raises(DivergenceError, match="iteration 66"):
-        watch.check(epoch=0, learning_rate=0.1)
+    read_after(watch, 20, math.inf)
+    read_after(watch, 40)  # recovered
+    read_after(watch, 60, math.inf)
+    with pytest.raises(DivergenceError, match="iteration 80"):
+        read_after(watch, 80, math.inf)
+
+
+def test_a_reading_just_after_a_bad_one_does_not_count_as_recovery():
+    """That of an epoch's end, an iteration after the one that is logged."""
+    watch = NonFiniteLossMonitor(ALONE, CPU, patient=True)
+    read_after(watch, 20, math.inf)
+    read_after(watch, 21)
+    with pytest.raises(DivergenceError, match="iteration 40"):
+        read_after(watch, 40, math.inf)
+
+
+def test_skipped_steps_count_on_after_a_continuation():
+    before, after = (make_trainer(torch.nn.Linear(2, 2)) for _ in range(2))
+    for trainer in (before, after):
+        trainer.scaler = torch.amp.GradScaler("cpu")
+    before._skipped += 3
+    state = before.scaler_state()
+    after.restore(optimizer=before.optimizer.state_dict(), scaler=state)
+    assert after.skipped_steps() == 3
+    del state["skipped_steps"]  # as older checkpoints lack it
+    after.restore(optimizer=before.optimizer.state_dict(), scaler=state)
+    assert after.skipped_steps() == 0
+
+
+def test_momentum_of_another_network_is_refused():
+    ours, theirs = (make_trainer(torch.nn.Linear(2, size)) for size in (2, 3))
+    with pytest.raises(UserError, match=r"optimizer\.state\[0\]\.momentum_buffer: expected numbers of shape \[2, 2\]"):
+        ours.restore(optimizer=theirs.optimizer.state_dict(), scaler={})

@@ -1,6 +1,7 @@
 """Reading files with weights: what is refused and why, and whether the weights fit."""
 
 import argparse
+import gzip
 import os
 import pickle
 import zipfile
@@ -121,6 +122,46 @@ def test_a_file_of_another_kind(tmp_path, kind, recwarn):
     file.write_bytes(other_files()[kind])
     assert refusal(file).startswith("is no checkpoint, or not a whole one (")
     assert not [warning for warning in recwarn if "pickle" in str(warning.message)]
+
+
+FOREIGN = {
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "HTML": b"\n<!DOCTYPE html>\n<html><head><title>Quota exceeded</title></head></html>",
+    "XML": b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+    "gzip": gzip.compress(b"weights"),
+    "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(600),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_a_file_of_another_kind_is(tmp_path, kind):
+    (tmp_path / "a.pt").write_bytes(FOREIGN[kind])
+    message = refusal(tmp_path / "a.pt")
+    assert message.startswith("is no checkpoint but ") and kind in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"state_dict": {"model.a": torch.zeros(1)}, "pytorch-lightning_version": "2.5", "epoch": 3},
+         "a checkpoint of PyTorch Lightning. Take 'state_dict', without the prefix 'model' of its names"),
+        ({"ema": WEIGHTS, "step": 9}, "averaged weights (EMA). Take 'ema'"),
+        ({"model_ema": WEIGHTS}, "averaged weights (EMA). Take 'model_ema'"),
+        ({"meta": {"epoch": 12}, "state_dict": WEIGHTS}, "a checkpoint of MMDetection. Take 'state_dict'"),
+        ({"net": WEIGHTS}, "of another program. Take 'net'"),
+        ({"model": {"net": WEIGHTS}, "weights": WEIGHTS}, "of another program. Take 'weights'"),
+    ],
+)  # fmt: skip
+def test_which_key_of_another_programs_checkpoint_to_take(tmp_path, content, said):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError) as error:
+        load_checkpoint(tmp_path / "a.pt")
+    assert f"it seems to be {said}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_of_whole_numbers_do_not_fit():
+    with pytest.raises(UserError, match=r"model\['a'\] holds torch\.int8: expected floating-point numbers"):
+        check_fit({"a": torch.zeros(2)}, {"a": torch.zeros(2, dtype=torch.int8)}, source=Path("x.pt"))
 
 
 def test_an_archive_of_another_kind(tmp_path):
