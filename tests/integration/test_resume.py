@@ -179,7 +179,7 @@ def test_a_checkpoint_from_before_a_flag_needs_no_warning(runs, data, tmp_path, 
     for own in state["pipeline"]:
         del own["fingerprint"]["orientation"]
     torch.save(state, tmp_path / "old.pt")
-    assert idle_run(data, tmp_path, *flags("dali", True), "--resume", str(tmp_path / "old.pt"))[0] == main.DONE
+    assert idle_run(data, tmp_path / "run", *flags("dali", True), "--resume", str(tmp_path / "old.pt"))[0] == main.DONE
     assert warnings_of(capsys) == []
 
 
@@ -284,7 +284,7 @@ def test_a_checkpoint_gives_weights_and_training_starts_at_epoch_0(runs, data, t
 
 def test_best_is_the_best_so_far_over_continuations_and_old_epochs_go(data, tmp_path):
     figures = {0: 0.3, 1: 0.2, 2: None, 3: 0.4, 4: 0.4}
-    with mock.patch("main.make_evaluation", return_value=nullcontext(lambda epoch: {"mAP": figures[epoch]})):
+    with mock.patch("main.make_evaluation", return_value=nullcontext(lambda epoch: (figures[epoch], {}))):
         for epochs, best in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4)):
             more = [*flags("no_dali", True), "--resume", "--epochs", str(epochs), "--evaluation", *map(str, figures)]
             assert idle_run(data, tmp_path, *more) == (main.DONE, 2)
@@ -297,13 +297,43 @@ def test_best_is_the_best_so_far_over_continuations_and_old_epochs_go(data, tmp_
 
 def test_a_run_that_continues_elsewhere_leaves_its_best_network_there(data, tmp_path):
     here, there, figures = tmp_path / "here", tmp_path / "there", {0: 0.9, 1: 0.2}
-    with mock.patch("main.make_evaluation", return_value=nullcontext(lambda epoch: {"mAP": figures[epoch]})):
+    with mock.patch("main.make_evaluation", return_value=nullcontext(lambda epoch: (figures[epoch], {}))):
         more = [*flags("no_dali", True), "--evaluation", "0", "1"]
         assert idle_run(data, here, *more, "--epochs", "1") == (main.DONE, 2)
         assert idle_run(data, there, *more, "--epochs", "2", "--resume", str(here / "last.pt")) == (main.DONE, 2)
         assert idle_run(data, here, *more, "--epochs", "2", "--resume") == (main.DONE, 2)
     best = [torch.load(folder / "best.pt") for folder in (here, there)]
     assert [(one["epoch"], one["best_map"]) for one in best] == [(1, 0.9), (2, 0.2)]
+
+
+@pytest.mark.parametrize("spelling", ["link/last.pt", "other/../run/last.pt"])
+def test_the_output_folder_by_another_spelling_keeps_its_best_network(data, tmp_path, spelling):
+    output, figures = tmp_path / "run", {0: 0.9, 1: 0.2}
+    with mock.patch("main.make_evaluation", return_value=nullcontext(lambda epoch: (figures[epoch], {}))):
+        more = [*flags("no_dali", True), "--evaluation", "0", "1"]
+        assert idle_run(data, output, *more, "--epochs", "1") == (main.DONE, 2)
+        (tmp_path / "link").symlink_to(output)
+        (tmp_path / "other").mkdir()
+        assert idle_run(data, output, *more, "--epochs", "2", "--resume", str(tmp_path / spelling)) == (main.DONE, 2)
+    best = torch.load(output / "best.pt")
+    assert (best["epoch"], best["best_map"]) == (1, 0.9)
+    assert not (output / "run-001").exists()
+
+
+def test_a_run_that_goes_back_and_is_killed_continues_where_it_went_back_to(data, tmp_path, capsys):
+    figures = {0: 0.9, 1: 0.2, 2: 0.1}
+    more = [*flags("no_dali", True), "--epochs", "3"]
+    with mock.patch("main.make_evaluation", return_value=nullcontext(lambda epoch: (figures[epoch], {}))):
+        assert idle_run(data, tmp_path, *more, "--evaluation", "0", "1", "2") == (main.DONE, 6)
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    with mock.patch("main.train_to_the_end", side_effect=KeyboardInterrupt):
+        status = main.main(["--data", str(data), "--output", str(tmp_path), *FLAGS, *more,
+                            "--resume", str(tmp_path / "best.pt")])  # fmt: skip
+    assert status == main.INTERRUPTED
+    assert (tmp_path / "run-001" / "metrics.jsonl").read_text() == metrics
+    assert torch.load(tmp_path / "run-001" / "last.pt")["epoch"] == 3
+    assert f"a copy of what it had reached is in {tmp_path / 'run-001'}" in capsys.readouterr().out
+    assert idle_run(data, tmp_path, *more, "--resume") == (main.DONE, 4)
 
 
 def test_a_full_disk_is_told_of_in_one_line_and_the_old_checkpoint_stays(runs, data, tmp_path, capsys):
