@@ -21,7 +21,7 @@ MODES = ("training", "evaluation", "prediction", "check", "benchmark", "export")
 ALTERING = ("batch-size", "seed", "learning-rate", "momentum", "weight-decay", "warmup", "multistep", "fp16", "compile",
             "data_pipeline", "orientation", "freeze-backbone")  # flags that make a run another one  # fmt: skip
 
-Group = argparse._ArgumentGroup
+Add = Callable[..., argparse.Action]  # the add_argument of a group
 Number = TypeVar("Number", int, float)
 
 
@@ -103,11 +103,11 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_documented(parser)
-    _add_modes(parser.add_argument_group("what to do"))
-    _add_input(parser.add_argument_group("input"))
-    _add_weights(parser.add_argument_group("network and weights"))
-    _add_speed(parser.add_argument_group("speed"))
-    _add_output(parser.add_argument_group("output"))
+    _add_modes(parser.add_argument_group("what to do").add_argument)
+    _add_input(parser.add_argument_group("input").add_argument)
+    _add_weights(parser.add_argument_group("network and weights").add_argument)
+    _add_speed(parser.add_argument_group("speed").add_argument)
+    _add_output(parser.add_argument_group("output").add_argument)
     return parser
 
 
@@ -137,65 +137,61 @@ def _add_documented(parser: argparse.ArgumentParser) -> None:
         help="who prepares the training images: NVIDIA DALI or torchvision")  # fmt: skip
 
 
-def _add_modes(group: Group) -> None:
-    group.add_argument(
+def _add_modes(add: Add) -> None:
+    add(
         "--mode", choices=MODES, default="training",
         help="evaluation: score a checkpoint. prediction: --data is an image or a folder of images. check: read every "
         "image and annotation and report what is wrong. benchmark: time training steps and print images/s. export: "
         "write a checkpoint as files that other programs run, and how far they are from it on some images of --data "
         "(an image, a folder or a data set)",
     )  # fmt: skip
-    group.add_argument(
-        "--target", type=_fraction, default=None, metavar="MAP", help="exit status 1 when the final mAP is below it"
-    )
-    group.add_argument(
+    add("--target", type=_fraction, default=None, metavar="MAP", help="exit status 1 when the final mAP is below it")
+    add(
         "--score", type=_score, default=None, metavar="{S,best}",
         help="prediction: draw and list detections of this score or more, best: of each category's best F1; left out: "
         "draw from 0.3, list from 0.05",
     )  # fmt: skip
 
 
-def _add_input(group: Group) -> None:
-    group.add_argument(
+def _add_input(add: Add) -> None:
+    add(
         "--orientation", choices=ORIENTATIONS, default="stored",
         help="the pictures that sizes and boxes in the annotation files are of: as stored, or turned upright by their "
         "EXIF orientation tags",
     )  # fmt: skip
 
 
-def _add_weights(group: Group) -> None:
-    group.add_argument("--backbone", choices=BACKBONES, default="resnet50", help="the ResNet under the detector")
-    group.add_argument(
+def _add_weights(add: Add) -> None:
+    add("--backbone", choices=BACKBONES, default="resnet50", help="the ResNet under the detector")
+    add(
         "--backbone-weights", type=_weights, default="imagenet", metavar="{imagenet,none,FILE}",
         help="torchvision's ImageNet weights, random ones, or a state_dict in a file",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--freeze-backbone", action="store_true",
         help="keep the backbone's weights and batch-norm statistics as they are; for a few hundred pictures or fewer",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--checkpoint", type=_path, default=None, metavar="FILE",
         help="the weights to use, in every mode; training starts at epoch 0 with them (fine-tuning). Modes evaluation "
         "and prediction take an exported file, too",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--resume", nargs="?", type=_path, const=True, default=None, metavar="FILE",
         help="continue a run exactly where FILE stopped; without FILE from last.pt in --output, or afresh where there "
         "is none",
     )  # fmt: skip
 
 
-def _add_speed(group: Group) -> None:
-    group.add_argument(
+def _add_speed(add: Add) -> None:
+    add(
         "--compile", action="store_true",
         help="train through torch.compile, which fuses what lies between the convolutions; a minute longer to start",
     )  # fmt: skip
 
 
-def _add_output(group: Group) -> None:
-    group.add_argument(
-        "--output", type=_path, default=Path("models"), metavar="DIR", help="checkpoints, metrics and pictures"
-    )
+def _add_output(add: Add) -> None:
+    add("--output", type=_path, default=Path("models"), metavar="DIR", help="checkpoints, metrics and pictures")
 
 
 def _path(text: str) -> Path:

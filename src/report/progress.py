@@ -15,12 +15,14 @@ class Bar(tqdm):
     """
 
     monitor_interval = 0
-    _lock = threading.RLock()
 
     def __init__(self, total: int, name: str, *, initial: int = 0, form: str = FORM) -> None:
         super().__init__(
             total=total, desc=name, initial=initial, bar_format=form, dynamic_ncols=True, leave=False, miniters=1
         )
+
+
+Bar.set_lock(threading.RLock())  # tqdm's own includes the semaphore
 
 
 class TrainingBar(Bar):
