@@ -9,6 +9,7 @@ kernels that WAITING does not name, other threads (a DataLoader's workers and it
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -48,6 +49,16 @@ class Event(NamedTuple):
         return f"{self.kind}: {self.what}"
 
 
+class Operator(NamedTuple):
+    """An operator that computed on the GPU, views left out."""
+
+    name: str  # as "aten.convolution"
+    tensors: tuple[str, ...]  # of its arguments on the GPU, as "float16 [2, 3, 300, 300] channels last"
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(self.tensors)})"
+
+
 class GpuTensor(Tensor):
     """A tensor that says it is on cuda:0; `held` has its values."""
 
@@ -72,11 +83,12 @@ class GpuTensor(Tensor):
 
 
 class FakeGpu(TorchDispatchMode):
-    """Inside it cuda:0 can be used; `events` has what happened on it."""
+    """Inside it cuda:0 can be used; `events` has what happened on it, `operators` what was computed on it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.events: list[Event] = []
+        self.operators: list[Operator] = []
         self._pinned: dict[int, torch.UntypedStorage] = {}  # by address; held, so that no other gets the address
 
     def kinds(self, first: int = 0) -> set[str]:
@@ -99,6 +111,11 @@ class FakeGpu(TorchDispatchMode):
         if operator is aten.copy_.default:
             to_gpu = isinstance(args[0], GpuTensor)
         self._record(operator, args, kwargs, tensors, on_gpu, to_gpu)
+        if (on_gpu or to_gpu) and not operator.is_view:
+            described = tuple(_described("", tensor) + _layout(tensor) for tensor in on_gpu)
+            self.operators.append(
+                Operator(str(operator).partition(".")[0] + "." + operator.overloadpacket.__name__, described)
+            )
         if asked is not None:
             kwargs["device"] = CPU
         pin = kwargs.pop("pin_memory", False)
@@ -106,7 +123,10 @@ class FakeGpu(TorchDispatchMode):
         if not to_gpu:
             return self._pin(result) if pin else result
         known = {id(tensor.held): tensor for tensor in on_gpu}  # an operator in place gives its argument
-        return tree_map(lambda one: known[id(one)] if id(one) in known else _on_gpu(one), result)
+        # A view of a tensor that was made outside of inference mode is one that was, too.
+        of_normal = operator.is_view and not all(tensor.is_inference() for tensor in on_gpu)
+        with torch.inference_mode(torch.is_inference_mode_enabled() and not of_normal):
+            return tree_map(lambda one: known[id(one)] if id(one) in known else _on_gpu(one), result)
 
     def _record(self, operator, args, kwargs, tensors: list, on_gpu: list, to_gpu: bool) -> None:
         if operator in COPYING:
@@ -156,6 +176,13 @@ def _described(what: str, *tensors: Tensor) -> str:
     return " ".join(filter(None, [what.removesuffix(".default"), *parts]))
 
 
+def _layout(tensor: Tensor) -> str:
+    """How the values of a batch of images lie in memory, where it is one."""
+    if tensor.dim() != 4 or tensor.is_contiguous() == tensor.is_contiguous(memory_format=torch.channels_last):
+        return ""  # a size of 1 makes both the same
+    return " channels last" if tensor.is_contiguous(memory_format=torch.channels_last) else " channels first"
+
+
 @contextmanager
 def fake_gpu() -> Iterator[FakeGpu]:
     """The program finds one GPU inside, and its tensors can be made and computed with."""
@@ -169,6 +196,7 @@ def fake_gpu() -> Iterator[FakeGpu]:
         "device_count": lambda: 1,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: "a GPU that is not there",
+        "get_device_properties": lambda device=None: SimpleNamespace(name="a GPU that is not there", uuid="GPU-0"),
         "is_available": lambda: True,
         "is_current_stream_capturing": lambda: False,
         "max_memory_allocated": lambda device=None: 0,
