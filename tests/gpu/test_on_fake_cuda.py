@@ -221,16 +221,18 @@ def evaluation(data: Path, network: torch.nn.Module, batch_size: int, *, half: b
 
 def evaluation_waits(counts: list[int], images: int) -> list[str]:
     """Of an evaluation in batches of `images`, with as many detections as `counts` has for each batch."""
-    found = []
+    found = ["copy in float32 [8732, 4]"] * 3  # of the validation loss: to match and to encode
     for number, count in enumerate(counts):
         found.append(f"copy in uint8 [{images}, 3, 300, 300]")
         found += ["copy in float32 [2, 3]"] if number == 0 else []  # mean and deviation
         nonzero, candidates, settled, kept = detection_waits(images)
-        found += ["aten._local_scalar_dense", nonzero, candidates]  # how many outputs are not finite
+        found.append("aten._local_scalar_dense")  # how many outputs are not finite
+        found += [f"copy in {part}" for part in (f"float32 [{images}, 4]", *[f"int64 [{images}]"] * 2)]  # the truth
+        found += [nonzero, candidates]
         found += ["copy in float32 [8732, 4]"] if number == 0 else []  # default boxes
         found += [settled, kept]
         found += [f"copy out float32 [{count}, 4]", f"copy out int64 [{count}]", f"copy out float32 [{count}]"]
-    return found
+    return [*found, "copy out float64 [2]"]  # the validation loss
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "fp16"])
