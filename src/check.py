@@ -3,11 +3,13 @@
 Where nothing is wrong, it draws a training batch too.
 """
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +28,8 @@ from src.runtime.output_files import make_folder
 from src.ssd.default_boxes import IMAGE_SIZE
 
 CHUNK = 16  # pictures a thread takes at a time
+NAMED = 5  # pictures that a warning names
+DIGEST_BYTES = 16
 
 
 class Bar(Protocol):
@@ -49,8 +53,8 @@ def check(
 ) -> int:
     """Checks the data set in `folder` and draws a training batch of it into `output`; the exit status.
 
-    upright: see `read_annotations`.  make_loader: the training loader of the annotations.  make_trial: whether it can
-    decode them, `loaders.make_trial`.
+    upright: see `read_annotations`.  make_loader: the training loader of the annotations.  make_decode_check:
+    `loaders.make_decode_check`.
     """
     make_folder(output)
     files = [locations(folder, split) for split in ("train", "val")]
@@ -78,12 +82,13 @@ def check_dataset(
     """Checks annotation files and the pictures they name; the exit status, 2 where something is wrong, else 0.
 
     files: (annotation file, image folder), the training ones first: their categories are the ones that count, and
-    their pictures are tried as the training decodes them too.
-    upright and make_trial: as for `check`.  workers: threads that decode.
-    Each fault is written as one line, then a summary of each file.
+    their pictures are decoded as the training decodes them too.
+    upright and make_decode_check: as for `check`.  workers: threads that decode.
+    Writes each fault as one line, then a summary of each file.
     """
     categories: tuple[Category, ...] | None = None
     faults = 0
+    seen: dict[bytes, str] = {}  # name by digest, of the pictures of the files before
     for annotation_file, image_folder in files:
         try:
             annotations = read_annotations(
@@ -95,57 +100,120 @@ def check_dataset(
             write(str(error))
             continue
         categories = categories or annotations.categories
-        trial = make_decode_check(annotations, num_threads=workers) if annotation_file == files[0][0] else None
-        unreadable = _check_images(annotations, trial, workers=workers, progress=progress, write=write)
-        faults += unreadable
+        decode_check = make_decode_check(annotations, num_threads=workers) if annotation_file == files[0][0] else None
+        checked = _check_images(annotations, decode_check, workers=workers, progress=progress, write=write)
+        faults += checked.faults
         for line in summary(annotations):
             write(line)
-        sound = "  nothing is wrong" + (" but for the warnings" if annotations.warnings else "")
-        write(f"  wrong: {unreadable} of {len(annotations)} image files" if unreadable else sound)
+        warnings = [*_repeated_boxes(annotations), *_known_pictures(annotations, checked.digests, seen)]
+        for line in warnings:
+            write(f"  warning: {line}")
+        seen |= {digest: annotations.file_name(index) for index, digest in checked.digests.items()}
+        has_warnings = annotations.warnings or warnings or checked.damaged
+        sound = "  nothing is wrong" + (" but for the warnings" if has_warnings else "")
+        write(f"  wrong: {checked.faults} of {len(annotations)} image files" if checked.faults else sound)
     return BAD_INPUT if faults else DONE
+
+
+class _Checked(NamedTuple):
+    """What reading the pictures of an annotation file gave."""
+
+    faults: int
+    damaged: int  # JPEG files that can be read and have damaged data
+    digests: dict[int, bytes]  # of the files that can be read, by index
 
 
 def _check_images(
     annotations: Annotations,
-    trial: DecodeCheck | None,
+    decode_check: DecodeCheck | None,
     *,
     workers: int,
     progress: Progress,
     write: Callable[[str], None],
-) -> int:
-    """Reads every picture and writes a line for each that is missing, broken or of another size; their number."""
+) -> _Checked:
+    """Reads every picture and writes a line for each that is missing, broken, damaged or of another size."""
     total = len(annotations)
-    if not annotations.image_folder.is_dir():
-        write(f"{annotations.image_folder.absolute()}: no such folder: {annotations.path} names {total} images in it")
-        return total
-    faults = 0
-    # Threads suffice: torchvision releases Python's lock while it reads and decodes.
+    if not os.path.isdir(annotations.image_folder):  # Path.is_dir raises where a folder may not be entered
+        folder = annotations.image_folder.absolute()
+        write(f"{folder}: no such folder, or it may not be entered: {annotations.path} names {total} images in it")
+        return _Checked(total, 0, {})
+    faults = damaged = 0
+    digests: dict[int, bytes] = {}
+    # Threads suffice: simplejpeg and Pillow release Python's lock while they decode.
     with progress(total, "images") as bar, ThreadPoolExecutor(workers) as pool:
         chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
         try:
-            for chunk, found in zip(chunks, pool.map(lambda chunk: _faults(annotations, chunk), chunks), strict=True):
-                told = list(found.values())
-                if trial is not None:
-                    told += trial.faults([index for index in chunk if index not in found])
-                for fault in told:
-                    write(str(fault))
-                faults += len(told)
+            for chunk, read in zip(
+                chunks, pool.map(lambda chunk: _read_chunk(annotations, chunk), chunks), strict=True
+            ):
+                errors = list(read.faults.values())
+                if decode_check is not None:
+                    errors += decode_check.faults([index for index in chunk if index not in read.faults])
+                    for line in decode_check.messages:
+                        write(f"warning: {line}")
+                    decode_check.messages.clear()
+                for line in (*map(str, errors), *read.damage):
+                    write(line)
+                faults += len(errors)
+                damaged += len(read.damage)
+                digests |= read.digests
                 bar.update(len(chunk))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return faults
+    return _Checked(faults, damaged, digests)
 
 
-def _faults(annotations: Annotations, chunk: range) -> dict[int, DataError]:
-    """What is wrong with those of these pictures that are not in order."""
-    faults = {}
+class _Chunk(NamedTuple):
+    """What reading some pictures gave; by index where it is a dict."""
+
+    faults: dict[int, DataError]
+    damage: list[str]
+    digests: dict[int, bytes]
+
+
+def _read_chunk(annotations: Annotations, chunk: range) -> _Chunk:
+    read = _Chunk({}, [], {})
     for index in chunk:
+        reasons: list[str] = []
+        path = annotations.image_path(index)
         try:
-            read_image(annotations, index)
+            read_image(annotations, index, warn=reasons.append)
+            read.digests[index] = hashlib.blake2b(path.read_bytes(), digest_size=DIGEST_BYTES).digest()
         except DataError as error:
-            faults[index] = error
-    return faults
+            read.faults[index] = error
+        read.damage.extend(
+            f"warning: {path.absolute()}: damaged JPEG data ({reason}): parts of it may be wrong: store it anew"
+            for reason in reasons
+        )
+    return read
+
+
+def _repeated_boxes(annotations: Annotations) -> list[str]:
+    """A line where boxes equal an earlier one of their image and category: only one can be detected."""
+    owners = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
+    rows = np.column_stack((owners, annotations.labels, annotations.boxes))
+    rows = rows[np.lexsort(rows.T)]
+    repeated = rows[1:][(rows[1:] == rows[:-1]).all(axis=1), 0].astype(np.int64)
+    if not len(repeated):
+        return []
+    images = np.unique(repeated)
+    names = _listed([annotations.file_name(index) for index in images[:NAMED].tolist()], len(images))
+    return [f"{len(repeated)} boxes repeat another of the same category on {len(images)} images: {names}"]
+
+
+def _known_pictures(annotations: Annotations, digests: dict[int, bytes], seen: dict[bytes, str]) -> list[str]:
+    """A line where pictures are those of an earlier annotation file, byte for byte."""
+    known = [index for index, digest in digests.items() if digest in seen]
+    if not known:
+        return []
+    names = [f"{annotations.file_name(index)} = {seen[digests[index]]}" for index in known[:NAMED]]
+    return [f"{len(known)} validation pictures are training pictures, byte for byte: {_listed(names, len(known))}"]
+
+
+def _listed(names: list[str], total: int) -> str:
+    more = f" and {total - len(names)} more" if total > len(names) else ""
+    return ", ".join(names) + more
 
 
 def summary(annotations: Annotations) -> list[str]:

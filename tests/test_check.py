@@ -1,6 +1,7 @@
 """`--mode check` on small data sets: what it tells, and its exit status."""
 
 import json
+import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 
 from src.check import check_dataset
+from src.data.annotations.coco import check_images_exist, read_annotations
 from src.data.pipelines.loaders import make_decode_check
-from tests.helpers.datasets import annotation, write_annotations, write_coco
+from tests.helpers.datasets import annotation, write_annotations, write_coco, write_image
 
 
 @pytest.fixture
@@ -154,6 +156,83 @@ def test_an_interrupted_check_ends_at_once(tmp_path):
     files = [(tmp_path / "annotations" / "instances_train2017.json", tmp_path / "train2017")]
     with pytest.raises(KeyboardInterrupt):
         check_dataset(files, make_decode_check=no_trial, workers=2, progress=lambda total, name: bar, write=print)
+
+
+# --- warnings --------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_jpeg_data_are_told_by_file(check, tmp_path):
+    write_coco(tmp_path, [annotation(1)], images=3, size=(400, 300))
+    path = tmp_path / "train2017" / "000002.jpg"
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes(20) + content[middle + 20 :])
+    status, lines, _ = check(tmp_path)
+    assert status == 0
+    (line,) = lines_with(lines, "damaged JPEG data")
+    assert line.startswith(f"warning: {path}: ")
+    assert lines_with(lines, "nothing is wrong but for the warnings")
+
+
+def test_boxes_that_repeat_are_told(check, tmp_path):
+    boxes = [annotation(1), annotation(1), annotation(1), annotation(1, category_id=2), annotation(2), annotation(3)]
+    write_coco(tmp_path, [*boxes, annotation(3)], splits=("train",))
+    write_coco(tmp_path, [annotation(1)], splits=("val",), size=(90, 80))
+    status, lines, _ = check(tmp_path)
+    assert status == 0
+    said = "3 boxes repeat another of the same category on 2 images: 000001.jpg, 000003.jpg"
+    assert len(lines_with(lines, said)) == 1
+
+
+def test_validation_pictures_that_are_training_pictures_are_told(check, tmp_path):
+    write_coco(tmp_path, [annotation(1)], images=8)
+    for number in (3, 5):
+        write_image(tmp_path / "val2017" / f"{number:06d}.jpg", 160, 120, seed=100 + number)
+    status, lines, _ = check(tmp_path)
+    assert status == 0
+    (line,) = lines_with(lines, "6 validation pictures are training pictures, byte for byte")
+    assert "000001.jpg = 000001.jpg" in line and "000003.jpg" not in line and line.endswith(" and 1 more")
+
+
+def test_decoders_lines_are_tied_to_their_file(check, tmp_path, capfd):
+    pytest.importorskip("nvidia.dali")
+    write_coco(tmp_path, [annotation(1)], images=5, size=(400, 300))
+    path = tmp_path / "train2017" / "000004.jpg"
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes(20) + content[middle + 20 :])
+    status, lines, _ = check(tmp_path, pipeline="dali")
+    assert status == 0
+    assert all(line.startswith(f"warning: {path}: DALI: ") for line in lines_with(lines, "DALI"))
+    assert lines_with(lines, "DALI: Corrupt JPEG data")
+    assert "Corrupt" not in capfd.readouterr().err
+
+
+# --- what cannot be opened -------------------------------------------------------------------------------------------
+
+
+def test_a_named_pipe_and_a_link_to_itself_hang_nothing(check, tmp_path):
+    write_coco(tmp_path, [annotation(1)], images=2)
+    folder = tmp_path / "train2017"
+    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")  # which no entry names
+    path = tmp_path / "annotations" / "instances_train2017.json"
+    annotations = read_annotations(path, folder)
+    check_images_exist(annotations)
+    assert check(tmp_path)[0] == 0
+    (folder / "000002.jpg").unlink()
+    os.mkfifo(folder / "000002.jpg")
+    status, lines, _ = check(tmp_path)
+    assert status == 2
+    assert lines_with(lines, folder / "000002.jpg", "it is no regular file")
+
+
+def test_an_image_folder_that_may_not_be_entered_is_one_line(check, tmp_path):
+    write_coco(tmp_path, [annotation(1)])
+    (tmp_path / "val2017").rename(tmp_path / "elsewhere")
+    (tmp_path / "val2017").symlink_to("x" * 300)  # os.stat raises OSError, also for root
+    status, lines, _ = check(tmp_path)
+    assert status == 2
+    assert len(lines_with(lines, tmp_path / "val2017", "no such folder, or it may not be entered", "4 images")) == 1
 
 
 # --- what only DALI refuses ------------------------------------------------------------------------------------------

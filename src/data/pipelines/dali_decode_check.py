@@ -1,6 +1,10 @@
 """Pictures that DALI refuses though the other pipeline reads them."""
 
-from collections.abc import Sequence
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -9,13 +13,17 @@ from src.data.annotations.coco import Annotations
 from src.data.pipelines.dali_graph import FILES, cause, device_index, make_decoder
 from src.runtime.errors import DataError
 
+STDERR = 2  # the file descriptor, to which libraries in C write
+COLOUR_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
-class DaliTrial:
+
+class DaliDecodeCheck:
     """Decodes whole pictures by DALI's decoder, set as in the training graph, to name those that it refuses."""
 
     def __init__(self, annotations: Annotations, *, device: torch.device, num_threads: int) -> None:
         """num_threads: also how many pictures are decoded at a time."""
         self.annotations = annotations
+        self.messages: list[str] = []
         self.num_threads = max(1, num_threads)
         self._device_id = device_index(device)
         self._start()
@@ -28,13 +36,18 @@ class DaliTrial:
         if len(indices) > self.num_threads:
             starts = range(0, len(indices), self.num_threads)
             return [fault for start in starts for fault in self.faults(indices[start : start + self.num_threads])]
+        printed: list[str] = []
         try:
-            right = self._are_right(indices)
+            with captured_stderr(printed):
+                right = self._are_right(indices)
         except RuntimeError as error:
             self._start()  # a pipeline ends with its first error, which does not say whose it is
             if len(indices) > 1:
                 return [fault for index in indices for fault in self.faults([index])]
             return [refused(self.annotations, indices[0], f"cannot decode it ({cause(error)})")]
+        if printed and len(indices) > 1:  # of one of them
+            return [fault for index in indices for fault in self.faults([index])]
+        self.messages += [f"{self.annotations.image_path(indices[0]).absolute()}: DALI: {line}" for line in printed]
         return [wrong_size(self.annotations, index) for index, ok in zip(indices, right, strict=True) if not ok]
 
     def _are_right(self, indices: Sequence[int]) -> list[bool]:
@@ -50,6 +63,22 @@ class DaliTrial:
         self._pipeline = make_decoder(
             batch_size=self.num_threads, device_id=self._device_id, upright=self.annotations.upright
         )
+
+
+@contextmanager
+def captured_stderr(lines: list[str]) -> Iterator[None]:
+    """Adds what the process writes to standard error in the block to `lines`: decoders print without a file's name."""
+    with tempfile.TemporaryFile() as file:
+        saved = os.dup(STDERR)
+        os.dup2(file.fileno(), STDERR)
+        try:
+            yield
+        finally:
+            os.dup2(saved, STDERR)
+            os.close(saved)
+            file.seek(0)
+            text = COLOUR_CODES.sub("", file.read().decode(errors="replace"))
+            lines += [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def wrong_size(annotations: Annotations, index: int) -> DataError:

@@ -20,7 +20,7 @@ from src.data.annotations.coco import Annotations
 from src.data.images.decode import is_text
 from src.data.pipelines.augment import colour_matrix
 from src.data.pipelines.batch import Batch, coloured, normalise
-from src.data.pipelines.dali_decode_check import DaliTrial, wrong_size
+from src.data.pipelines.dali_decode_check import DaliDecodeCheck, wrong_size
 from src.data.pipelines.dali_files import write_clean_file, write_reader_files
 from src.data.pipelines.dali_graph import (
     AUGMENTED,
@@ -266,7 +266,7 @@ class DaliTrainLoader:
             suspects = self._images_after(position)
             for index in suspects:
                 read_image(self.annotations, index)
-            trial = DaliTrial(self.annotations, device=self.device, num_threads=self.num_threads)
+            trial = DaliDecodeCheck(self.annotations, device=self.device, num_threads=self.num_threads)
             for fault in trial.faults(suspects):
                 return fault
         except UserError as error:

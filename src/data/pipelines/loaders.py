@@ -36,7 +36,9 @@ class TrainLoader(Protocol):
 
 
 class DecodeCheck(Protocol):
-    """Tries pictures as a pipeline decodes them."""
+    """Decodes pictures as a pipeline does."""
+
+    messages: list[str]  # what the decoder printed, with the file's name
 
     def faults(self, indices: Sequence[int]) -> list[DataError]: ...
 
@@ -47,9 +49,9 @@ def make_decode_check(
     """Tries whether `--data_pipeline` can train on pictures that `read_image` reads; None where it reads by that."""
     if pipeline == "no_dali":
         return None
-    from src.data.pipelines.dali_decode_check import DaliTrial
+    from src.data.pipelines.dali_decode_check import DaliDecodeCheck
 
-    return DaliTrial(annotations, device=device, num_threads=num_threads)
+    return DaliDecodeCheck(annotations, device=device, num_threads=num_threads)
 
 
 def make_train_loader(pipeline: str, annotations: Annotations, config: LoaderConfig) -> TrainLoader:

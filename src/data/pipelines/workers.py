@@ -117,7 +117,7 @@ def allow_open_files(workers: int) -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UserError(
             f"{workers} worker processes need {needed} open files and {hard} are allowed: raise the limit (ulimit -n "
-            f"1024), or {FEWER}"
+            f"{needed}), or {FEWER}"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
@@ -232,7 +232,9 @@ def explained(error: Exception, workers: int | None = None) -> Exception:
     if isinstance(error, UserError):
         return error
     if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
-        return UserError(f"too many open files ({first}): raise their limit (ulimit -n 1024), or {FEWER}")
+        return UserError(
+            f"too many open files ({first}): raise their limit (ulimit -n {_open_files_to_ask_for()}), or {FEWER}"
+        )
     of_workers = workers is not None or text.startswith("DataLoader worker")  # GPUs have shared memory, too
     if of_workers and ("Bus error" in text or "shared memory" in text):
         return _too_small(some)
@@ -247,6 +249,11 @@ def explained(error: Exception, workers: int | None = None) -> Exception:
         place = f"the worker processes' sockets in {tempfile.gettempdir()}"
         return UserError(f"no space is left for {place}: free some, set TMPDIR to another folder, or {FEWER}")
     return UserError(f"one of {some} worker processes cannot hand its images over ({first}): {FEWER}")
+
+
+def _open_files_to_ask_for() -> int:
+    """Twice the present limit, at least 1024."""
+    return 1024 if resource is None else max(1024, 2 * resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def _too_small(workers: str) -> UserError:

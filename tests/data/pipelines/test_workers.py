@@ -163,7 +163,7 @@ def test_the_limit_of_open_files_is_raised_or_told_of(kind, data, monkeypatch):
     monkeypatch.setattr(workers.resource, "setrlimit", lambda _, pair: given.append(pair))
     assert len(batches(kind, data, 1)) == IMAGES // 2
     assert given == [(77, 1024)]
-    with pytest.raises(UserError, match=r"2 worker processes need 90 open files and 64 are allowed: .*ulimit -n 1024"):
+    with pytest.raises(UserError, match=r"2 worker processes need 90 open files and 64 are allowed: .*ulimit -n 90"):
         batches(kind, data, 2)
 
 
