@@ -1,18 +1,16 @@
 """Trains SSD300 on a ResNet: `python main.py --data DIR`.  README.rst has every flag and what a run leaves."""
 
-import io
-import signal
+from src.runtime.environment import prepare
+
+if __name__ == "__main__":
+    prepare()
+
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
-
-from src.runtime.environment import prepare
-
-if __name__ == "__main__":
-    prepare()
 
 import torch
 
@@ -40,11 +38,12 @@ from src.report.report import Report, RunContext
 from src.report.run_folder import LAST
 from src.report.startup import ResumedFrom, start_report, tell_data, tell_start
 from src.runtime import distributed, launcher_env
+from src.runtime.console import robust_console
 from src.runtime.devices import configure
 from src.runtime.distributed import Processes
 from src.runtime.errors import DivergenceError, SigtermReceived, UserError
 from src.runtime.output_files import lock_output_folder
-from src.runtime.preemption import GracefulShutdown
+from src.runtime.preemption import GracefulShutdown, raise_on_signals
 from src.ssd.detect import IOU_THRESHOLD, MAX_DETECTIONS
 from src.ssd.model import SSD300, feature_channels, training_memory_format
 from src.training.checkpoint import TRAINING_DATA, Identity
@@ -61,14 +60,19 @@ SINGLE_PROCESS_MODES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; the exit status."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.stderr is None:  # closed by who started this
-        sys.stderr = io.StringIO()
-    with launcher_env.print_once_per_node():
-        flags = parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and categories may be beyond a terminal's alphabet
-        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with robust_console(), raise_on_signals():
+            with launcher_env.print_once_per_node():
+                flags = parse_args(argv)
+            return run_rank(flags)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SigtermReceived:
+        return TERMINATED
+
+
+def run_rank(flags: Flags) -> int:
+    """Joins the other ranks and does this one's part of the mode; the exit status."""
     try:
         with distributed.start(flags.local_rank) as processes:
             try:
@@ -80,10 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:  # the processes could not be joined
         print(f"main.py: error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except SigtermReceived:
-        return TERMINATED
 
 
 def train(flags: Flags, processes: Processes) -> int:
@@ -162,8 +162,8 @@ def train_to_the_end(run: Run, *, epochs: int, began: float) -> None:
     except DivergenceError:
         report.mark_failed()
         raise
-    except SigtermReceived as notice:
-        report.note(run.stopped_by(notice))
+    except SigtermReceived:
+        report.note(run.stopped_by())
         raise
     accuracy = position.last_map if position.evaluated else "not evaluated"
     report.end(average_images_per_second=run.images_per_second, seconds=time.perf_counter() - began, accuracy=accuracy)

@@ -91,7 +91,7 @@ def _score(folder: Path, annotation_file: str) -> None:
             results = Results(**columns)
         own = annotations.image_ids[processes.rank :: processes.world_size]
         results = Results(*(column[np.isin(results.image_ids, own)] for column in results))
-        processes.maximum(0)  # all begin together
+        processes.all_reduce_max(0)  # all begin together
         found = score_distributed(processes, annotations, RankPart(results, 0, None), {})
         if processes.is_main:
             seconds = found.seconds["gathering"] + found.seconds["scoring"]

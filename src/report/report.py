@@ -18,6 +18,7 @@ from src.report import mlperf, tensorboard
 from src.report.metrics import IterationMetrics, finite, rewind_metrics, to_json_values
 from src.report.progress import Bar, NullBar, TrainingBar
 from src.report.run_folder import EVENT_FILES, FLAGS, METRICS, MLPERF_LOG, TENSORBOARD, versions
+from src.runtime.console import take_failures
 from src.runtime.distributed import Processes
 from src.runtime.errors import printable
 from src.runtime.output_files import atomic_write, make_folder, writing
@@ -219,9 +220,11 @@ class Report:
     def _print(self, text: str, stream: TextIO) -> None:
         if not self._enabled:
             return
-        where = "to standard output" if stream is self._stream else "to standard error"
-        with Bar.external_write_mode(sys.stderr), writing(where):
+        with Bar.external_write_mode(sys.stderr):
             print(text, file=stream, flush=True)
+        for failure in take_failures():
+            self.warn(failure)
+            self._record({"kind": "warning", "text": failure})
 
     def _end_bar(self) -> None:
         if self._bar is not None:

@@ -170,7 +170,7 @@ class Processes:
         else:
             self._wait(key)
 
-    def maximum(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The greatest of every rank's `value`."""
         if self.world_size == 1:
             return value

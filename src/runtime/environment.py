@@ -1,22 +1,62 @@
-"""What a process may find around it that the libraries would stumble over while they are imported; light to import."""
+"""What the program needs around it before its libraries are imported, which takes seconds; imports next to nothing."""
 
 import os
 import signal
 import sys
-import tempfile
+from types import FrameType
 
-BAD_SURROUNDINGS = 2  # the exit status
+OLDEST_PYTHON = (3, 10)
+# The modules of requirements.txt without which the program cannot start.
+MODULES = ("torch", "torchvision", "numpy", "msgspec", "faster_coco_eval", "pycocotools", "PIL",
+           "matplotlib", "tqdm", "mlperf_compliance", "safetensors")  # fmt: skip
+UNFIT = 2  # the exit status
 
 
 def prepare() -> None:
-    """To be called before the other imports.  Exits with status 2 and one line where temporary files have no place."""
-    # Importing takes seconds, in which Ctrl-C would show where they were.  Who starts this may have it ignored.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Matplotlib refuses to be imported with a notebook's.  Nothing is shown here, so none is needed.
+    """Handles signals from here on and checks Python, its packages and the folder of temporary files.
+
+    Call it before the other imports.  It exits with status 2 and one line where the program cannot run.
+    """
+    # The kernel gives the first process of a container no default action: without a handler it ignores `docker stop`.
+    # A signal that the parent process ignores (nohup, a shell's background job) stays ignored.
+    for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is default:
+            signal.signal(number, exit_at_once)
+    # Torch logs ninety lines of C++ frames where rank 0 is missing; the error that it raises says the same in one.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # A notebook sets a backend with which Matplotlib cannot be imported here. The program shows no windows.
     os.environ.pop("MPLBACKEND", None)
+    problem = _python_problem() or _temporary_folder_problem()
+    if problem:
+        print(f"main.py: error: {problem}", file=sys.stderr)
+        sys.exit(UNFIT)
+
+
+def exit_at_once(number: int, frame: "FrameType | None") -> None:
+    """The handler of signals while libraries are imported: nothing has to be saved yet."""
+    os._exit(128 + number)
+
+
+def _python_problem() -> "str | None":  # in quotes, because Python 3.9 cannot evaluate it
+    from importlib.util import find_spec  # only now: the handlers come first
+
+    version = ".".join(map(str, sys.version_info[:3]))
+    python = f"Python {version} ({sys.executable})"
+    if sys.version_info < OLDEST_PYTHON:
+        return f"{python} is too old: run main.py with Python {'.'.join(map(str, OLDEST_PYTHON))} or newer"
+    missing = [name for name in MODULES if find_spec(name) is None]
+    if not missing:
+        return None
+    requirements = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "requirements.txt")
+    command = f"{sys.executable} -m pip install -r {requirements}"
+    return f"{python} lacks {', '.join(missing)}: run main.py with the Python that has them, or run {command}"
+
+
+def _temporary_folder_problem() -> "str | None":
+    import tempfile
+
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
-        print("main.py: error: no folder can take temporary files: set TMPDIR to one that can", file=sys.stderr)
-        sys.exit(BAD_SURROUNDINGS)
+        return "no folder can take temporary files: set TMPDIR to one that can"
+    return None

@@ -31,4 +31,4 @@ def printable(text: str) -> str:
 
 
 class SigtermReceived(BaseException):
-    """SIGTERM arrived where nothing is to be finished first, or what is cannot be; the message says why."""
+    """SIGTERM arrived where nothing has to be finished first."""

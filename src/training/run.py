@@ -67,20 +67,20 @@ class Run:
         """
         while self.position.epoch < epochs:
             evaluate = self.evaluate if self.position.epoch in self.evaluation_epochs else None
-            with self.stop.deferred():
+            with self.stop.defer_sigterm():
                 if self._train_epoch():
                     raise SigtermReceived
                 if evaluate is None:
                     self._end_epoch(improved=False)
             if evaluate is not None:
                 improved = self._evaluate(evaluate)
-                with self.stop.deferred():
+                with self.stop.defer_sigterm():
                     self._end_epoch(improved)
 
-    def stopped_by(self, notice: SigtermReceived) -> str:
+    def stopped_by(self) -> str:
         """Says where SIGTERM ended `train`, and what is left of the run."""
         position, last = self.position, self.output / LAST
-        where = f"in epoch {position.epoch} after {position.within} of its {position.length} iterations{notice}"
+        where = f"in epoch {position.epoch} after {position.within} of its {position.length} iterations"
         then = f"--resume continues from {last}" if last.exists() else "nothing has been saved yet"
         return f"Stopped by SIGTERM {where}; {then}"
 

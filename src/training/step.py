@@ -152,7 +152,7 @@ class Trainer:
         """
         statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
         spoilt = not get_total_norm([*self.model.parameters(), *statistics]).isfinite()
-        if self.breakdown.processes.maximum(int(spoilt)):  # each rank has statistics of its own
+        if self.breakdown.processes.all_reduce_max(int(spoilt)):  # each rank has statistics of its own
             raise DivergenceError(
                 f"the weights or batch-norm statistics are not finite after epoch {epoch}, iteration {iteration} "
                 f"(learning rate {learning_rate:.3g}): {ADVICE}"
@@ -210,7 +210,7 @@ class NonFiniteLossMonitor:
 
     def check(self, *, epoch: int, iteration: int, learning_rate: float) -> None:
         """Reads the record after `iteration`, on all ranks together; raises DivergenceError on all of them."""
-        first = -self.processes.maximum(-int(self._first))  # the least of all
+        first = -self.processes.all_reduce_max(-int(self._first))  # the least of all
         if first == NEVER:
             # The reading at an epoch's end may follow a bad one by an iteration, which proves no recovery.
             if self._tolerated_at is not None and iteration - self._tolerated_at >= LOG_INTERVAL:
@@ -256,7 +256,7 @@ def train_epoch(
     began = logged_at = time.perf_counter()
     done = logged = 0
     stopped = False
-    for batch in stop.watched(batches):
+    for batch in batches:
         iteration = first_iteration + done
         rate = schedule.learning_rate(epoch, iteration)
         parts = trainer.step(batch, rate)
@@ -268,7 +268,7 @@ def train_epoch(
             now = time.perf_counter()
             _log(report, trainer, parts, epoch, iteration, rate, (done - logged) * schedule.images / (now - logged_at))
             logged, logged_at = done, now
-        if stop.agreed():
+        if stop.poll_all_ranks():
             stopped = True
             break
     if done:

@@ -144,7 +144,7 @@ def test_one_process_opens_no_port_and_no_group(no_launcher):
         assert sockets() == before
         assert processes.gather("mine") == ["mine"]
         assert processes.broadcast_object("mine") == "mine"
-        assert processes.maximum(3) == 3
+        assert processes.all_reduce_max(3) == 3
 
 
 @pytest.mark.parametrize(("variable", "flag", "expected"), [("3", 1, 3), (None, 1, 1), ("0", 1, 0)])

@@ -135,7 +135,7 @@ def test_batch_norm_statistics_are_checked(scaled_trainer):
 @pytest.mark.parametrize("others", [-7, -5, -NEVER])
 def test_the_first_bad_iteration_of_all_processes_is_named(others):
     """Each says the negative of its own first one, the greatest of which is the first."""
-    watch = NonFiniteLossMonitor(SimpleNamespace(maximum=lambda own: max(own, others)), CPU, patient=False)
+    watch = NonFiniteLossMonitor(SimpleNamespace(all_reduce_max=lambda own: max(own, others)), CPU, patient=False)
     watch.observe(torch.tensor(float("nan")), 6)
     with pytest.raises(DivergenceError, match=f"iteration {min(6, -others)} "):
         watch.check(epoch=0, iteration=0, learning_rate=0.1)
