@@ -36,7 +36,7 @@ from src.report.exit_status import (
 )
 from src.report.report import Report, RunContext
 from src.report.run_folder import LAST
-from src.report.startup import ResumedFrom, start_report, tell_data, tell_start
+from src.report.startup import ResumedFrom, compare_data, start_report, tell_data, tell_start
 from src.runtime import distributed, launcher_env
 from src.runtime.console import robust_console
 from src.runtime.devices import configure
@@ -76,6 +76,11 @@ def run_rank(flags: Flags) -> int:
     try:
         with distributed.start(flags.local_rank) as processes:
             try:
+                # Before anything else that ranks do together: ranks with other flags would wait for each other in vain.
+                processes.require_agreement(
+                    flags.shared | {"the device": processes.device.type},
+                    remedy="start all ranks with the same flags, all on GPUs or all on CPUs",
+                )
                 processes.check_devices()
                 configure(processes.device)
                 return train(flags, processes) if flags.mode == "training" else work(flags, processes)
@@ -96,6 +101,7 @@ def train(flags: Flags, processes: Processes) -> int:
             read_dataset, flags.data, evaluating=bool(epochs), upright=flags.upright,
             tell=print if processes.is_main else None,
         ))  # fmt: skip
+        compare_data(processes, training=training, validation=validation)
         schedule = Schedule(
             base=flags.learning_rate,
             images=flags.batch_size * processes.world_size,

@@ -4,7 +4,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -20,6 +20,9 @@ MODES = ("training", "evaluation", "prediction", "check", "benchmark", "export")
 
 ALTERING = ("batch-size", "seed", "learning-rate", "momentum", "weight-decay", "warmup", "multistep", "fp16", "compile",
             "data_pipeline", "orientation", "freeze-backbone")  # flags that make a run another one  # fmt: skip
+
+# Flags that may differ between ranks: each machine has its own folders and cores, and rank 0 alone reads the weights.
+OF_ONE_RANK = ("data", "output", "num_workers", "local_rank", "checkpoint", "resume", "backbone_weights")
 
 Add = Callable[..., argparse.Action]  # the add_argument of a group
 Number = TypeVar("Number", int, float)
@@ -73,6 +76,13 @@ class Flags:
     def upright(self) -> bool:
         """Whether pictures are turned by their orientation tags."""
         return self.orientation == "upright"
+
+    @property
+    def shared(self) -> dict[str, object]:
+        """The flags that all ranks must agree on, named as a user writes them."""
+        names = [field.name for field in fields(self) if field.name not in OF_ONE_RANK]
+        values = {name: getattr(self, name) for name in names} | {"evaluation": self.evaluation_epochs}
+        return {f"--{name if name == 'data_pipeline' else name.replace('_', '-')}": values[name] for name in names}
 
     @property
     def altering(self) -> dict[str, object]:

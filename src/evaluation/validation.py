@@ -14,7 +14,7 @@ from src.evaluation.background_files import BackgroundFiles
 from src.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate, log_non_finite
 from src.evaluation.scoring import Scores
 from src.report.report import Report, RunContext
-from src.report.startup import tell_data
+from src.report.startup import compare_data, tell_data
 from src.runtime.errors import UserError, printable
 from src.runtime.output_files import make_folder
 from src.ssd.detect import EndToEndDetector
@@ -71,6 +71,7 @@ def score_checkpoint(
         return annotations
 
     validation = processes.on_all_ranks(read_validation)
+    compare_data(processes, validation=validation)
     make_folder(context.output)  # before the work: an output that cannot be written is an error now
     tell_data(report, validation, half=config.amp, device=processes.device)
     model = trained_detector(

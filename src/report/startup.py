@@ -38,6 +38,19 @@ def start_report(
     return report
 
 
+def compare_data(processes: Processes, **data: Annotations | None) -> None:
+    """Raises UserError, on all ranks, if a rank has read other annotations than rank 0.  data: by what they are for."""
+    found = {f"{name} annotations": _summary(part) for name, part in data.items() if part is not None}
+    processes.require_agreement(found, remedy="copy the same data set to every machine")
+
+
+def _summary(annotations: Annotations) -> str:
+    return (
+        f"{len(annotations)} images with {len(annotations.boxes)} boxes of {len(annotations.categories)} categories "
+        f"(digest {annotations.digest})"
+    )
+
+
 def tell_data(report: Report, *data: Annotations | None, half: bool, device: torch.device) -> None:
     """What is odd about the data and the machine.  half: whether --fp16 is asked for."""
     for annotations in data:

@@ -1,44 +1,44 @@
-"""What the errors of a process group say: another rank is gone, or the group cannot work on this machine."""
+"""What an error of a process group means: another rank is lost, or NCCL cannot work on this machine."""
 
 import re
 
 from torch import distributed as dist
 
-PEER_LOST_PATTERNS = (
-    "gloo",
-    "Gloo",
-    "Connection closed by peer",
-    "NCCL",
-    "TCPStore",
-)  # gloo raises plain RuntimeErrors
-# NCCL's names of what is no other rank's fault (ncclRemoteError is): two ranks on one GPU, a full /dev/shm, the driver.
-SETUP_MARKS = ("ncclInvalidUsage", "ncclInvalidArgument", "ncclSystemError", "ncclUnhandledCudaError")
-LAST_ERROR = "Last error:"  # after it NCCL says what happened
+from src.runtime.errors import UserError
+
+# Gloo raises plain RuntimeErrors that begin with a place in its source: "[/pytorch/third_party/gloo/gloo/pair.cc:56]".
+GLOO_PATTERN = re.compile(r"(Gloo \w+ failed with )?\[[^\]]*/gloo/[^\]]*\.\w+:\d+\]")
+# NCCL's names of errors that no other rank causes (ncclRemoteError is one that another rank causes): two ranks on one
+# GPU, a full /dev/shm, the driver.
+SETUP_ERROR_NAMES = ("ncclInvalidUsage", "ncclInvalidArgument", "ncclSystemError", "ncclUnhandledCudaError")
+LAST_ERROR = "Last error:"  # NCCL says after it what happened
 SHARED_MEMORY = "/dev/shm"
 
 
 def is_peer_lost(error: Exception) -> bool:
-    """Whether the error says that another rank is gone."""
-    if is_setup_error(error):
+    """Whether the error says that another rank is lost."""
+    if isinstance(error, UserError) or is_setup_error(error):
         return False
-    return isinstance(error, dist.DistError) or any(mark in str(error) for mark in PEER_LOST_PATTERNS)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and GLOO_PATTERN.match(str(error)) is not None
+    )
 
 
 def is_setup_error(error: Exception) -> bool:
-    """Whether it says that NCCL cannot work here."""
-    return any(mark in str(error) for mark in SETUP_MARKS)
+    """Whether the error says that NCCL cannot work here."""
+    return isinstance(error, dist.DistError) and any(name in str(error) for name in SETUP_ERROR_NAMES)
 
 
-def reason(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     """The sentence of a library's message that says what happened, without the place in its source."""
     text, _, last = str(error).partition(LAST_ERROR)
     if last.strip():
         return last.strip().splitlines()[0].rstrip(". ")
-    named = [line for line in text.splitlines() if line.startswith("nccl")]
-    line = (named or text.splitlines() or [repr(error)])[0]
+    nccl_lines = [line for line in text.splitlines() if line.startswith("nccl")]
+    line = (nccl_lines or text.splitlines() or [repr(error)])[0]
     return re.sub(r"^(\[[^\]]*\.\w+:\d+\]\s*)+", "", line).split(". ")[0].rstrip(". ")
 
 
-def advice(error: Exception) -> str:
-    """What to do about a setup error, as the end of a line."""
-    return ": enlarge it (docker run --shm-size=1g)" if SHARED_MEMORY in reason(error) else ""
+def hint(error: Exception) -> str:
+    """What to do about a setup error, as the end of a line; empty where nothing is known."""
+    return ": enlarge it (docker run --shm-size=1g)" if SHARED_MEMORY in short_reason(error) else ""

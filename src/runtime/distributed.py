@@ -4,8 +4,9 @@ One process without a launcher opens no port and no group: every method then wor
 """
 
 import os
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, cast
@@ -80,6 +81,25 @@ class Processes:
         """The store of several processes."""
         assert self.store is not None
         return self.store
+
+    def require_agreement(self, values: Mapping[str, object], *, remedy: str) -> None:
+        """Raises UserError, on all ranks, if a rank has other values than rank 0; the line names rank, host and values.
+
+        All ranks must call this, with the same names.
+        """
+        if self.world_size == 1:
+            return
+        found: list = [None] * self.world_size
+        dist.all_gather_object(found, (socket.gethostname(), dict(values)), group=self.host_group)
+        main_host, expected = found[0]
+        for rank, (host, others) in enumerate(found):
+            differences = [
+                f"{name} = {others[name]}, not {expected[name]}" for name in expected if others[name] != expected[name]
+            ]
+            if differences:
+                raise UserError(
+                    f"rank {rank} ({host}) differs from rank 0 ({main_host}): {'; '.join(differences)}: {remedy}"
+                )
 
     def check_devices(self) -> None:
         """Raises UserError, on all ranks, where two of them compute on one GPU."""

@@ -8,6 +8,7 @@ variable there is none at all.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -61,6 +62,14 @@ def launch(line: Sequence[str], **variables: str) -> subprocess.CompletedProcess
     with started(line, **variables) as process:
         out, err = process.communicate(timeout=LIMIT)
         return subprocess.CompletedProcess(line, process.returncode, out, err)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
 
 
 def _with_fault(what: str, step: int) -> None:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -23,7 +23,8 @@ from unittest import mock
 
 import torch
 
-from tests.helpers.launch import HERE, LIMIT, VARIABLES
+from src.runtime.distributed import GROUP_TIMEOUT_VARIABLE
+from tests.helpers.launch import HERE, LIMIT, NARROW, VARIABLES, free_ports
 
 PRELOADED = ["main", "nvidia.dali", "torch.distributed.run", "torch.distributed.launch", "torch.utils.tensorboard"]
 POPEN = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler.Popen"  # the launcher's
@@ -144,6 +145,25 @@ def launch(line: Sequence[str], **variables: str) -> subprocess.CompletedProcess
     with started(line, **variables) as process:
         out, err = process.communicate()
         return subprocess.CompletedProcess(line, process.returncode, out, err)
+
+
+def launch_ranks(*flags: Sequence, **variables: str) -> tuple[list[int], list[str]]:
+    """Starts a rank of NARROW for each of the lists of flags, as srun does; their exit statuses and error texts.
+
+    The time limit of the group is beyond LIMIT: no rank waits for it.
+    """
+    (port,) = free_ports(1)
+    common = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(flags)),
+        GROUP_TIMEOUT_VARIABLE: str(2 * LIMIT), **variables,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(started(["python", *NARROW, *own], RANK=str(rank), LOCAL_RANK=str(rank), **common))
+            for rank, own in enumerate(flags)
+        ]
+        texts = [rank.communicate()[1] for rank in ranks]
+        return [rank.returncode for rank in ranks], texts
 
 
 def spawn(function: Callable, arguments: tuple, *, processes: int) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -115,11 +114,3 @@ def be_one_of_two(rank: int, data: Path, folder: Path, ports: list[int]) -> None
     for pipeline, half in PAIR_SETTINGS:
         setting = flags(pipeline, half)
         run_and_stop(data, folder / f"{pipeline} {half}", [1, 1, None], start)  # they stop an iteration later
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports

@@ -5,32 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from src.runtime.distributed import GROUP_TIMEOUT_VARIABLE
-from tests.helpers import preloaded_python
 from tests.helpers.datasets import annotation, write_annotations, write_coco
-from tests.helpers.launch import LIMIT, NARROW, NO_DALI, SMALL
-from tests.helpers.stopped_runs import free_ports
+from tests.helpers.launch import NO_DALI, SMALL
+from tests.helpers.preloaded_python import launch_ranks
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def run_two_ranks(folder: Path, data: tuple[Path, Path]) -> tuple[list[int], list[str]]:
-    """Starts a training on two ranks as srun does, each with its own --data; their exit statuses and error texts.
-
-    The time limit of the group is beyond LIMIT: no rank waits for it.
-    """
-    (port,) = free_ports(1)
-    common = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-        GROUP_TIMEOUT_VARIABLE: str(2 * LIMIT),
-    }  # fmt: skip
-    lines = [["python", *NARROW, "--data", data[rank], "--output", folder / "run", *SMALL, *NO_DALI] for rank in (0, 1)]
-    with (
-        preloaded_python.started(lines[0], RANK="0", LOCAL_RANK="0", **common) as first,
-        preloaded_python.started(lines[1], RANK="1", LOCAL_RANK="1", **common) as second,
-    ):
-        texts = [process.communicate()[1] for process in (first, second)]
-        return [first.returncode, second.returncode], texts
+    """Starts a training on two ranks, each with its own --data; their exit statuses and error texts."""
+    return launch_ranks(*(["--data", own, "--output", folder / "run", *SMALL, *NO_DALI] for own in data))
 
 
 def test_a_file_that_all_ranks_refuse_is_reported_once(tmp_path):

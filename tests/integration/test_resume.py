@@ -14,7 +14,7 @@ import torch
 
 import main
 from tests.helpers import preloaded_python
-from tests.helpers.launch import NARROW
+from tests.helpers.launch import NARROW, free_ports
 from tests.helpers.stopped_runs import (
     BOUNDARY,
     FLAGS,
@@ -24,7 +24,6 @@ from tests.helpers.stopped_runs import (
     SETTINGS,
     be_one_of_two,
     flags,
-    free_ports,
     idle_run,
     losses,
     records,

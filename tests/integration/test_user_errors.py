@@ -14,7 +14,6 @@ import torch
 
 import main
 from src.flags import parse_args
-from src.report.report import Report
 from src.runtime.errors import UserError, printable
 from src.runtime.output_files import lock_output_folder, writing
 from tests.helpers.both_pipelines import error_line, read, run, train_loader
@@ -132,16 +131,6 @@ def test_a_full_temporary_folder_is_told_of(data, monkeypatch):
     monkeypatch.setattr(dali_pipeline, "write_reader_files", full)
     with pytest.raises(UserError, match=r"cannot write /.*: No space left on device$"):
         next(iter(train_loader("dali", read(data))))
-
-
-class Closed(io.StringIO):
-    def write(self, text: str) -> int:
-        raise BrokenPipeError(32, "Broken pipe")
-
-
-def test_a_reader_that_has_gone_ends_the_run_in_a_line():
-    with pytest.raises(UserError, match="cannot write to standard output: Broken pipe"):
-        Report(None, append=True, stream=Closed()).note("a line")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

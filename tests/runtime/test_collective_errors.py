@@ -1,9 +1,10 @@
-"""The messages are NCCL's and gloo's own."""
+"""What the errors of NCCL and gloo mean; the messages are the libraries' own."""
 
 import pytest
 from torch import distributed as dist
 
-from src.runtime.collective_errors import advice, is_peer_lost, is_setup_error, reason
+from src.runtime.collective_errors import hint, is_peer_lost, is_setup_error, short_reason
+from src.runtime.errors import UserError
 
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
 DUPLICATE = NCCL + (
@@ -26,45 +27,66 @@ SILENT = (
     NCCL
     + "unhandled cuda error, NCCL version 2.28.9\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
 )
-GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [10.0.0.2]:37. This is"
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
+CLOSED = GLOO + "pair.cc:537] Connection closed by peer [10.0.0.2]:37. This is typically caused by a remote worker"
+RESET = GLOO + "pair.cc:545] Read error [10.0.0.2]:37: Connection reset by peer. This is typically caused by"
+SLOW = GLOO + "unbound_buffer.cc:78] Timed out waiting 6000ms for recv operation to complete"
+UNREACHABLE = f"Gloo connectFullMesh failed with {GLOO}pair.cc:144] no error"
 
 
 @pytest.mark.parametrize(
-    ("text", "setup", "expected"),
+    ("error", "is_setup", "expected"),
     [
-        (DUPLICATE, True, "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"),
         (
-            FULL,
+            dist.DistBackendError(DUPLICATE),
+            True,
+            "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000",
+        ),
+        (
+            dist.DistBackendError(FULL),
             True,
             "Error while creating shared memory segment /dev/shm/nccl-2hXk8u (size 9637888), error: No space left on "
             "device (28)",
         ),
         (
-            GONE,
+            dist.DistBackendError(GONE),
             False,
             "socketPollConnect: connect to 10.0.0.2<41234> returned Connection refused, exceeded error retry count",
         ),
-        (SILENT, True, "ncclUnhandledCudaError: Call to CUDA function failed"),
-        (GLOO, False, "Connection closed by peer [10.0.0.2]:37"),
+        (dist.DistBackendError(SILENT), True, "ncclUnhandledCudaError: Call to CUDA function failed"),
+        (dist.DistNetworkError("Timed out.\nframe #0"), False, "Timed out"),
+        (RuntimeError(CLOSED), False, "Connection closed by peer [10.0.0.2]:37"),
+        (RuntimeError(RESET), False, "Read error [10.0.0.2]:37: Connection reset by peer"),
+        (RuntimeError(SLOW), False, "Timed out waiting 6000ms for recv operation to complete"),
+        (RuntimeError(UNREACHABLE), False, UNREACHABLE),
     ],
-    ids=["two ranks on a GPU", "full /dev/shm", "a rank is gone", "no last error", "gloo"],
+    ids=["two ranks on a GPU", "full /dev/shm", "a rank is gone", "no last error", "store", "gloo: closed",
+         "gloo: reset", "gloo: slow", "gloo: unreachable"],
+)  # fmt: skip
+def test_a_lost_rank_and_a_bad_setup_are_told_apart_and_the_librarys_reason_is_shown(error, is_setup, expected):
+    assert short_reason(error) == expected
+    assert is_setup_error(error) == is_setup
+    assert is_peer_lost(error) != is_setup
+    assert ("--shm-size" in hint(error)) == ("/dev/shm" in str(error))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("a mistake"),
+        UserError("/data/gloo/NCCL/TCPStore/1.jpg: cannot be read as an image"),
+        UserError(CLOSED),
+        FileNotFoundError(2, "No such file or directory", "/data/gloo/a.pt"),
+        RuntimeError("PytorchStreamReader failed reading zip archive /data/third_party/gloo/a.cc:1] of NCCL"),
+        RuntimeError("/home/Gloo/ncclSystemError.pt is malformed"),
+        OSError("Connection closed by peer"),
+    ],
+    ids=repr,
 )
-def test_the_librarys_own_reason_is_shown_and_a_loss_told_from_a_bad_setup(text, setup, expected):
-    error = dist.DistBackendError(text) if text.startswith("NCCL") else RuntimeError(text)
-    assert reason(error) == expected
-    assert is_setup_error(error) == setup
-    assert is_peer_lost(error) != setup
-    assert ("--shm-size" in advice(error)) == ("/dev/shm" in text)
-
-
-def test_other_errors_are_neither():
-    error = KeyError("a mistake")
+def test_other_errors_are_neither_whatever_they_name(error):
     assert not is_peer_lost(error)
     assert not is_setup_error(error)
 
 
-def test_a_librarys_message_is_cut_to_what_happened():
-    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [10.0.0.2]:37. This is"
-    assert reason(RuntimeError(gloo)) == "Connection closed by peer [10.0.0.2]:37"
-    assert reason(RuntimeError("Timed out.\nframe #0")) == "Timed out"
-    assert reason(RuntimeError()) == "RuntimeError()"
+def test_an_error_without_a_message_is_named():
+    assert short_reason(RuntimeError()) == "RuntimeError()"

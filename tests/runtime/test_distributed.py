@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,6 @@ from src.runtime.devices import card
 from src.runtime.distributed import Processes
 from src.runtime.errors import SigtermReceived, UserError
 from src.runtime.launcher_env import RankInfo
-from src.runtime.preemption import GracefulShutdown
 from src.ssd.loss import MultiBoxLoss
 from tests.helpers import rank_programs
 from tests.helpers.launch import TORCHRUN, command
@@ -324,52 +322,3 @@ def test_two_ranks_on_one_gpu_are_told_so(monkeypatch):
         processes.check_devices()
     processes.device = torch.device("cuda", 1)
     processes.check_devices()
-
-
-@pytest.fixture
-def stop():
-    notice = GracefulShutdown(ALONE)
-    yield notice
-    notice.close()
-
-
-def send_sigterm() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_sigterm_ends_what_is_not_to_be_finished(stop):
-    with pytest.raises(SigtermReceived):
-        send_sigterm()
-
-
-def test_a_second_sigterm_does_not_cut_short_what_follows_the_first(stop):
-    """Schedulers and launchers both send it."""
-    finished = False
-    with pytest.raises(SigtermReceived):
-        try:
-            send_sigterm()
-        finally:
-            send_sigterm()
-            finished = True
-    assert finished
-
-
-def test_sigterm_waits_for_what_is_to_be_finished(stop):
-    finished = False
-    with pytest.raises(SigtermReceived), stop.deferred():
-        send_sigterm()
-        assert stop.agreed()
-        finished = True
-    assert finished
-
-
-def test_an_error_inside_is_not_hidden_by_a_notice(stop):
-    with pytest.raises(ZeroDivisionError), stop.deferred():
-        send_sigterm()
-        raise ZeroDivisionError
-
-
-def test_the_signal_is_given_back():
-    before = signal.getsignal(signal.SIGTERM)
-    GracefulShutdown(ALONE).close()
-    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,10 +1,14 @@
 """What the program finds around it before its libraries are imported."""
 
+import ast
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -43,15 +47,19 @@ with narrow_network():
 """
 
 
-@pytest.fixture
-def sigint():
-    """Python's own handler, as at a start; given back."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+@pytest.fixture(autouse=True)
+def _start_of_a_process():
+    """The handlers that Python starts with, and the environment's variables, restored afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with mock.patch.dict(os.environ):
+        yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def test_a_notebooks_matplotlib_backend_is_of_no_interest(monkeypatch, sigint):
+def test_a_notebooks_matplotlib_backend_is_of_no_interest(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     environment.prepare()
     assert "MPLBACKEND" not in os.environ
@@ -64,11 +72,55 @@ def test_without_a_place_for_temporary_files_the_program_ends_in_a_line():
     assert done.stderr == "main.py: error: no folder can take temporary files: set TMPDIR to one that can\n"
 
 
-def test_another_place_is_taken_where_there_is_one(monkeypatch, sigint, tmp_path):
+def test_another_place_is_taken_where_there_is_one(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
     monkeypatch.setattr(tempfile, "tempdir", None)
     environment.prepare()
     assert tempfile.tempdir is not None
+
+
+def test_signals_are_handled_from_the_start():
+    environment.prepare()
+    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGINT) is environment.exit_at_once
+
+
+def test_signals_that_the_parent_ignores_stay_ignored():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    environment.prepare()
+    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_python_without_the_packages_ends_in_one_line():
+    """-S leaves out the folder of installed packages."""
+    done = subprocess.run([sys.executable, "-S", "-E", main.__file__], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    version = ".".join(map(str, sys.version_info[:3]))
+    assert line.startswith(f"main.py: error: Python {version} ({sys.executable}) lacks torch, torchvision, numpy, ")
+    requirements = Path(main.__file__).with_name("requirements.txt")
+    assert line.endswith(f"or run {sys.executable} -m pip install -r {requirements}")
+
+
+def test_an_old_python_ends_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    with pytest.raises(SystemExit, match="2"):
+        environment.prepare()
+    expected = f"Python 3.9.18 ({sys.executable}) is too old: run main.py with Python 3.10 or newer"
+    assert capsys.readouterr().err == f"main.py: error: {expected}\n"
+
+
+@pytest.mark.parametrize("file", ["main.py", "src/__init__.py", "src/runtime/environment.py"])
+def test_what_runs_before_the_check_parses_in_an_old_python(file):
+    ast.parse((Path(main.__file__).parent / file).read_text(), feature_version=(3, 7))
+
+
+def test_the_packages_that_are_checked_are_those_of_requirements_txt():
+    lines = Path(main.__file__).with_name("requirements.txt").read_text().splitlines()
+    names = [re.match(r"[\w-]+", line)[0] for line in lines if line[0] != "#" and "platform_system" not in line]
+    modules = {"pillow": "PIL"}
+    needed = {modules.get(name, name.replace("-", "_")) for name in names} - {"Cython"}  # builds pycocotools
+    assert set(environment.MODULES) == needed
 
 
 def test_the_program_trains_without_what_windows_lacks(tmp_path):
