@@ -19,6 +19,7 @@ from src.check import check
 from src.data.annotations.coco import Annotations
 from src.data.annotations.dataset import read_dataset
 from src.data.pipelines.loaders import LoaderConfig, TrainLoader, make_decode_check, make_train_loader
+from src.data.pipelines.workers import convert_worker_errors
 from src.evaluation.evaluate import EvaluationConfig
 from src.evaluation.predict import predict_folder
 from src.evaluation.validation import make_evaluation, score_checkpoint
@@ -37,7 +38,7 @@ from src.report.exit_status import (
 from src.report.report import Report, RunContext
 from src.report.run_folder import LAST
 from src.report.startup import ResumedFrom, compare_data, start_report, tell_data, tell_start
-from src.runtime import distributed, launcher_env
+from src.runtime import launcher_env, process_group
 from src.runtime.console import robust_console
 from src.runtime.devices import configure
 from src.runtime.distributed import Processes
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_rank(flags: Flags) -> int:
     """Joins the other ranks and does this one's part of the mode; the exit status."""
     try:
-        with distributed.start(flags.local_rank) as processes:
+        with process_group.start(flags.local_rank) as processes:
             try:
                 # Before anything else that ranks do together: ranks with other flags would wait for each other in vain.
                 processes.require_agreement(
@@ -83,7 +84,8 @@ def run_rank(flags: Flags) -> int:
                 )
                 processes.check_devices()
                 configure(processes.device)
-                return train(flags, processes) if flags.mode == "training" else work(flags, processes)
+                with convert_worker_errors():
+                    return train(flags, processes) if flags.mode == "training" else work(flags, processes)
             except Exception as error:
                 return fail(error, processes)
     except UserError as error:  # the processes could not be joined
@@ -120,6 +122,7 @@ def train(flags: Flags, processes: Processes) -> int:
         )  # fmt: skip
         loader = stack.enter_context(closing(loader_maker(flags, processes)(training)))
         stack.enter_context(report_error_before_cleanup(processes))
+        stack.enter_context(convert_worker_errors())
         trainer = make_trainer(flags, processes, model)
         position, warnings = start_position(trainer, loader, schedule, identity, before, rank=processes.rank)
         report = Report.disabled()

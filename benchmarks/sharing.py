@@ -21,7 +21,7 @@ from src.data.annotations.coco import Annotations, read_annotations
 from src.evaluation.evaluate import RankPart, score_distributed
 from src.evaluation.results import Results
 from src.evaluation.scoring import score
-from src.runtime import distributed
+from src.runtime import process_group
 
 HERE = Path(__file__).parents[1]
 PROCESSES = 2
@@ -85,7 +85,7 @@ def main(folder: Path, annotation_file: str, *, a_core_each: bool) -> None:
 
 
 def _score(folder: Path, annotation_file: str) -> None:
-    with distributed.start(int(os.environ["LOCAL_RANK"]), torch.device("cpu")) as processes:
+    with process_group.start(int(os.environ["LOCAL_RANK"]), torch.device("cpu")) as processes:
         annotations = read_annotations(folder / annotation_file, folder, for_scoring=True)
         with np.load(folder / DETECTIONS) as columns:
             results = Results(**columns)

@@ -22,6 +22,7 @@ from src.data.pipelines.loaders import DecodeCheck, TrainLoader
 from src.report.exit_status import BAD_INPUT, DONE
 from src.report.plots import draw_batch
 from src.report.report import Report
+from src.report.run_folder import BATCH
 from src.runtime.cores import usable_cores
 from src.runtime.errors import DataError
 from src.runtime.output_files import make_folder
@@ -252,6 +253,6 @@ def draw_training_batch(batch: Batch, categories: tuple[Category, ...], output: 
         rows = rows.unique(dim=0)  # a box is matched to many default boxes
         boxes.append((rows[:, :4] * IMAGE_SIZE).numpy())
         names.append([categories[int(label) - 1].name for label in rows[:, 4]])
-    path = output / "batch.png"
+    path = output / BATCH
     draw_batch(images.numpy(), boxes, names, path)
     return path

@@ -18,16 +18,10 @@ from src.evaluation.thresholds import SCORES, Thresholds
 from src.report.confusion_plot import draw_confusion
 from src.report.drawing import PANEL
 from src.report.plots import Example, draw_detections, draw_precision_recall, draw_training
+from src.report.run_folder import CONFUSION, CONFUSION_PICTURE, DETECTIONS, EXAMPLES, PRECISION_RECALL, TRAINING
 from src.runtime.errors import UserError
 
-ARTIFACTS = DETECTIONS, PRECISION_RECALL, EXAMPLES, TRAINING, CONFUSION_PICTURE, CONFUSION = (
-    "detections.json",
-    "precision_recall.png",
-    "detections.png",
-    "training.png",
-    "confusion_matrix.png",
-    "confusion_matrix.json",
-)
+ARTIFACTS = DETECTIONS, PRECISION_RECALL, EXAMPLES, TRAINING, CONFUSION_PICTURE, CONFUSION
 RECALLS = np.linspace(0, 1, 101)  # COCO's
 NUM_EXAMPLES = 8  # validation images in detections.png
 

@@ -150,7 +150,7 @@ def score_distributed(
 ) -> Evaluation:
     """Scores the detections of all ranks; part, seconds: this rank's.  All ranks must call this."""
     with timed(seconds, "gathering"):
-        gathered = processes.gather_arrays(tuple(part))
+        gathered = processes.gather(tuple(part), long_timeout=True)
     shards = None
     if gathered is not None:  # on rank 0
         with timed(seconds, "scoring"):
@@ -163,7 +163,7 @@ def score_distributed(
     with timed(seconds, "scoring"):
         metrics = score_shard(shard)
     with timed(seconds, "gathering"):
-        gathered = processes.gather_arrays((metrics, seconds))
+        gathered = processes.gather((metrics, seconds), long_timeout=True)
     if gathered is None:
         return Evaluation(*processes.broadcast_object())
     with timed(seconds, "scoring"):

@@ -26,7 +26,7 @@ from src.evaluation.evaluate import EvaluationConfig, detect_batch, evaluating, 
 from src.evaluation.results import DECIMALS, in_pixels, write_json_list
 from src.report.plots import MIN_SCORE, draw_prediction
 from src.report.report import RunContext
-from src.report.run_folder import RESULTS, holds_run
+from src.report.run_folder import DETECTIONS, holds_run
 from src.runtime.errors import UserError
 from src.runtime.output_files import NAME_KEPT, make_folder
 from src.ssd.detect import Detections, EndToEndDetector
@@ -93,7 +93,7 @@ def predict_folder(
         return
     readable = prediction.images - len(prediction.unreadable)
     others = f"; {images.others} other files passed over" if images.others else ""
-    report.note(f"{readable} images, {prediction.detections} detections: pictures and {RESULTS} in {folder}{others}")
+    report.note(f"{readable} images, {prediction.detections} detections: pictures and {DETECTIONS} in {folder}{others}")
     log_non_finite(report, prediction.non_finite)
     unreadable = images.unreadable + prediction.unreadable
     if unreadable:
@@ -179,12 +179,12 @@ def predict(
                     _draw(path, found, categories, picture, min_score=drawn_from)
                     records += _records(name.as_posix(), index, image.size, found, categories)
             bar.update(len(batch))
-    gathered = processes.gather_arrays((records, unreadable, non_finite))
+    gathered = processes.gather((records, unreadable, non_finite), long_timeout=True)
     if gathered is None:
         return None
     records = sorted(chain.from_iterable(part for part, _, _ in gathered), key=attrgetter("image_id"))
     unreadable = dict(sorted(chain.from_iterable(part.items() for _, part, _ in gathered)))
-    write_json_list(output / RESULTS, [records] if records else [])
+    write_json_list(output / DETECTIONS, [records] if records else [])
     non_finite = sum(count for _, _, count in gathered)
     return Prediction(len(images.files), list(unreadable.values()), len(records), non_finite)
 

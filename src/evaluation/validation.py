@@ -15,7 +15,7 @@ from src.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate, log_
 from src.evaluation.scoring import Scores
 from src.report.report import Report, RunContext
 from src.report.startup import compare_data, tell_data
-from src.runtime.errors import UserError, printable
+from src.runtime.errors import UserError, escape_control_characters
 from src.runtime.output_files import make_folder
 from src.ssd.detect import EndToEndDetector
 from src.weights.detector import read_labelled
@@ -125,7 +125,7 @@ def log_metrics(report: Report, scores: Scores) -> None:
     """COCO's 12 metrics, the average precision of each category and the scores to believe, a line each."""
     for name, value in scores.metrics.items():
         report.note(f"{name:<9} {_metric_text(value)}")
-    category_ap = {printable(name): value for name, value in scores.category_ap.items()}
+    category_ap = {escape_control_characters(name): value for name, value in scores.category_ap.items()}
     width = max(map(len, category_ap))
     report.note("mAP by category:")
     for name, value in category_ap.items():

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
-from src.data.pipelines.workers import explained
 from src.report.progress import Bar
 from src.report.report import Report
-from src.runtime.collective_errors import advice, is_setup_error, reason
+from src.runtime.collective_errors import hint, is_setup_error, short_reason
 from src.runtime.distributed import Processes
 from src.runtime.errors import DivergenceError, ReportedElsewhereError, UserError
 
@@ -20,7 +19,7 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143  # exit sta
 
 @contextmanager
 def report_error_before_cleanup(processes: Processes) -> Iterator[None]:
-    """What fails inside is told of before anything outside is closed, which may wait for a GPU that hangs."""
+    """Prints an error before the outer contexts close, because closing may block on a GPU that hangs."""
     try:
         yield
     except Exception as error:
@@ -29,48 +28,57 @@ def report_error_before_cleanup(processes: Processes) -> Iterator[None]:
 
 
 def fail(error: Exception, processes: Processes) -> int:
-    """Tells why this process ends, unless another has told before; the exit status."""
-    if processes.world_size > 1:  # a launcher that has seen another process end does not wait for the message
+    """Prints why this process ends, unless another rank has printed; the exit status."""
+    if processes.world_size > 1:  # a launcher sends SIGTERM once another rank has exited, and does not wait
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if isinstance(error, ReportedElsewhereError):
         return BAD_INPUT
-    lost = processes.is_lost(error)
-    error = error if lost or is_setup_error(error) else explained(error)
-    if lost and processes.rank_that_was_stopped() is not None:
+    peer_lost = processes.is_peer_lost(error)
+    if peer_lost and processes.rank_that_was_stopped() is not None:
         return TERMINATED
     if processes.report_failure():
         with Bar.external_write_mode(sys.stderr):
-            _tell(error, processes, lost=lost)
-        processes.told()
+            _print_error(error, processes, peer_lost=peer_lost)
+        processes.mark_failure_reported()
     return BAD_INPUT if isinstance(error, UserError) else FAILED
 
 
-def _tell(error: Exception, processes: Processes, *, lost: bool) -> None:
-    """Says what happened on standard error.  lost: another process is gone, which is why this one fails."""
-    who = f"rank {processes.rank}: " if processes.world_size > 1 else ""
-    if lost:
+def _print_error(error: Exception, processes: Processes, *, peer_lost: bool) -> None:
+    rank = f"rank {processes.rank}: " if processes.world_size > 1 else ""
+    shortage = _memory_shortage(error)
+    if peer_lost:
         other = f"rank {1 - processes.rank}" if processes.world_size == 2 else "another process"
-        print(f"main.py: error: {who}lost touch with {other} ({reason(error)})", file=sys.stderr)
+        text = f"lost touch with {other} ({short_reason(error)})"
     elif isinstance(error, (UserError, DivergenceError)):
-        print(f"main.py: error: {who}{error}", file=sys.stderr)
-    elif _is_out_of_memory(error):
+        text = str(error)
+    elif shortage is not None:
+        detail = (str(shortage).splitlines() or ["MemoryError"])[0]
         remedy = "lower --batch-size, --eval-batch-size or --num-workers, or use --fp16"
-        detail = (str(error).splitlines() or ["MemoryError"])[0]
-        print(f"main.py: error: {who}out of memory ({detail}): {remedy}", file=sys.stderr)
+        text = f"out of memory ({detail}): {remedy}"
     elif is_setup_error(error):
-        print(f"main.py: error: {who}NCCL cannot work here ({reason(error)}){advice(error)}", file=sys.stderr)
+        text = f"NCCL cannot work here ({short_reason(error)}){hint(error)}"
     else:
-        print(f"main.py: error: {who}a fault of the program:", file=sys.stderr)
+        print(f"main.py: error: {rank}a fault of the program:", file=sys.stderr)
         traceback.print_exception(error)
+        return
+    print(f"main.py: error: {rank}{text}", file=sys.stderr)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU's or the host's memory was too small; for the host's, torch raises plain RuntimeErrors."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+def _memory_shortage(error: BaseException | None) -> BaseException | None:
+    """The error itself or the one during which it was raised, if the memory of a GPU or the host was too small.
+
+    torch.save turns a MemoryError into a RuntimeError that mentions it only as its context.  For the host's memory
+    torch itself raises plain RuntimeErrors.
+    """
+    while error is not None:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def meets_target(accuracy: float | None, target: float | None, report: Report) -> int:
-    """The exit status after an evaluation that ended with `accuracy`; a warning where that is below the target."""
+    """The exit status after an evaluation that ended with `accuracy`; warns where that is below the target."""
     if target is None or (accuracy is not None and accuracy >= target):
         return DONE
     which = "there is no final mAP to reach" if accuracy is None else "the final mAP is below"

@@ -20,8 +20,8 @@ from src.report.progress import Bar, NullBar, TrainingBar
 from src.report.run_folder import EVENT_FILES, FLAGS, METRICS, MLPERF_LOG, TENSORBOARD, versions
 from src.runtime.console import take_failures
 from src.runtime.distributed import Processes
-from src.runtime.errors import printable
-from src.runtime.output_files import atomic_write, make_folder, writing
+from src.runtime.errors import escape_control_characters
+from src.runtime.output_files import atomic_write, convert_write_errors, make_folder
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -66,7 +66,7 @@ class Report:
         """Starts mlperf.log with everything that is constant, or continues it."""
         if self._output is not None:
             path = make_folder(self._output) / MLPERF_LOG
-            with writing(path):
+            with convert_write_errors(path):
                 self._mlperf = mlperf.MlperfLog(path, constants, append=self._append)
 
     def begin_epoch(self, epoch: int, iterations: int, first_iteration: int = 0) -> None:
@@ -175,7 +175,7 @@ class Report:
         epochs_over = self._rewind_metrics(epoch, iteration)
         log = self._output / MLPERF_LOG
         if log.exists():
-            with writing(log):
+            with convert_write_errors(log):
                 text = log.read_text("utf-8", errors="replace")
             with atomic_write(log) as file:
                 file.write(mlperf.rewind(text, epoch).encode())
@@ -198,7 +198,7 @@ class Report:
             if iteration and self._append:
                 self.warn(f"{path}: missing: it now starts at epoch {epoch}, iteration {iteration}")
             return set(range(epoch))
-        with writing(path):
+        with convert_write_errors(path):
             rewound = rewind_metrics(path, epoch=epoch, iteration=iteration)
         with atomic_write(path) as file:
             file.write(rewound.text.encode())
@@ -233,7 +233,7 @@ class Report:
 
     def _log_mlperf(self, write: Callable[[mlperf.MlperfLog], None]) -> None:
         if self._mlperf is not None and self._output is not None:
-            with writing(self._output / MLPERF_LOG):
+            with convert_write_errors(self._output / MLPERF_LOG):
                 write(self._mlperf)
 
     def _record(self, entry: Mapping[str, object]) -> None:
@@ -241,7 +241,7 @@ class Report:
         if self._output is None:
             return
         path = self._output / METRICS
-        with writing(path):
+        with convert_write_errors(path):
             if self._metrics is None:
                 self._metrics = (make_folder(self._output) / METRICS).open("ab" if self._append else "wb", buffering=0)
             self._metrics.write(json.dumps(to_json_values(entry), allow_nan=False).encode() + b"\n")
@@ -266,7 +266,7 @@ class Report:
             self._tensorboard = False
             if not isinstance(error, ModuleNotFoundError):
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                self.warn(f"TensorBoard fails, so it gets no further events: {printable(reason)}")
+                self.warn(f"TensorBoard fails, so it gets no further events: {escape_control_characters(reason)}")
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,21 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from src.runtime.output_files import atomic_write, writing
+from src.runtime.output_files import atomic_write, convert_write_errors
 
 LAST, BEST = "last.pt", "best.pt"
 METRICS, FLAGS, MLPERF_LOG, TENSORBOARD = "metrics.jsonl", "flags.json", "mlperf.log", "tensorboard"
-PICTURES = ("training.png", "precision_recall.png", "confusion_matrix.png", "detections.png", "batch.png")
-RESULTS, CONFUSION = "detections.json", "confusion_matrix.json"
-RUN_FILES = (LAST, BEST, METRICS, FLAGS, MLPERF_LOG, *PICTURES, RESULTS, CONFUSION)
+TRAINING, PRECISION_RECALL, EXAMPLES, BATCH = "training.png", "precision_recall.png", "detections.png", "batch.png"
+DETECTIONS, CONFUSION, CONFUSION_PICTURE = "detections.json", "confusion_matrix.json", "confusion_matrix.png"
+PICTURES = (TRAINING, PRECISION_RECALL, CONFUSION_PICTURE, EXAMPLES, BATCH)
+RUN_FILES = (LAST, BEST, METRICS, FLAGS, MLPERF_LOG, *PICTURES, DETECTIONS, CONFUSION)
 EVENT_FILES = f"{TENSORBOARD}/events.out.tfevents.*"
 PACKAGES = ("torch", "torchvision", "numpy", "msgspec", "faster-coco-eval", "pycocotools")  # whose versions matter
 
 
 def holds_run(output: Path) -> bool:
     """Whether the folder holds files of a run or an evaluation; detections.json alone may be a prediction's."""
-    return any(os.path.lexists(output / name) for name in RUN_FILES if name != RESULTS)
+    return any(os.path.lexists(output / name) for name in RUN_FILES if name != DETECTIONS)
 
 
 def same_folder(one: Path, other: Path) -> bool:
@@ -35,7 +36,7 @@ def set_aside_old_run(output: Path) -> str | None:
     Returns the line to print, None if there was no run.  Other files stay.  Each file is moved by one rename, so that
     an interruption loses nothing; the next call moves the rest.
     """
-    with writing(output):
+    with convert_write_errors(output):
         files = _run_files(output)
         if not files:
             return None
@@ -55,7 +56,7 @@ def branch_off(output: Path, checkpoint: Path) -> str | None:
     last = output / LAST
     if last.exists() and last.samefile(checkpoint):
         return None
-    with writing(output):
+    with convert_write_errors(output):
         folder = _next_folder(output)
         for file in _run_files(output):
             (folder / file).parent.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from src.runtime.errors import UserError
 
 
 class GpuIdentity(NamedTuple):
-    """A GPU as the processes of all machines know it."""
+    """A GPU, told apart from all others of all machines."""
 
     host: str
     uuid: str
@@ -18,14 +18,14 @@ class GpuIdentity(NamedTuple):
 
 
 def choose_device(local_rank: int) -> torch.device:
-    """The GPU of that number, the only one where a process sees no other, the CPU where there is none.
+    """The GPU of that number; the only GPU if the process sees one; the CPU if it sees none.
 
-    Raises UserError where the machine has fewer GPUs than that.
+    Raises UserError if the process sees several GPUs, but not as many.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    # Slurm, and CUDA_VISIBLE_DEVICES set for each process, show each one its own GPU, which is number 0 to it.
+    # Slurm, and CUDA_VISIBLE_DEVICES set for each process, show each process its own GPU as number 0.
     number = 0 if count == 1 else local_rank
     if number >= count:
         raise UserError(
@@ -36,30 +36,30 @@ def choose_device(local_rank: int) -> torch.device:
     return torch.device("cuda", number)
 
 
-def card(device: torch.device) -> GpuIdentity | None:
-    """The GPU that a device is, None for a CPU."""
+def gpu_identity(device: torch.device) -> GpuIdentity | None:
+    """The GPU that a device is; None for a CPU."""
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
     return GpuIdentity(socket.gethostname(), str(properties.uuid), properties.name)
 
 
-def require_distinct_gpus(cards: Sequence[GpuIdentity | None]) -> None:
-    """Raises UserError that names the first two ranks on one GPU.  cards: every rank's, in their order."""
-    first: dict[str, int] = {}
-    for rank, one in enumerate(cards):
-        if one is None:
+def require_distinct_gpus(gpus: Sequence[GpuIdentity | None]) -> None:
+    """Raises UserError that names the first two ranks on one GPU.  gpus: of all ranks, in rank order."""
+    first_rank: dict[str, int] = {}
+    for rank, gpu in enumerate(gpus):
+        if gpu is None:
             continue
-        other = first.setdefault(one.uuid, rank)
+        other = first_rank.setdefault(gpu.uuid, rank)
         if other != rank:
             raise UserError(
-                f"ranks {other} and {rank} are on one GPU, {one.name} ({one.uuid}) of {one.host}, which NCCL refuses: "
+                f"ranks {other} and {rank} are on one GPU, {gpu.name} ({gpu.uuid}) of {gpu.host}, which NCCL refuses: "
                 "start one process for each GPU (--nproc_per_node)"
             )
 
 
 def configure(device: torch.device) -> None:
-    """Lets a GPU choose its fastest convolutions, and TF32 where float32 is asked for."""
+    """Lets a GPU choose its fastest convolutions, and use TF32 for float32 products."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")

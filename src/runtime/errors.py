@@ -1,11 +1,11 @@
-"""Errors that end a run in one line: most are the user's to mend, and name the file, the field and what to do."""
+"""Errors that end a run with one line.  A UserError names the file, the field and what to do."""
 
 
 class UserError(Exception):
     """Bad flags, files or data; `main.py` prints the message as one line and exits with status 2."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return escape_control_characters(super().__str__())
 
 
 class DataError(UserError):
@@ -20,10 +20,10 @@ class DivergenceError(Exception):
     """The loss is not finite; the message names epoch, iteration and rate."""
 
 
-def printable(text: str) -> str:
-    r"""The text in one line that a terminal only shows: control characters and the like as escapes such as \n.
+def escape_control_characters(text: str) -> str:
+    r"""The text as one line that a terminal shows and does not obey: control characters become escapes such as \n.
 
-    Names of files and categories are other people's, and may hold anything.
+    File and category names come from other people and may hold anything.
     """
     if text.isprintable():
         return text

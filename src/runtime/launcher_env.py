@@ -1,4 +1,4 @@
-"""This process's place among those that a launcher started, as its environment variables tell."""
+"""Rank, number of processes and meeting point of this process, from the environment variables of a launcher."""
 
 import io
 import os
@@ -11,39 +11,41 @@ from typing import NamedTuple
 from src.runtime.errors import UserError
 
 LARGEST, LARGEST_PORT = 2**31 - 1, 65535
-MPI_PORT = 29500  # where mpirun's user names none; it is torchrun's, too
-ERROR_REPORT_GRACE_SECONDS = 5  # seconds that a process which fails after another waits for that one to have told why
-SLURM_PORTS, PORTS_A_JOB = range(20000, 32000), 8  # below those that systems give away; one for each step of a job
+MPI_PORT = 29500  # torchrun's default; mpirun sets none
+# Other ranks wait up to 5 s before they exit, because launchers kill all ranks once one exits.
+ERROR_REPORT_GRACE_SECONDS = 5
+# One port for each of 8 steps of a job.  Systems give the ports from 32768 on to any program that asks for one.
+SLURM_PORTS, PORTS_A_JOB = range(20000, 32000), 8
 
 
 class RankInfo(NamedTuple):
-    """Where a process stands, and where it meets the others."""
+    """Which rank a process is, and where it meets the others."""
 
     rank: int
     world_size: int
-    local_rank: int  # among the processes of its machine
-    address: str = ""  # of rank 0's machine; not where there is one process
+    local_rank: int  # its number among the processes of its machine
+    address: str = ""  # of rank 0's machine; empty for a single process
     port: int = 0
 
 
 def rank_info_from_env(local_rank: int = 0, variables: Mapping[str, str] = os.environ) -> RankInfo:
-    """The place that torchrun, mpirun or srun gave this process, the first of them that has; else a lone one.
+    """What the variables of torchrun, else mpirun, else srun say; without any of them a single process.
 
-    local_rank: the launcher's flag, over which its variable wins.  An empty variable counts as none.
-    Raises UserError where variables are missing or hold nonsense.
+    local_rank: the launcher's flag; its variable wins.  An empty variable counts as missing.
+    Raises UserError if variables are missing or out of range.
     """
     given = {name: value for name, value in variables.items() if value.strip()}
     if "WORLD_SIZE" in given:
         return _torchrun(given, local_rank)
     if "OMPI_COMM_WORLD_SIZE" in given:
         return _mpirun(given)
-    if _whole(given, "SLURM_STEP_NUM_TASKS", 1) > 1:  # srun alone sets it, and not in the script of a batch job
+    if env_int(given, "SLURM_STEP_NUM_TASKS", 1) > 1:  # srun sets it, a batch job does not
         return _srun(given)
-    return RankInfo(0, 1, _whole(given, "LOCAL_RANK", local_rank))
+    return RankInfo(0, 1, env_int(given, "LOCAL_RANK", local_rank))
 
 
 def _torchrun(given: Mapping[str, str], local_rank: int) -> RankInfo:
-    size, local_rank = _whole(given, "WORLD_SIZE", least=1), _whole(given, "LOCAL_RANK", local_rank)
+    size, local_rank = env_int(given, "WORLD_SIZE", least=1), env_int(given, "LOCAL_RANK", local_rank)
     if size == 1:
         return RankInfo(0, 1, local_rank)
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -52,32 +54,32 @@ def _torchrun(given: Mapping[str, str], local_rank: int) -> RankInfo:
                 f"the variable WORLD_SIZE is {size}, but {name} is not set: start the processes with torchrun, "
                 "which sets all of them, or unset WORLD_SIZE for one process"
             )
-    return _among(RankInfo(_whole(given, "RANK"), size, local_rank, given["MASTER_ADDR"], _port(given)), "RANK")
+    return check_rank(RankInfo(env_int(given, "RANK"), size, local_rank, given["MASTER_ADDR"], _port(given)), "RANK")
 
 
 def _mpirun(given: Mapping[str, str]) -> RankInfo:
-    """Open MPI's variables; it tells nothing of the address."""
+    """Open MPI's variables, which hold no address."""
     name = "OMPI_COMM_WORLD_{}".format
-    size, local_size = _whole(given, name("SIZE"), least=1), _whole(given, name("LOCAL_SIZE"), 1)
-    local_rank = _whole(given, name("LOCAL_RANK"), 0)
+    size, local_size = env_int(given, name("SIZE"), least=1), env_int(given, name("LOCAL_SIZE"), 1)
+    local_rank = env_int(given, name("LOCAL_RANK"), 0)
     if size == 1:
         return RankInfo(0, 1, local_rank)
     address = given.get("MASTER_ADDR", "127.0.0.1" if size == local_size else None)
     if address is None:
         raise UserError("mpirun on several machines: name that of rank 0 (mpirun -x MASTER_ADDR=HOST)")
-    place = RankInfo(_whole(given, name("RANK")), size, local_rank, address, _port(given, MPI_PORT))
-    return _among(place, name("RANK"))
+    info = RankInfo(env_int(given, name("RANK")), size, local_rank, address, _port(given, MPI_PORT))
+    return check_rank(info, name("RANK"))
 
 
 def _srun(given: Mapping[str, str]) -> RankInfo:
-    """The variables of a Slurm step; the port is the step's own among those of the machines' other jobs."""
+    """The variables of a Slurm step.  The port depends on job and step, so that jobs on one machine do not meet."""
     nodes = given.get("SLURM_STEP_NODELIST") or given.get("SLURM_JOB_NODELIST", "127.0.0.1")
-    step = _whole(given, "SLURM_JOB_ID", 0) * PORTS_A_JOB + _whole(given, "SLURM_STEP_ID", 0) % PORTS_A_JOB
-    return _among(
+    step = env_int(given, "SLURM_JOB_ID", 0) * PORTS_A_JOB + env_int(given, "SLURM_STEP_ID", 0) % PORTS_A_JOB
+    return check_rank(
         RankInfo(
-            rank=_whole(given, "SLURM_PROCID"),
-            world_size=_whole(given, "SLURM_STEP_NUM_TASKS"),
-            local_rank=_whole(given, "SLURM_LOCALID"),
+            rank=env_int(given, "SLURM_PROCID"),
+            world_size=env_int(given, "SLURM_STEP_NUM_TASKS"),
+            local_rank=env_int(given, "SLURM_LOCALID"),
             address=given.get("MASTER_ADDR", first_host(nodes)),
             port=_port(given, SLURM_PORTS[step % len(SLURM_PORTS)]),
         ),
@@ -86,41 +88,41 @@ def _srun(given: Mapping[str, str]) -> RankInfo:
 
 
 def first_host(nodes: str) -> str:
-    """The first of a list as Slurm writes it: node001 of "node[001-003,7],x"."""
-    lowest = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes)  # of each pair of brackets, in which commas stand as well
+    """The first host of a list as Slurm writes it: node001 of "node[001-003,7],x"."""
+    lowest = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes)  # each pair of brackets becomes its first number
     return lowest.split(",")[0]
 
 
-def _among(place: RankInfo, name: str) -> RankInfo:
-    if place.rank >= place.world_size:
-        raise UserError(f"the variable {name} is {place.rank}, but there are {place.world_size} processes, from 0 on")
-    return place
+def check_rank(info: RankInfo, name: str) -> RankInfo:
+    if info.rank >= info.world_size:
+        raise UserError(f"the variable {name} is {info.rank}: expected a rank from 0 to {info.world_size - 1}")
+    return info
 
 
 def _port(given: Mapping[str, str], default: int | None = None) -> int:
-    return _whole(given, "MASTER_PORT", default, least=1, most=LARGEST_PORT)
+    return env_int(given, "MASTER_PORT", default, least=1, most=LARGEST_PORT)
 
 
-def _whole(
+def env_int(
     given: Mapping[str, str], name: str, default: int | None = None, *, least: int = 0, most: int = LARGEST
 ) -> int:
-    """A variable's number; raises UserError where it is none, or is missing and has no default."""
+    """The whole number that a variable holds.  Raises UserError if it is another text, or missing without a default."""
     text = given.get(name, "" if default is None else str(default))
     if not text.isdecimal() or not least <= int(text) <= most:
         raise UserError(
-            f"the variable {name} is {text!r}, not a whole number from {least} to {most}: launchers set it; for one "
-            "process unset it"
+            f"the variable {name} is {text!r}: expected a whole number from {least} to {most}; launchers set it, for a "
+            "single process unset it"
         )
     return int(text)
 
 
 @contextmanager
 def print_once_per_node() -> Iterator[None]:
-    """Inside, only the first process of a machine prints, where all would print the same.
+    """Inside, only the first process of a machine prints, because all would print the same.
 
-    An exit of the others is held back until it has, because a launcher ends all when one is gone.
+    The others delay an exit until it has printed, because launchers kill all ranks once one exits.
     """
-    if _is_first_of_machine():
+    if _is_first_of_node():
         yield
         return
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -131,8 +133,8 @@ def print_once_per_node() -> Iterator[None]:
             raise
 
 
-def _is_first_of_machine() -> bool:
+def _is_first_of_node() -> bool:
     try:
         return rank_info_from_env().local_rank == 0
-    except UserError:  # which `start` will raise
+    except UserError:  # `process_group.start` will raise it
         return True

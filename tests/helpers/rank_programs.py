@@ -21,7 +21,7 @@ from src.data.pipelines.loaders import PIPELINES, make_train_loader
 from src.data.pipelines.torch_pipeline import EvaluationLoader, TorchTrainLoader
 from src.evaluation.evaluate import Evaluation, evaluate
 from src.flags import parse_args
-from src.runtime import distributed
+from src.runtime import process_group
 from src.runtime.distributed import Processes
 from src.ssd.model import SSD300
 from src.training.step import Schedule, Trainer, make_optimizer
@@ -165,7 +165,7 @@ def evaluation(annotations: Annotations, processes: Processes) -> Evaluation:
 
 def main(folder: Path, local_rank: int) -> None:
     torch.set_num_threads(1)
-    with distributed.start(local_rank) as processes:
+    with process_group.start(local_rank) as processes:
         report = {"local_rank": local_rank, "world_size": processes.world_size, "device": str(processes.device)}
         report["buffers"] = shared_buffers(processes)
         if STEP_BATCH % processes.world_size == 0:

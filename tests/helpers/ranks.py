@@ -1,4 +1,4 @@
-"""Processes played by threads."""
+"""Ranks played by threads."""
 
 import threading
 from collections.abc import Callable
@@ -18,8 +18,8 @@ class Ranks:
         self.message = None
 
     def rank(self, number: int) -> SimpleNamespace:
-        def gather_arrays(arrays):
-            self.values[number] = arrays
+        def gather(value, *, long_timeout):
+            self.values[number] = value
             self.barrier.wait(60)
             return list(self.values) if number == 0 else None
 
@@ -33,11 +33,11 @@ class Ranks:
             return broadcast_object(values)[number]
 
         return SimpleNamespace(
-            rank=number, world_size=self.world_size, device=torch.device("cpu"), gather_arrays=gather_arrays,
-            scatter=scatter, broadcast_object=broadcast_object,
+            rank=number, world_size=self.world_size, device=torch.device("cpu"), gather=gather, scatter=scatter,
+            broadcast_object=broadcast_object,
         )  # fmt: skip
 
     def all_do(self, work: Callable) -> list:
-        """What `work` of each rank gives."""
+        """What `work(processes)` returns on each rank."""
         with ThreadPoolExecutor(self.world_size) as pool:
             return list(pool.map(work, map(self.rank, range(self.world_size)), timeout=120))

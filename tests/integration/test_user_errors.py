@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ import torch
 
 import main
 from src.flags import parse_args
-from src.runtime.errors import UserError, printable
-from src.runtime.output_files import lock_output_folder, writing
-from tests.helpers.both_pipelines import error_line, read, run, train_loader
+from src.runtime.errors import UserError, escape_control_characters
+from src.runtime.output_files import convert_write_errors
+from tests.helpers.both_pipelines import error_line, read, train_loader
 from tests.helpers.datasets import annotation, write_coco
 from tests.helpers.stopped_runs import idle_run
 from tests.integration.test_main import flags
@@ -94,33 +93,6 @@ def test_pictures_are_not_drawn_among_the_images(data, tmp_path, capsys):
     assert "is the images' own folder" in error_line(capsys)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is locked on Windows")
-def test_a_folder_in_use_is_left_alone(data, tmp_path, capsys):
-    (tmp_path / "last.pt").write_text("another run's")
-    with lock_output_folder(tmp_path):
-        assert run("no_dali", data, tmp_path, "--evaluation") == 2
-    assert error_line(capsys) == f"main.py: error: {tmp_path} is in use by another run: give this one its own --output"
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is locked and no worker forked on Windows")
-def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
-    alive, say = os.pipe()
-    with lock_output_folder(tmp_path):
-        child = os.fork()
-        if child == 0:
-            os.write(say, b".")
-            time.sleep(60)
-            os._exit(0)
-    try:
-        os.read(alive, 1)
-        with lock_output_folder(tmp_path):
-            pass
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
 def test_a_full_temporary_folder_is_told_of(data, monkeypatch):
     pytest.importorskip("nvidia.dali")
     from src.data.pipelines import dali_pipeline
@@ -144,8 +116,8 @@ def test_names_beyond_the_terminals_alphabet(tmp_path, monkeypatch, encoding):
 
 def test_an_error_is_one_line_whatever_names_hold():
     assert str(UserError("a\nb\x1b[31m\udce9 日本")) == r"a\nb\x1b[31m\udce9 日本"
-    assert printable("plain, ünïcode") == "plain, ünïcode"
-    with pytest.raises(UserError, match=r"^cannot write /a: No space left on device$"), writing("/a"):
+    assert escape_control_characters("plain, ünïcode") == "plain, ünïcode"
+    with pytest.raises(UserError, match=r"^cannot write /a: No space left on device$"), convert_write_errors("/a"):
         raise OSError(28, "No space left on device")
 
 

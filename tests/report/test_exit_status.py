@@ -10,7 +10,7 @@ from torch import distributed as dist
 from src.report.exit_status import BAD_INPUT, FAILED, fail, report_error_before_cleanup
 from src.runtime.distributed import Processes
 from src.runtime.errors import UserError
-from tests.runtime.test_collective_errors import DUPLICATE, FULL, GONE
+from tests.helpers.collective_messages import DUPLICATE, FULL, GONE
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import main
 from src.evaluation import evaluate
 from src.evaluation.background_files import BackgroundFiles
-from src.runtime import distributed
+from src.runtime import distributed, process_group
 from src.runtime.distributed import Processes
 from src.runtime.launcher_env import RankInfo
 from src.ssd.model import SSD300
@@ -93,8 +93,8 @@ def recorder(monkeypatch, narrow) -> Iterator[Recorder]:
     monkeypatch.setattr(distributed, "_gloo_group", lambda timeout: dist.new_group(backend="fake", timeout=timeout))
     monkeypatch.setattr(distributed, "DistributedDataParallel", Parallel)
     processes = Processes(0, PROCESSES, torch.device("cpu"), Crowd())
-    monkeypatch.setattr(distributed, "rank_info_from_env", lambda local_rank=0: RankInfo(0, PROCESSES, 0))
-    monkeypatch.setattr(distributed, "_join", lambda device, place: processes)
+    monkeypatch.setattr(process_group, "rank_info_from_env", lambda local_rank=0: RankInfo(0, PROCESSES, 0))
+    monkeypatch.setattr(process_group, "_join", lambda device, info: processes)
     # What is gathered is rank 0's, so many times.
     join, together = evaluate.join_results, evaluate.merge_shards
     monkeypatch.setattr(evaluate, "join_results", lambda parts, annotations: join(islice(parts, 1), annotations))

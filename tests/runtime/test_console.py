@@ -11,7 +11,7 @@ from src.runtime.console import robust_console, take_failures
 
 
 @pytest.fixture
-def closed_pipe(monkeypatch):
+def closed_pipe(capsys, monkeypatch):
     """Standard output is a pipe whose reader has gone."""
     reader, writer = os.pipe()
     os.close(reader)

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from src.flags import parse_args
-from src.runtime import distributed, launcher_env
-from src.runtime.devices import card
+from src.runtime import distributed, launcher_env, process_group
+from src.runtime.devices import gpu_identity
 from src.runtime.distributed import Processes
 from src.runtime.errors import SigtermReceived, UserError
 from src.runtime.launcher_env import RankInfo
@@ -136,7 +136,7 @@ def sockets() -> set[str]:
 
 def test_one_process_opens_no_port_and_no_group(no_launcher):
     before = sockets()
-    with distributed.start(0) as processes:
+    with process_group.start(0) as processes:
         assert (processes.rank, processes.world_size, processes.store) == (0, 1, None)
         assert not torch.distributed.is_initialized()
         assert sockets() == before
@@ -152,7 +152,7 @@ def test_the_variable_wins_over_the_flag(no_launcher, monkeypatch, variable, fla
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     if variable is not None:
         monkeypatch.setenv("LOCAL_RANK", variable)
-    with distributed.start(flag) as processes:
+    with process_group.start(flag) as processes:
         assert processes.device == torch.device("cuda", expected)
 
 
@@ -164,7 +164,7 @@ def test_the_only_gpu_that_a_process_sees_is_its_own_whatever_its_rank(no_launch
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    with distributed.start(0) as processes:
+    with process_group.start(0) as processes:
         assert processes.device == torch.device("cuda", 0)
     assert taken == [0]
 
@@ -172,7 +172,7 @@ def test_the_only_gpu_that_a_process_sees_is_its_own_whatever_its_rank(no_launch
 def test_more_processes_than_gpus_is_an_error(no_launcher, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="local rank 2 has no GPU: this machine has 2"), distributed.start(2):
+    with pytest.raises(UserError, match="local rank 2 has no GPU: this machine has 2"), process_group.start(2):
         pass
 
 
@@ -181,7 +181,7 @@ def test_half_set_variables_of_a_launcher_are_an_error(no_launcher, monkeypatch)
     monkeypatch.setenv("RANK", "0")
     with (
         pytest.raises(UserError, match="MASTER_ADDR is not set: start the processes with torchrun"),
-        distributed.start(0),
+        process_group.start(0),
     ):
         pass
 
@@ -191,7 +191,7 @@ def test_a_time_limit_that_is_none_is_an_error(no_launcher, monkeypatch, limit):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(distributed.GROUP_TIMEOUT_VARIABLE, limit)
-    with pytest.raises(UserError, match="SSD300_GROUP_TIMEOUT is"), distributed.start(0):
+    with pytest.raises(UserError, match="SSD300_GROUP_TIMEOUT is"), process_group.start(0):
         pass
 
 
@@ -202,7 +202,7 @@ def test_a_taken_port_is_named(no_launcher, monkeypatch):
         port = other.getsockname()[1]
         for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(UserError) as raised, distributed.start(0):
+        with pytest.raises(UserError) as raised, process_group.start(0):
             pass
     assert f"rank 0 of 2 cannot join the others at localhost:{port} (the address is already in use)" in str(
         raised.value
@@ -224,16 +224,16 @@ def test_what_all_would_print_is_printed_by_the_first_of_a_machine(monkeypatch, 
 
 def test_every_restart_on_the_same_store_has_its_number():
     store, limit = torch.distributed.HashStore(), timedelta(seconds=30)
-    assert [distributed.restart_index(store, rank, limit) for rank in range(3)] == [1, 1, 1]
+    assert [process_group.restart_index(store, rank, limit) for rank in range(3)] == [1, 1, 1]
     with ThreadPoolExecutor() as others:  # rank 1 is back before rank 0
-        early = others.submit(distributed.restart_index, store, 1, limit)
+        early = others.submit(process_group.restart_index, store, 1, limit)
         with pytest.raises(FutureTimeoutError):
             early.result(0.2)
-        assert distributed.restart_index(store, 0, limit) == 2
+        assert process_group.restart_index(store, 0, limit) == 2
         assert early.result() == 2
-    assert distributed.restart_index(store, 2, limit) == 2
+    assert process_group.restart_index(store, 2, limit) == 2
     with pytest.raises(distributed.PeerLostError, match=r"rank 0 has not started for 0\.1 s"):
-        distributed.restart_index(store, 2, timedelta(seconds=0.1))
+        process_group.restart_index(store, 2, timedelta(seconds=0.1))
 
 
 class FakeGroup:
@@ -243,10 +243,6 @@ class FakeGroup:
         self.ended: list[str] = []
         self.WORLD = self
         self.DistError = torch.distributed.DistError
-
-    def _get_backend(self, device: torch.device) -> "FakeGroup":
-        assert device.type == "cuda"
-        return self
 
     def abort(self) -> None:
         self.ended.append("aborted")
@@ -274,9 +270,9 @@ def test_every_way_out_ends_nccls_group(monkeypatch, error, device, ended):
     processes = Processes(0, 1, torch.device(device), torch.distributed.HashStore())
     processes.world_size = 2
     monkeypatch.setattr(distributed, "dist", group)
-    monkeypatch.setattr(distributed, "rank_info_from_env", lambda local_rank: RankInfo(0, 2, 0))
-    monkeypatch.setattr(distributed, "_join", lambda device, place: processes)
-    with pytest.raises(type(error)) if error else nullcontext(), distributed.start(0, torch.device(device)):
+    monkeypatch.setattr(process_group, "rank_info_from_env", lambda local_rank: RankInfo(0, 2, 0))
+    monkeypatch.setattr(process_group, "_join", lambda device, info: processes)
+    with pytest.raises(type(error)) if error else nullcontext(), process_group.start(0, torch.device(device)):
         if error:
             raise error
     assert group.ended == ended
@@ -298,7 +294,7 @@ def test_nccls_limit_is_longer_than_the_one_that_is_told_of(monkeypatch, device,
     )
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="enough"), distributed.start(0, torch.device(device)):
+    with pytest.raises(UserError, match="enough"), process_group.start(0, torch.device(device)):
         pass
     assert made[0]["timeout"] == factor * timedelta(seconds=distributed.GROUP_TIMEOUT)
     assert ("nccl" in made[0]["backend"]) == (device == "cuda")
@@ -309,7 +305,7 @@ def test_two_ranks_on_one_gpu_are_told_so(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU-{device.index}", name="H100")
     )
-    own = card(torch.device("cuda", 0))
+    own = gpu_identity(torch.device("cuda", 0))
     processes = Processes(1, 1, torch.device("cuda", 0), None)
     processes.check_devices()  # one process has no group to ask
     processes.world_size = 2

@@ -55,18 +55,18 @@ def test_an_empty_variable_counts_as_none(name):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a whole number from 1"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', not a whole number from 1"),
-        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1', not a whole number from 0"),
-        ({**TORCHRUN, "RANK": "1.0"}, "RANK is '1.0', not a whole number"),
-        ({**TORCHRUN, "RANK": "8"}, "RANK is 8, but there are 8 processes, from 0 on"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two': expected a whole number from 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0': expected a whole number from 1"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1': expected a whole number from 0"),
+        ({**TORCHRUN, "RANK": "1.0"}, "RANK is '1.0': expected a whole number"),
+        ({**TORCHRUN, "RANK": "8"}, "RANK is 8: expected a rank from 0 to 7"),
         ({**TORCHRUN, "RANK": ""}, "RANK is not set: start the processes with torchrun"),
         ({**TORCHRUN, "MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
-        ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT is '70000', not a whole number from 1 to 65535"),
-        ({**TORCHRUN, "MASTER_PORT": "0"}, "MASTER_PORT is '0', not a whole number from 1 to 65535"),
-        ({**MPIRUN, "MASTER_ADDR": "a", "MASTER_PORT": "0"}, "MASTER_PORT is '0', not a whole number from 1"),
-        ({**STEP, "MASTER_PORT": "0"}, "MASTER_PORT is '0', not a whole number from 1"),
-        ({**STEP, "SLURM_PROCID": ""}, "SLURM_PROCID is '', not a whole number"),
+        ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT is '70000': expected a whole number from 1 to 65535"),
+        ({**TORCHRUN, "MASTER_PORT": "0"}, "MASTER_PORT is '0': expected a whole number from 1 to 65535"),
+        ({**MPIRUN, "MASTER_ADDR": "a", "MASTER_PORT": "0"}, "MASTER_PORT is '0': expected a whole number from 1"),
+        ({**STEP, "MASTER_PORT": "0"}, "MASTER_PORT is '0': expected a whole number from 1"),
+        ({**STEP, "SLURM_PROCID": ""}, "SLURM_PROCID is '': expected a whole number"),
     ],
 )
 def test_nonsense_is_named_in_a_line(variables, said):

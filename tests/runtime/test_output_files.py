@@ -1,58 +1,97 @@
-"""Files that are replaced whole, by any number of programs."""
+"""Files that are replaced whole, and the lock of a run's folder."""
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from src.runtime.output_files import PART, atomic_write
+from src.runtime.errors import UserError
+from src.runtime.output_files import LOCK, atomic_write, lock_output_folder
+from tests.helpers.launch import VARIABLES
+
+NEEDS_LOCKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is locked and no worker forked on Windows")
+# A run that holds its folder, writes a file and starts a worker, which outlives it; it waits to be killed.
+RUN = """
+import os, signal, sys
+from pathlib import Path
+from src.runtime.output_files import atomic_write, lock_output_folder
+folder = Path(sys.argv[1])
+with lock_output_folder(folder), atomic_write(folder / "last.pt") as file:
+    file.write(b"part")
+    worker = os.fork()
+    if worker:
+        print(worker, flush=True)
+    signal.pause()
+"""
 
 
-def parts(folder) -> list[str]:
-    return [path.name for path in folder.iterdir() if PART.fullmatch(path.name)]
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_two_that_write_one_file_both_do_and_the_last_one_counts(tmp_path):
+def test_two_writers_of_one_file_both_finish_and_the_last_one_counts(tmp_path):
     with atomic_write(tmp_path / "a.json") as first:
         first.write(b"first")
         with atomic_write(tmp_path / "a.json") as second:
             second.write(b"second")
         assert (tmp_path / "a.json").read_bytes() == b"second"
     assert (tmp_path / "a.json").read_bytes() == b"first"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert names(tmp_path) == ["a.json"]
 
 
-def test_a_name_may_be_as_long_as_the_file_system_has_them(tmp_path):
+def test_an_error_leaves_the_older_file_alone(tmp_path):
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "a.json") as file:
+        file.write(b"new")
+        raise ZeroDivisionError
+    assert (tmp_path / "a.json").read_text() == "old"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
     name = "名" * 85  # 255 bytes
     with atomic_write(tmp_path / name) as file:
         file.write(b"whole")
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert names(tmp_path) == [name]
 
 
-def write_in_child(path) -> int:
-    """Starts a process that never comes to the end of writing the file; its id."""
-    ready, say = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with atomic_write(path) as file:
-            file.write(b"part")
-            os.write(say, b".")
-            signal.pause()
-    os.read(ready, 1)
-    return child
+@NEEDS_LOCKS
+def test_a_folder_is_one_runs_until_that_is_killed_and_its_leftovers_go_with_the_next(tmp_path):
+    line = [sys.executable, "-c", RUN, str(tmp_path)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, env={**os.environ, **VARIABLES}) as run:
+        worker = int(run.stdout.readline())
+        try:
+            with pytest.raises(
+                UserError, match=f"^{tmp_path} is in use by another run: give this one its own --output"
+            ):
+                lock_output_folder(tmp_path).__enter__()
+            assert len(names(tmp_path)) == 2  # the lock and what the other run writes
+            run.kill()
+            run.wait()
+            (tmp_path / ".lock.part").touch()  # no temporary file of ours
+            with lock_output_folder(tmp_path):
+                assert names(tmp_path) == [LOCK, ".lock.part"]
+        finally:
+            os.kill(worker, signal.SIGKILL)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is locked on Windows")
-def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path):
-    killed, living = (write_in_child(tmp_path / name) for name in ("killed.pt", "living.pt"))
-    try:
-        os.kill(killed, signal.SIGKILL)
-        os.waitpid(killed, 0)
-        assert len(parts(tmp_path)) == 2
-        with atomic_write(tmp_path / "other.json") as file:
-            file.write(b"[]")
-        (left,) = parts(tmp_path)
-        assert left.startswith(".living.pt.")
-    finally:
-        os.kill(living, signal.SIGKILL)
-        os.waitpid(living, 0)
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(UserError, match=f"^cannot write {tmp_path}: "), lock_output_folder(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    left = tmp_path / ".last.pt.0123abcd.part"
+    left.touch()
+    with lock_output_folder(tmp_path):
+        assert left.exists()  # another run may be writing it

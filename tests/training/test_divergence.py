@@ -185,12 +185,25 @@ def test_a_killed_worker_is_told_of(tmp_path, capsys):
     assert re.search(r"worker processes was killed \(.*--num-workers 0", error_line(capsys))
 
 
+def memory_error_of_torch_save() -> RuntimeError:
+    class Full(io.BytesIO):
+        def write(self, data: bytes) -> int:
+            if self.tell() > 50:
+                raise MemoryError
+            return super().write(data)
+
+    with pytest.raises(RuntimeError, match="unexpected pos") as raised:
+        torch.save(torch.zeros(1000), Full())
+    return raised.value
+
+
 @pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried"),
         MemoryError(),
+        memory_error_of_torch_save(),
     ],
 )
 def test_too_little_memory_names_the_flags(error, capsys):

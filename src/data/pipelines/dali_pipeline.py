@@ -37,7 +37,7 @@ from src.data.pipelines.dali_graph import (
 from src.data.pipelines.image_reader import read_image
 from src.data.pipelines.loader_config import LoaderConfig
 from src.runtime.errors import UserError
-from src.runtime.output_files import writing
+from src.runtime.output_files import convert_write_errors
 
 SEARCH_LIMIT = 60  # seconds of looking for the image on which DALI has failed; other processes wait for twice as long
 JPEG = (0xFF, 0xD8), (0xFF, 0xD9)  # how such a file begins and ends
@@ -176,7 +176,7 @@ class DaliTrainLoader:
     def _write_annotations(self, folder: Path) -> tuple[Path, list[str] | None]:
         """What the graph reads, written into the folder, and the file names where it must be told of their order."""
         order = self._first_order()
-        with writing(folder):
+        with convert_write_errors(folder):
             if write_reader_files(self.annotations, order, folder):
                 return folder, None
             annotation_file = folder / "annotations.json"

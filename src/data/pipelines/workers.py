@@ -55,7 +55,7 @@ def data_loader(
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     allow_open_files(workers)
     context = _context() if workers else None
-    with _explaining(workers):
+    with convert_worker_errors(workers):
         return _Loader(
             dataset,
             batch_sampler=batch_sampler,
@@ -73,7 +73,7 @@ def guarded(loader: DataLoader) -> Iterator:
     """The loader's batches; raises a user's error that a worker returned or that killed it."""
     batches = None
     try:
-        with _explaining(loader.num_workers):
+        with convert_worker_errors(loader.num_workers):
             batches = iter(loader)
             for batch in batches:
                 if isinstance(batch, Exception):
@@ -210,8 +210,11 @@ def _choose_short_folder() -> None:
 
 
 @contextmanager
-def _explaining(workers: int) -> Iterator[None]:
-    """Turns errors of making and using worker processes into a UserError, where a user can do something about them."""
+def convert_worker_errors(workers: int | None = None) -> Iterator[None]:
+    """Turns errors of making and using worker processes into a UserError, where a user can do something about them.
+
+    workers: how many there are; None where that is unknown: torch raises the loss of one anywhere, from a signal.
+    """
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:

@@ -13,7 +13,7 @@ from src.data.prepare.coco_folder import Split, check_names, check_target, write
 from src.data.prepare.labels import BadLabelsError, Labels, Picture
 from src.data.prepare.split import split_at_random, split_by_list
 from src.data.recipes import fitting_recipe
-from src.runtime.errors import UserError, printable
+from src.runtime.errors import UserError, escape_control_characters
 
 PROGRAM = "python -m src.data.prepare"
 DEFAULT_FRACTION = 0.2
@@ -124,14 +124,14 @@ def _print_findings(labels: Labels, split: Split, source: Path) -> None:
         number = category["id"]
         if total[number]:
             where = f"{counts['train'][number]} train, {counts['val'][number]} val"
-            print(printable(f"  {category['name']}: {total[number]} boxes ({where})"))
+            print(escape_control_characters(f"  {category['name']}: {total[number]} boxes ({where})"))
     if without:
         more = ", ..." * (len(without) > 5)
-        print(printable(f"  categories without a box: {len(without)} ({', '.join(without[:5])}{more})"))
+        print(escape_control_characters(f"  categories without a box: {len(without)} ({', '.join(without[:5])}{more})"))
     empty = sum(not picture.boxes for pictures in split.values() for picture in pictures)
     print(f"  pictures without boxes: {empty}, which validate but do not train")
     for note in labels.notes:
-        print(printable(f"  {note}"))
+        print(escape_control_characters(f"  {note}"))
 
 
 def _print_commands(folder: Path, split: Split, *, upright: bool) -> None:

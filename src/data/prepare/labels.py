@@ -11,7 +11,7 @@ from unicodedata import normalize
 from src.data.images.decode import DATASET_FORMATS, is_text
 from src.data.images.exif import TRANSPOSED, read_orientation
 from src.data.images.formats import format_of, size_of
-from src.runtime.errors import DataError, UserError, printable
+from src.runtime.errors import DataError, UserError
 
 Part = Literal["train", "val", "test"]
 
@@ -64,7 +64,7 @@ class Checker:
         self._sizes: dict[Path, tuple[int, int, int]] = {}
 
     def fault(self, place: str | Path, message: str) -> None:
-        self.faults.append(printable(f"{place}: {message}"))
+        self.faults.append(escape_control_characters(f"{place}: {message}"))
 
     def raise_faults(self) -> None:
         """Raises BadLabelsError where there is a fault."""
@@ -115,7 +115,7 @@ class Checker:
             self.fault(place, f"box = {shown} (left, top, right, bottom): is outside, {size}; correct it")
             return None
         if min(left, top, picture.width - right, picture.height - bottom) < -CLIP_TOLERANCE:
-            self._clipped.append(printable(f"{place}: box = {shown}, {size}"))
+            self._clipped.append(escape_control_characters(f"{place}: box = {shown}, {size}"))
         left, top = max(left, 0.0), max(top, 0.0)
         return [left, top, min(right, picture.width) - left, min(bottom, picture.height) - top]
 
