@@ -10,23 +10,17 @@ from src.report.report import Report
 from src.runtime.console import robust_console, take_failures
 
 
-@pytest.fixture
-def closed_pipe(capsys, monkeypatch):
-    """Standard output is a pipe whose reader has gone."""
+def test_a_reader_that_has_gone_is_reported_once_and_printing_goes_on(tmp_path, monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        yield
-
-
-def test_a_reader_that_has_gone_is_reported_once_and_printing_goes_on(closed_pipe, tmp_path, capsys):
+        with robust_console():
+            report = Report(tmp_path, append=False)
+            report.note("a line")
+            report.note("another line")
+            report.close()
     warning = "cannot write to standard output: Broken pipe; the program goes on without it"
-    with robust_console():
-        report = Report(tmp_path, append=False)
-        report.note("a line")
-        report.note("another line")
-        report.close()
     assert capsys.readouterr().err == f"main.py: warning: {warning}\n"
     assert (tmp_path / "metrics.jsonl").read_text() == f'{{"kind": "warning", "text": "{warning}"}}\n'
 

@@ -102,6 +102,7 @@ def test_sigterm_ends_a_forked_worker_without_a_traceback():
 SIGNALLED = """
 import os, runpy, signal, sys
 where = sys.argv.pop(1)
+del sys.argv[0]
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == where:
