@@ -11,7 +11,7 @@ from unicodedata import normalize
 from src.data.images.decode import DATASET_FORMATS, is_text
 from src.data.images.exif import TRANSPOSED, read_orientation
 from src.data.images.formats import format_of, size_of
-from src.runtime.errors import DataError, UserError
+from src.runtime.errors import DataError, UserError, escape_control_characters
 
 Part = Literal["train", "val", "test"]
 
