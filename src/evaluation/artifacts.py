@@ -14,6 +14,7 @@ import numpy as np
 from src.data.annotations.coco import Annotations
 from src.evaluation.confusion import GroundTruth, confusion_matrix, ground_truth, min_scores, write_confusion
 from src.evaluation.results import Results, write_results
+from src.evaluation.scoring import IOU_THRESHOLDS, RECALLS
 from src.evaluation.thresholds import SCORES, Thresholds
 from src.report.confusion_plot import draw_confusion
 from src.report.drawing import PANEL
@@ -22,7 +23,6 @@ from src.report.run_folder import CONFUSION, CONFUSION_PICTURE, DETECTIONS, EXAM
 from src.runtime.errors import UserError
 
 ARTIFACTS = DETECTIONS, PRECISION_RECALL, EXAMPLES, TRAINING, CONFUSION_PICTURE, CONFUSION
-RECALLS = np.linspace(0, 1, 101)  # COCO's
 NUM_EXAMPLES = 8  # validation images in detections.png
 
 
@@ -68,6 +68,7 @@ def write_artifacts(inputs: ArtifactInputs, output: Path) -> list[str]:
         partial(
             draw_precision_recall,
             inputs.precision,
+            IOU_THRESHOLDS,
             RECALLS,
             inputs.names,
             output / PRECISION_RECALL,

@@ -134,7 +134,7 @@ def _output_folder(data: Path, output: Path) -> Path:
     Makes the folder.  Raises UserError where it is the folder of the images.
     """
     for folder in (output, output / SUBFOLDER) if holds_run(make_folder(output)) else (output,):
-        if data.is_dir() and data.samefile(make_folder(folder)):
+        if os.path.isdir(data) and data.samefile(make_folder(folder)):
             raise UserError(f"--output {output} is the images' own folder: what is drawn there would count as images")
     return folder
 

@@ -33,6 +33,8 @@ METRIC_NAMES = (
     "AR medium",
     "AR large",
 )
+IOU_THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10).round(2).tolist())
+RECALLS = tuple(np.linspace(0, 1, 101).round(2).tolist())
 COST_PER_IMAGE = 0.1  # of evaluating one category on an image without detections, in units of one detection
 
 
@@ -132,8 +134,9 @@ def _assign_categories(detections: np.ndarray, num_images: int, count: int) -> n
 def score_shard(shard: CategoryShard) -> ShardMetrics:
     """Precision and recall of a shard's categories."""
     if not len(shard.labels):
-        empty = np.zeros((10, 101, 0, 4, 3)), np.zeros((10, 0, 4, 3)), np.zeros((101, 0)), np.zeros(0, np.int64)
-        return ShardMetrics(shard.labels, *empty)
+        levels, recalls = len(IOU_THRESHOLDS), len(RECALLS)
+        precision, recall = np.zeros((levels, recalls, 0, 4, 3)), np.zeros((levels, 0, 4, 3))
+        return ShardMetrics(shard.labels, precision, recall, np.zeros((recalls, 0)), np.zeros(0, np.int64))
     with garbage_collector_paused():
         truth, detections = (_coco(boxes, shard.num_images, shard.labels) for boxes in (shard.truth, shard.detections))
         scorer = COCOeval_faster(truth, detections, "bbox")

@@ -1,6 +1,7 @@
-"""`--mode export`: a trained detector as files that other programs run, and how far they are from it."""
+"""`--mode export`: writes a trained detector as files that other programs run, and compares them with it."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,42 +27,43 @@ from src.weights.files import load_checkpoint
 
 DETECTOR, NETWORK, DEFAULT_BOXES = "detector.onnx", "network.onnx", "default_boxes.json"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-COMPARED = 8  # pictures on which the files are compared with the network
+NUM_PICTURES = 8  # on which the files are compared with the network
 CPU = torch.device("cpu")
-MATCHED = 1e-2  # of the image, and in score: a detection of both is no further apart than this
-TOLERATED = 1e-4  # difference in boxes and scores without a warning
+MATCH_DISTANCE = 1e-2  # in box (fractions of the image) and score: nearer ones are the same detection
+TOLERANCE = 1e-4  # difference in boxes and scores that needs no warning: 32-bit rounding reaches some 1e-5
 
 
 def export(checkpoint: Path, data: Path, output: Path, *, backbone: str, report: Report) -> None:
-    """Writes a checkpoint's detector into `output` as files that other programs run, compared with it on pictures.
+    """Writes a checkpoint's detector into `output` as files that other programs run; compares them on pictures.
 
-    data: an image, a folder of images, or a data set, whose validation images are taken.  backbone: that of a
-    checkpoint which does not say; the categories of one which does not say are the data set's.  Raises UserError,
-    before the work, for what is missing or is no checkpoint.
+    data: an image, a folder of images, or a data set, of which the validation images are used.  Its categories name
+    the labels of a checkpoint that does not name them.  backbone: used where the checkpoint does not name its own.
+    Raises UserError before any work if a package is missing, no picture can be read, or the checkpoint is none.
     """
     require(PACKAGES, what="--mode export")
     pictures = read_pictures(data, report)
     state = load_checkpoint(checkpoint)
     check_finite(state["model"], source=checkpoint)
-    categories = labelled_categories(state, data, source=checkpoint, report=report)
+    categories = label_categories(state, data, source=checkpoint, report=report)
     trained = trained_model(state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=CPU)
     make_folder(output)
     thresholds = state.get("score_thresholds")
     for name, content in exported_files(trained, categories, thresholds).items():
         with atomic_write(output / name) as file:
             file.write(content)
-    tell_differences(trained.eval(), pictures, output, report)
+    log_differences(trained.eval(), pictures, output, report)
 
 
-def labelled_categories(state: dict, data: Path, *, source: Path, report: Report) -> tuple[Category, ...]:
-    """The categories of a checkpoint's labels; of one that does not say those of the data set, in their order.
+def label_categories(state: dict, data: Path, *, source: Path, report: Report) -> tuple[Category, ...]:
+    """The categories of a checkpoint's labels; if it does not name them, those of the data set in their order.
 
-    Without a data set, that a label is its category's id.  Raises UserError where the data set has others.
+    Without a data set each label is taken for its category's id.  Raises UserError where the data set has other
+    categories than the checkpoint.
     """
     if "categories" in state:
         return known_categories(state)
     annotations, folder = locations(data, "val")
-    if annotations.is_file():
+    if os.path.isfile(annotations):
         report.note(f"{source}: does not say what its labels are: the categories of {annotations} in their order")
         return read_labelled(annotations, folder, state, source=source).categories
     report.note(
@@ -72,18 +74,18 @@ def labelled_categories(state: dict, data: Path, *, source: Path, report: Report
 
 
 def read_pictures(data: Path, report: Report) -> Tensor:
-    """The first images of `data` for the network, [P, 3, 300, 300] uint8; warns of those that cannot be read.
+    """The first images of `data` as the network takes them, [P, 3, 300, 300] uint8; warns of unreadable ones.
 
-    Raises UserError where none can.
+    Raises UserError if none can be read.
     """
     annotations, folder = locations(data, "val")
     pictures: list[Tensor] = []
-    for path in find_images(folder if annotations.is_file() else data).files:
+    for path in find_images(folder if os.path.isfile(annotations) else data).files:
         try:
             pictures.append(resize(decode_any(path)))
         except UserError as error:
             report.warn(f"left out: {error}")
-        if len(pictures) == COMPARED:
+        if len(pictures) == NUM_PICTURES:
             break
     if not pictures:
         raise UserError(f"{data}: none of its images can be read, and what is exported is tried on some")
@@ -93,12 +95,8 @@ def read_pictures(data: Path, report: Report) -> Tensor:
 def exported_files(
     trained: nn.Module, categories: Sequence[Category], score_thresholds: dict | None = None
 ) -> dict[str, bytes]:
-    """The files by name: their content.  score_thresholds: of the checkpoint, which an older one does not have."""
-    from src.export.onnx_graph import (  # here, because what it needs is optional
-        detector_graph,
-        network_graph,
-        with_metadata,
-    )
+    """The content of the files by name.  score_thresholds: of the checkpoint, which an older one does not have."""
+    from src.export.onnx_graph import detector_graph, network_graph, with_metadata  # here, because onnx is optional
 
     metadata = {
         "categories": json.dumps([category._asdict() for category in categories], ensure_ascii=False),
@@ -122,30 +120,31 @@ def folded_copy(network: nn.Module) -> nn.Module:
 
 
 def default_boxes_file() -> str:
-    """What turns the offsets of network.onnx into boxes, as JSON."""
+    """The content of default_boxes.json, with which other programs decode the offsets of network.onnx."""
     boxes = [[float(str(value)) for value in box] for box in default_boxes().numpy()]  # float32's short digits
     return json.dumps({"form": "cx, cy, width, height", "variances": VARIANCES, "default_boxes": boxes})
 
 
-def tell_differences(trained: nn.Module, pictures: Tensor, output: Path, report: Report) -> None:
-    """A line for each file: how large it is, and how far what it gives is from what the trained network gives."""
+def log_differences(trained: nn.Module, pictures: Tensor, output: Path, report: Report) -> None:
+    """A line for each file: its size, and how far its output is from that of the trained network."""
     normalised = normalise(pictures)
     with torch.inference_mode():
         offsets, logits = trained(normalised)
-    outputs = run_network(output / NETWORK, normalised)
-    pairs = list(zip((offsets, logits), outputs, strict=True))
-    furthest = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+    pairs = list(zip((offsets, logits), run_network(output / NETWORK, normalised), strict=True))
+    farthest = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
     largest = max(float(ours.abs().max()) for ours, _ in pairs)
-    told = f"offsets and logits, which reach {largest:.1f}, at most {furthest:.1e} from the network's"
-    report.note(f"{_size(output / NETWORK)}, {told}")
+    report.note(
+        f"{_size(output / NETWORK)}, offsets and logits, which reach {largest:.1f}, at most {farthest:.1e} from the "
+        "network's"
+    )
     report.note(_size(output / DEFAULT_BOXES))
     state = load_trained(output / DETECTOR)
     detector = trained_detector(state, backbone="", num_categories=0, source=output / DETECTOR, device=CPU)
     expected, _ = detect_batch(trained, normalised)
-    found, _ = detect_batch(detector, pictures)
-    difference = compare(expected, found)
+    exported, _ = detect_batch(detector, pictures)
+    difference = compare(expected, exported)
     report.note(f"{_size(output / DETECTOR)}, {difference.line(len(pictures))}")
-    if difference.unmatched or difference.furthest > TOLERATED:
+    if difference.unmatched or difference.farthest > TOLERANCE:
         report.warn(f"{output / DETECTOR}: what it detects is not what the network detects")
 
 
@@ -162,33 +161,35 @@ class Difference(NamedTuple):
     """How two detectors differ on the same pictures."""
 
     detections: int  # of the first
-    furthest: float  # greatest difference of a detection's box (as a fraction of the image) or score
-    unmatched: int  # detections of either that are not the other's
+    farthest: float  # largest difference of a matched detection's box (fractions of the image) or score
+    unmatched: int  # detections of either that the other does not have
 
     def line(self, pictures: int) -> str:
-        told = f"{self.detections} detections in {pictures} pictures, boxes and scores at most {self.furthest:.1e}"
         missed = f", {self.unmatched} detections of one only" if self.unmatched else ""
-        return f"{told} from the network's{missed}"
+        return (
+            f"{self.detections} detections in {pictures} pictures, boxes and scores at most {self.farthest:.1e} from "
+            f"the network's{missed}"
+        )
 
 
-def compare(wanted: Sequence[Detections], found: Sequence[Detections]) -> Difference:
-    """Each image's detections by two detectors; near ones of one label are the same detection."""
-    nearest = [torch.cat(_nearest(*pair)) for pair in zip(wanted, found, strict=True)]
+def compare(first: Sequence[Detections], second: Sequence[Detections]) -> Difference:
+    """Compares two detectors' detections on the same images; near ones of one label are the same detection."""
+    nearest = [torch.cat(_nearest(*pair)) for pair in zip(first, second, strict=True)]
     distances = torch.cat([*nearest, torch.zeros(0)])
-    matched = distances[distances < MATCHED]
-    furthest = float(matched.max()) if len(matched) else 0.0
-    return Difference(sum(len(image.scores) for image in wanted), furthest, len(distances) - len(matched))
+    matched = distances[distances < MATCH_DISTANCE]
+    farthest = float(matched.max()) if len(matched) else 0.0
+    return Difference(sum(len(image.scores) for image in first), farthest, len(distances) - len(matched))
 
 
 def _nearest(first: Detections, second: Detections) -> tuple[Tensor, Tensor]:
-    """How far each detection of an image is from the nearest one of the same label of the other detector; [D], [E]."""
-    apart = (first.boxes[:, None] - second.boxes).abs().amax(dim=2)
-    apart = torch.maximum(apart, (first.scores[:, None] - second.scores).abs())  # [D, E]
-    apart = torch.where(first.labels[:, None] == second.labels, apart, torch.inf)
-    fill = torch.full((1, 1), torch.inf)  # for the minimum of nothing
-    rows = torch.cat((apart, fill.expand(len(apart), 1)), dim=1).amin(dim=1)
-    columns = torch.cat((apart, fill.expand(1, apart.shape[1])), dim=0).amin(dim=0)
-    return rows, columns
+    """The distance of each detection in an image to the nearest one of the same label of the other; [D], [E]."""
+    distance = (first.boxes[:, None] - second.boxes).abs().amax(dim=2)
+    distance = torch.maximum(distance, (first.scores[:, None] - second.scores).abs())  # [D, E]
+    distance = torch.where(first.labels[:, None] == second.labels, distance, torch.inf)
+    nothing = torch.full((1, 1), torch.inf)  # so that the minimum exists where the other has no detection
+    to_second = torch.cat((distance, nothing.expand(len(distance), 1)), dim=1).amin(dim=1)
+    to_first = torch.cat((distance, nothing.expand(1, distance.shape[1])), dim=0).amin(dim=0)
+    return to_second, to_first
 
 
 def _size(file: Path) -> str:

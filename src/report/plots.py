@@ -60,7 +60,6 @@ LOSSES = {  # by name in metrics.jsonl: label, colour, line style
 ACCURACIES = {"mAP": (BLUE, "o"), "AP50": (ORANGE, "s"), "AP75": (GREEN, "^")}
 SMOOTHED_FROM = 200  # logged iterations; so many are drawn faintly, below their running mean
 
-IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # COCO's
 MOST_CATEGORIES = 24  # so many are all listed; of more, half as many best and worst ones
 
 MIN_SCORE = 0.3  # of the detections drawn: below it most are wrong, and they hide the picture
@@ -227,16 +226,16 @@ def _draw_accuracy(axes: Axes, evaluations: list[dict], ends: dict[int, int], ep
 @_styled()
 def draw_precision_recall(
     precision: np.ndarray,
-    recalls: np.ndarray,
+    iou_thresholds: Sequence[float],
+    recalls: Sequence[float],
     names: Sequence[str],
     path: Path | str,
     *,
-    iou_thresholds: Sequence[float] = IOU_THRESHOLDS,
     f1: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Figure:
     """Precision over recall for each IoU threshold, F1 over score, and the categories by average precision.
 
-    precision [T, R, K] in 0..1, -1 where not defined; recalls [R]; names of the K categories.
+    precision [T, R, K] in 0..1, -1 where not defined; iou_thresholds [T]; recalls [R]; names of the K categories.
     f1: scores [S] and F1 from each on at the first IoU threshold, [S, K].
     """
     precision = np.where(np.asarray(precision) < 0, np.nan, precision)
@@ -270,7 +269,7 @@ def draw_precision_recall(
     return _save(figure, path)
 
 
-def _draw_curves(axes: Axes, precision: np.ndarray, recalls: np.ndarray, iou_thresholds: Sequence[float]) -> None:
+def _draw_curves(axes: Axes, precision: np.ndarray, recalls: Sequence[float], iou_thresholds: Sequence[float]) -> None:
     """precision [T, R, S], NaN where not defined."""
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(iou_thresholds)))
     for threshold, values, colour in zip(iou_thresholds, precision, colours, strict=True):

@@ -1,8 +1,10 @@
 """`--mode export`'s detector.onnx in a checkpoint's place, run by onnxruntime."""
 
 import importlib
+import io
 import json
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +99,11 @@ class OnnxDetector(EndToEndDetector):
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4  # an error is raised too; its log line would precede ours
         wanted = ["CPUExecutionProvider"] if device.type == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
         providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
-        self.session = onnxruntime.InferenceSession(content, options, providers=providers)
+        with redirect_stdout(io.StringIO()):  # onnxruntime prints "EP Error" and tries a damaged file again
+            self.session = onnxruntime.InferenceSession(content, options, providers=providers)
         is_detector = [output.name for output in self.session.get_outputs()] == OUTPUTS  # not network.onnx
         metadata = self.session.get_modelmeta().custom_metadata_map
         self.score_thresholds = json.loads(metadata.get("score_thresholds", "null"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from src.data.images.formats import find_images
@@ -74,6 +75,23 @@ def test_nothing_found_is_an_empty_list(tmp_path):
     assert predict_files([tmp_path / "a.jpg"], tmp_path / "out", model=quiet).detections == 0
     assert entries(tmp_path / "out") == []
     assert (tmp_path / "out" / "a.jpg.png").exists()
+
+
+def test_a_box_that_reaches_outside_is_clipped_to_the_image(tmp_path):
+    write_image(tmp_path / "a.jpg", 101, 67)
+    beyond = FindsOneDisc(box=torch.tensor([0.1, 0.9, 0.5, 0.6]))  # beyond the left and the lower edge
+    predict_files([tmp_path / "a.jpg"], tmp_path / "out", model=beyond)
+    (entry,) = entries(tmp_path / "out")
+    assert entry["bbox"] == pytest.approx([0, 0.6 * 67, 0.35 * 101, 0.4 * 67], abs=2e-3)
+    left, top, _, height = entry["bbox"]
+    assert left == 0 and top + height == pytest.approx(67, abs=1e-9)
+
+
+def test_a_box_outside_the_image_is_no_detection(tmp_path):
+    write_image(tmp_path / "a.jpg", 101, 67)
+    outside = FindsOneDisc(box=torch.tensor([-0.3, 0.5, 0.5, 0.6]))
+    assert predict_files([tmp_path / "a.jpg"], tmp_path / "out", model=outside).detections == 0
+    assert entries(tmp_path / "out") == []
 
 
 def test_a_broken_image_is_told_of_and_the_others_are_done(tmp_path):

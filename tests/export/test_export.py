@@ -8,11 +8,14 @@ import textwrap
 from contextlib import closing, nullcontext
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
+import onnxslim
 import pytest
 import torch
+from onnxruntime.quantization import quantize_dynamic
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,7 +24,7 @@ from benchmarks import export as benchmark
 from src.data.images.decode import decode, resize
 from src.data.pipelines.batch import normalise
 from src.evaluation.evaluate import detect_batch
-from src.export.export import Difference, compare, folded_copy, labelled_categories, read_pictures
+from src.export.export import Difference, compare, folded_copy, label_categories, read_pictures
 from src.export.onnx_graph import detections, detector_graph, network_graph, with_metadata
 from src.report.report import Report
 from src.runtime.errors import UserError
@@ -91,7 +94,7 @@ def test_detections_are_the_published_models(oracle, onnx_detections, case):
     found = strip_padding(*onnx_detections(*oracle_output(case)))
     difference = compare([Detections(boxes, labels, scores)], found)
     assert difference.detections == len(scores)
-    assert difference.furthest < 1e-5 and difference.unmatched == 0
+    assert difference.farthest < 1e-5 and difference.unmatched == 0
 
 
 def test_a_box_that_reaches_far_out_and_one_without_area(onnx_detections):
@@ -127,7 +130,7 @@ def test_an_onnx_file_of_a_whole_network_finds_what_the_network_finds(made, cate
         expected, _ = detect_batch(model, normalise(images))
     outputs = onnxruntime.InferenceSession(content).run(None, {"images": images.numpy()})
     difference = compare(expected, strip_padding(*map(torch.from_numpy, outputs)))
-    assert difference.detections > 100 and difference.furthest < 1e-4
+    assert difference.detections > 100 and difference.farthest < 1e-4
     assert difference.unmatched <= AT_A_THRESHOLD * difference.detections
 
 
@@ -167,7 +170,7 @@ def test_photographs(files, coco128):
     for count in (1, 3, 32):
         found, _ = detect_batch(detector, images[:count])
         difference = compare(expected[:count], found)
-        assert difference.detections > 10 * count and difference.furthest < 1e-4
+        assert difference.detections > 10 * count and difference.farthest < 1e-4
         assert difference.unmatched <= AT_A_THRESHOLD * difference.detections
 
 
@@ -203,6 +206,50 @@ def test_the_files_hold_what_other_programs_need(files):
         assert str(HERE).encode() not in (files.exported / name).read_bytes()
     boxes = json.loads((files.exported / "default_boxes.json").read_text())
     assert torch.equal(torch.tensor(boxes["default_boxes"]), default_boxes()) and boxes["variances"] == [0.1, 0.2]
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, np.ndarray]:
+    """What each file takes, two images."""
+    rng = np.random.default_rng(0)
+    return {
+        "detector.onnx": rng.integers(0, 256, (2, 3, 300, 300)).astype(np.uint8),
+        "network.onnx": rng.standard_normal((2, 3, 300, 300)).astype(np.float32),
+    }
+
+
+OUTPUTS = {"detector.onnx": ["boxes", "labels", "scores"], "network.onnx": ["offsets", "logits"]}
+
+
+def run_file(file: Path, name: str, images: np.ndarray) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(file)
+    return session.run(OUTPUTS[name], {session.get_inputs()[0].name: images})
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_onnxslim_leaves_what_a_file_gives(files, inputs, tmp_path, name):
+    onnx.save(onnxslim.slim(str(files.exported / name)), tmp_path / name)
+    expected, slimmed = (run_file(folder / name, name, inputs[name]) for folder in (files.exported, tmp_path))
+    for ours, theirs in zip(slimmed, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_quantized_file_gives_nearly_the_same(files, inputs, tmp_path, name):
+    quantize_dynamic(files.exported / name, tmp_path / name)
+    *_, expected = run_file(files.exported / name, name, inputs[name])  # scores, or logits
+    *_, quantized = run_file(tmp_path / name, name, inputs[name])
+    assert quantized.shape == expected.shape
+    assert np.abs(quantized - expected).max() < 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_opencv_gives_the_same(files, inputs, name):
+    network = cv2.dnn.readNetFromONNX(str(files.exported / name))
+    network.setInput(inputs[name])
+    found = network.forward(OUTPUTS[name])
+    for ours, theirs in zip(found, run_file(files.exported / name, name, inputs[name]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_the_version_is_the_projects():
@@ -261,6 +308,20 @@ def test_a_missing_package_is_told_of_with_the_command_that_installs_it(files, t
     assert capsys.readouterr().err.strip().endswith("pip install onnxruntime")
 
 
+@pytest.mark.parametrize("mode", ["export", "evaluation", "prediction"])
+def test_a_package_that_cannot_be_imported_is_named_before_any_work(files, tmp_path, capsys, monkeypatch, mode):
+    (tmp_path / "packages" / "onnxruntime").mkdir(parents=True)
+    program = "raise ImportError('libcudart.so.99: cannot open shared object file')"
+    (tmp_path / "packages" / "onnxruntime" / "__init__.py").write_text(program)
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    checkpoint = files.checkpoint if mode == "export" else files.exported / "detector.onnx"
+    assert files.run(mode, checkpoint, tmp_path / "output") == 2
+    error = capsys.readouterr().err
+    assert "onnxruntime, which is installed but cannot be imported (ImportError: libcudart.so.99" in error
+    assert not (tmp_path / "output").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -279,10 +340,15 @@ def test_a_file_that_is_no_exported_detector(files, tmp_path, name, content, sai
     assert str(raised.value).startswith(f"{path}: ")
 
 
-def test_a_cut_file_is_told_of(files, tmp_path):
-    (tmp_path / "cut.onnx").write_bytes((files.exported / "detector.onnx").read_bytes()[:-1000])
-    with pytest.raises(UserError, match="not a whole one"):
-        load_trained(tmp_path / "cut.onnx")
+def test_a_damaged_file_is_refused_and_onnxruntime_prints_nothing(files, tmp_path, capfd):
+    content = (files.exported / "detector.onnx").read_bytes()
+    broken_name = content.replace(b"ReduceSum", b"Reduce\xffum")  # onnxruntime prints and tries again
+    assert broken_name != content
+    for damaged in (b"", content[:1], content[: len(content) // 2], content[:-1000], content[:-1], broken_name):
+        (tmp_path / "cut.onnx").write_bytes(damaged)
+        with pytest.raises(UserError, match="not a whole one"):
+            load_trained(tmp_path / "cut.onnx")
+    assert capfd.readouterr() == ("", "")
 
 
 def found(*rows: tuple[float, int, float]) -> Detections:
@@ -297,7 +363,7 @@ def test_compare_finds_the_same_detection_wherever_it_stands():
     assert compare(first, first) == Difference(2, 0.0, 0)
     moved = [found((0.2, 2, 0.801), (0.103, 1, 0.9)), found()]
     difference = compare(first, moved)
-    assert difference[::2] == (2, 0) and difference.furthest == pytest.approx(0.003, abs=1e-6)
+    assert difference[::2] == (2, 0) and difference.farthest == pytest.approx(0.003, abs=1e-6)
     assert compare(first, [found((0.1, 2, 0.9), (0.2, 2, 0.8)), found((0.1, 1, 0.9))])[::2] == (2, 3)
     assert compare([found()], [found()]) == Difference(0, 0.0, 0)
 
@@ -346,7 +412,7 @@ def test_a_checkpoint_that_does_not_say_its_categories_has_those_of_the_data(fil
     file = tmp_path / "weights.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in files.model.state_dict().items()}, file)
     with closing(Report(None, append=True)) as report:
-        categories = labelled_categories(load_trained(file), files.data, source=file, report=report)
+        categories = label_categories(load_trained(file), files.data, source=file, report=report)
     assert [list(category) for category in categories] == CATEGORIES
     assert f"{file}: does not say what its labels are: the categories of {files.data}" in capsys.readouterr().out
 
@@ -355,9 +421,9 @@ def test_without_a_data_set_labels_are_the_ids_of_a_published_checkpoints_catego
     state = {"model": files.model.state_dict(), "label_map": {1: "square", 2: "disc"}}
     with closing(Report(None, append=True)) as report:
         pictures = files.data / "val2017"
-        categories = labelled_categories(state, pictures, source=Path("published.pt"), report=report)
+        categories = label_categories(state, pictures, source=Path("published.pt"), report=report)
         assert [tuple(category) for category in categories] == [(1, "square"), (2, "disc")]
         assert "published.pt: does not say the ids of its categories" in capsys.readouterr().out
         state["label_map"] = {1: "disc", 2: "square"}
         with pytest.raises(UserError, match="label 1 is 'disc' there and 'square' here"):
-            labelled_categories(state, files.data, source=Path("published.pt"), report=report)
+            label_categories(state, files.data, source=Path("published.pt"), report=report)

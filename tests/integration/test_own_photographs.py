@@ -8,7 +8,7 @@ import torch
 
 import main
 from src.data.prepare.__main__ import main as prepare
-from src.export.export import labelled_categories, read_pictures
+from src.export.export import label_categories, read_pictures
 from src.report.report import Report
 from tests.helpers.datasets import annotation, to_roboflow, write_coco
 from tests.helpers.label_folders import write_voc, write_yolo
@@ -44,7 +44,7 @@ def test_roboflows_layout_is_trained_checked_and_scored(roboflow, narrow, tmp_pa
 def test_export_takes_roboflows_pictures_and_categories(roboflow):
     assert len(read_pictures(roboflow, Report.disabled())) == 3
     heads = {"conf.0.bias": torch.zeros(4 * 4)}  # 4 boxes a cell; background and 3 categories
-    found = labelled_categories({"model": heads}, roboflow, source=Path("x"), report=Report.disabled())
+    found = label_categories({"model": heads}, roboflow, source=Path("x"), report=Report.disabled())
     assert [category.name for category in found] == ["shapes", "square", "disc"]
 
 

@@ -18,6 +18,7 @@ from src.report import plots
 from src.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 ODD_NAMES = [
     "$5 bill$ and \\frac{",
@@ -65,7 +66,7 @@ def draw_each(folder: Path) -> dict[str, Path]:
     draws = {
         "training.png": lambda path: plots.draw_training(metrics, path),
         "precision_recall.png": lambda path: plots.draw_precision_recall(
-            np.full((10, 101, 2), 0.5), RECALLS, ["dog", "cat"], path
+            np.full((10, 101, 2), 0.5), IOU_THRESHOLDS, RECALLS, ["dog", "cat"], path
         ),
         "detections.png": lambda path: plots.draw_detections([one], path),
         "batch.png": lambda path: plots.draw_batch(
@@ -156,7 +157,9 @@ def test_names_may_be_any_text(tmp_path):
         warnings.simplefilter("error")
         figure = plots.draw_prediction(image, boxes, ODD_NAMES, scores, tmp_path / "prediction.png")
         plots.draw_detections([plots.Example(image, boxes, ODD_NAMES, boxes, ODD_NAMES, scores)], tmp_path / "grid.png")
-        plots.draw_precision_recall(np.full((10, 101, count), 0.5), RECALLS, ODD_NAMES, tmp_path / "curves.png")
+        plots.draw_precision_recall(
+            np.full((10, 101, count), 0.5), IOU_THRESHOLDS, RECALLS, ODD_NAMES, tmp_path / "curves.png"
+        )
     assert "名前 0.50" in texts(figure.axes[0])
 
 
@@ -261,7 +264,7 @@ def random_precision(categories: int, undefined=()) -> np.ndarray:
 
 def test_curves_are_the_mean_over_the_categories_that_have_ground_truth(tmp_path):
     precision = random_precision(4, undefined=[1])
-    figure = plots.draw_precision_recall(precision, RECALLS, list("abcd"), tmp_path / "curves.png")
+    figure = plots.draw_precision_recall(precision, IOU_THRESHOLDS, RECALLS, list("abcd"), tmp_path / "curves.png")
     curves, bars = figure.axes
     assert len(curves.lines) == 10
     for threshold, line in enumerate(curves.lines):
@@ -278,7 +281,7 @@ def test_curves_are_the_mean_over_the_categories_that_have_ground_truth(tmp_path
 def test_categories_are_listed_best_first_with_their_average_precision(tmp_path, categories):
     precision = random_precision(categories)
     names = [f"category {k}" for k in range(categories)]
-    bars = plots.draw_precision_recall(precision, RECALLS, names, tmp_path / "curves.png").axes[1]
+    bars = plots.draw_precision_recall(precision, IOU_THRESHOLDS, RECALLS, names, tmp_path / "curves.png").axes[1]
     average = {name: precision[:, :, k].mean() for k, name in enumerate(names)}
     ranking = sorted(names, key=average.get, reverse=True)
     if categories > 24:
@@ -294,7 +297,7 @@ def test_categories_are_listed_best_first_with_their_average_precision(tmp_path,
 
 def test_labels_of_the_categories_do_not_overlap(tmp_path):
     names = [f"a category with a long name {k}" for k in range(80)]
-    figure = plots.draw_precision_recall(random_precision(80), RECALLS, names, tmp_path / "curves.png")
+    figure = plots.draw_precision_recall(random_precision(80), IOU_THRESHOLDS, RECALLS, names, tmp_path / "curves.png")
     curves, bars = figure.axes
     extents = [label.get_window_extent() for label in bars.get_yticklabels()]
     assert not any(first.overlaps(second) for first, second in combinations(extents, 2))
@@ -302,7 +305,9 @@ def test_labels_of_the_categories_do_not_overlap(tmp_path):
 
 
 def test_without_ground_truth_the_picture_says_so(tmp_path):
-    figure = plots.draw_precision_recall(np.full((10, 101, 2), -1.0), RECALLS, ["a", "b"], tmp_path / "curves.png")
+    figure = plots.draw_precision_recall(
+        np.full((10, 101, 2), -1.0), IOU_THRESHOLDS, RECALLS, ["a", "b"], tmp_path / "curves.png"
+    )
     assert texts(figure.axes[0]) == ["no ground truth"]
 
 
