@@ -77,8 +77,8 @@ def test_documented_flags_come_first_in_the_usage_text():
 
 
 def readme_flags() -> dict[str, tuple[list[str], str]]:
-    """Name -> (option strings, default) as README.rst's tables of flags give them."""
-    rows = re.findall(r"^   \* - (``--.*)\n     - (.*)\n", README.read_text(), flags=re.MULTILINE)
+    """Name -> (option strings, default) as README.rst's table of flags gives them."""
+    rows = re.findall(r'^   "(``--[^"]*)", ([^,]*), ', README.read_text(), flags=re.MULTILINE)
     tables = {}
     for names, default in rows:
         strings = re.findall(r"``(--?[\w-]+)", names)
