@@ -16,6 +16,7 @@ import torch
 from torchvision.ops import box_convert
 
 from src.data.annotations.coco import Annotations, Category, locations, read_annotations
+from src.data.annotations.dataset import NO_VALIDATION
 from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from src.data.pipelines.image_reader import read_image
 from src.data.pipelines.loaders import DecodeCheck, TrainLoader
@@ -59,6 +60,9 @@ def check(
     """
     make_folder(output)
     files = [locations(folder, split) for split in ("train", "val")]
+    if not os.path.lexists(files[1][0]):
+        report.note(f"{folder.absolute()}: {NO_VALIDATION}")
+        files.pop()
     status = check_dataset(
         files, upright=upright, make_decode_check=make_decode_check, workers=usable_cores(),
         progress=report.progress, write=report.note,

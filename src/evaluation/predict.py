@@ -81,7 +81,9 @@ def predict_folder(
     categories = known_categories(state)
     min_scores = min_scores_of(state, score, len(categories), source=checkpoint)
     folder, images = processes.broadcast_object(
-        (_output_folder(data, output), find_images(data, leave_out=output)) if processes.is_main else None
+        (_output_folder(data, output), find_images(data, leave_out=output, marker=DETECTIONS))
+        if processes.is_main
+        else None
     )
     if folder != output:
         report.note(f"{output} holds a run, whose files stay: the predictions go to {folder}")
@@ -94,6 +96,8 @@ def predict_folder(
     readable = prediction.images - len(prediction.unreadable)
     others = f"; {images.others} other files passed over" if images.others else ""
     report.note(f"{readable} images, {prediction.detections} detections: pictures and {DETECTIONS} in {folder}{others}")
+    if images.marked:
+        report.note(f"{images.marked} folders with {DETECTIONS} left out: their pictures are earlier results")
     log_non_finite(report, prediction.non_finite)
     unreadable = images.unreadable + prediction.unreadable
     if unreadable:

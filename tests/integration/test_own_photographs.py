@@ -41,6 +41,19 @@ def test_roboflows_layout_is_trained_checked_and_scored(roboflow, narrow, tmp_pa
     assert f"{roboflow / 'valid' / '_annotations.coco.json'}:\n  images: 3" in told
 
 
+@pytest.mark.parametrize("layout", [Path, to_roboflow])
+def test_check_takes_a_data_set_without_a_validation_split(tmp_path, capsys, layout):
+    data = write_coco(tmp_path / "data", [annotation(1)], images=2)
+    layout(data)
+    for path in (data / "annotations" / "instances_val2017.json", data / "valid" / "_annotations.coco.json"):
+        path.unlink(missing_ok=True)
+    assert main.main(flags(data, tmp_path / "out", "--mode", "check")) == 0
+    told = capsys.readouterr()
+    assert f"{data}: no validation split" in told.out and "--evaluation without epochs trains" in told.out
+    assert "images: 2" in told.out and "nothing is wrong" in told.out and told.err == ""
+    assert (tmp_path / "out" / "batch.png").exists()
+
+
 def test_export_takes_roboflows_pictures_and_categories(roboflow):
     assert len(read_pictures(roboflow, Report.disabled())) == 3
     heads = {"conf.0.bias": torch.zeros(4 * 4)}  # 4 boxes a cell; background and 3 categories

@@ -273,7 +273,7 @@ def locations(folder: Path, split: str) -> tuple[Path, Path]:
     """
     file = folder / "annotations" / f"instances_{split}2017.json"
     images = folder / ROBOFLOW_FOLDERS[split]
-    if not os.path.exists(file) and os.path.exists(images / ROBOFLOW_FILE):
+    if not os.path.exists(file) and os.path.lexists(images / ROBOFLOW_FILE):
         return images / ROBOFLOW_FILE, images
     return file, folder / f"{split}2017"
 

@@ -4,8 +4,20 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from src.data.annotations.coco import Annotations, check_images_exist, locations, read_annotations
+from src.data.annotations.coco import (
+    ROBOFLOW_FILE,
+    ROBOFLOW_FOLDERS,
+    Annotations,
+    check_images_exist,
+    locations,
+    read_annotations,
+)
 from src.runtime.errors import DataError
+
+NO_VALIDATION = (
+    f"no validation split (annotations/instances_val2017.json or {ROBOFLOW_FOLDERS['val']}/{ROBOFLOW_FILE}): "
+    "--evaluation without epochs trains without one"
+)
 
 
 def read_dataset(
@@ -21,10 +33,7 @@ def read_dataset(
     if evaluating:
         files = locations(folder, "val")
         if not os.path.lexists(files[0]):
-            raise DataError(
-                f"{files[0].absolute()}: no such annotation file: --data has no validation split; "
-                "--evaluation without epochs trains without one"
-            )
+            raise DataError(f"{folder.absolute()}: {NO_VALIDATION}")
         validation = read_annotations(*files, categories=training.categories, upright=upright, for_scoring=True)
     for annotations in (training, validation):
         if annotations is not None:

@@ -35,9 +35,9 @@ class Images(NamedTuple):
     """What there is in a folder and the folders below it."""
 
     folder: Path
-    files: list[Path]  # images, and files and broken links with an image's suffix, sorted
+    files: list[Path]  # images, and whatever has an image's suffix: broken links and named pipes too; sorted
     others: int  # files that are neither
-    unreadable: list[UserError]  # one for each folder that cannot be listed
+    unreadable: list[UserError]  # one for each folder that cannot be listed and each link that may have led to one
     marked: int = 0  # folders that hold the file `marker`, left out
 
 
@@ -56,8 +56,11 @@ def find_images(path: Path, *, leave_out: Path | None = None, marker: str | None
     files = list(walk.files())
     images = sorted(file for file in files if file.suffix.lower() in SUFFIXES or format_of(file))
     if not images:
+        others = f"{len(files)} other files"
+        if walk.marked:
+            others += f" and {walk.marked} folders that hold {marker}"
         errors = "".join(f"; {error}" for error in walk.unreadable)
-        raise UserError(f"{path.absolute()}: no image in this folder or below it, but {len(files)} other files{errors}")
+        raise UserError(f"{path.absolute()}: no image in this folder or below it, but {others}{errors}")
     return Images(path, images, len(files) - len(images), walk.unreadable, walk.marked)
 
 
@@ -72,7 +75,7 @@ class _Walk:
         self.marked = 0
 
     def files(self) -> Iterator[Path]:
-        """Regular files, and links that lead to nothing or into a folder without permission."""
+        """All that is no folder: files, named pipes, and links that lead to nothing or where one may not enter."""
         seen = {os.path.realpath(self.folder)} | ({os.path.realpath(self.leave_out)} if self.leave_out else set())
         for place, folders, names in os.walk(self.folder, followlinks=True, onerror=self._note):
             if place != str(self.folder) and self.marker in names:
@@ -83,8 +86,14 @@ class _Walk:
             inside = {os.path.realpath(os.path.join(place, name)): name for name in shown}  # the first of equal links
             folders[:] = [name for real, name in inside.items() if real not in seen]
             seen.update(inside)
-            paths = (Path(place, name) for name in names if not name.startswith("."))
-            yield from (path for path in paths if os.path.isfile(path) or not os.path.exists(path))
+            for path in (Path(place, name) for name in names if not name.startswith(".")):
+                try:
+                    path.stat()
+                except OSError as error:
+                    if not path.suffix:  # a link that may have led to a folder of images
+                        self._note(error)
+                        continue
+                yield path
 
     def _note(self, error: OSError) -> None:
         self.unreadable.append(DataError(f"{Path(error.filename).absolute()}: {error.strerror}"))
@@ -92,6 +101,8 @@ class _Walk:
 
 def format_of(path: Path) -> str | None:
     """The format that a file's first bytes announce; None for another file and one that cannot be opened."""
+    if not os.path.isfile(path):  # opening a named pipe waits for its writer
+        return None
     try:
         with path.open("rb") as file:
             return image_format(file.read(HEADER_BYTES))

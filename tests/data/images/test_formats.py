@@ -56,6 +56,27 @@ def test_a_folder_that_cannot_be_listed_is_told_of(tmp_path):
     assert str(error) == f"{tmp_path / 'locked'}: Permission denied"
 
 
+def test_broken_links_and_named_pipes_are_found_or_named_and_earlier_predictions_counted(tmp_path):
+    write_image(tmp_path / "a.jpg", 40, 30)
+    write_image(tmp_path / "earlier" / "below" / "a.jpg.png", 40, 30)
+    (tmp_path / "earlier" / "detections.json").touch()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("gone.png", "gone.txt", "gone"):
+        (tmp_path / name).symlink_to(tmp_path / "nothing")
+    (tmp_path / "itself").symlink_to("itself")
+    found = find_images(tmp_path, marker="detections.json")
+    assert [file.name for file in found.files] == ["a.jpg", "gone.png", "pipe.jpg"]
+    assert (found.others, found.marked) == (2, 1)  # gone.txt and pipe
+    named = sorted(str(error).split(": ")[0] for error in found.unreadable)
+    assert named == [str(tmp_path / "gone"), str(tmp_path / "itself")]
+    (tmp_path / "a.jpg").rename(tmp_path / "earlier" / "a.jpg")
+    for name in ("gone.png", "pipe.jpg"):
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=r"but 2 other files and 1 folders that hold detections\.json"):
+        find_images(tmp_path, marker="detections.json")
+
+
 @pytest.mark.parametrize(
     ("kind", "mode"), [("bmp", "RGB"), ("bmp", "L"), ("bmp", "P"), ("bmp", "1"), ("tiff", "RGBA"), ("tiff", "CMYK")]
 )
