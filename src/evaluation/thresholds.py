@@ -57,7 +57,7 @@ def best_thresholds(precision: np.ndarray, scores: np.ndarray, num_truth: np.nda
     overall = None
     if f1[:, defined].any():
         means = f1[:, defined].mean(axis=1)
-        best = int(means.argmax())
+        best = int(np.flatnonzero(means == means.max())[-1])  # of equal ones the highest score: it leaves out the most
         figures = (at_precision[best, defined].mean(), at_recall[best, defined].mean())
         overall = Threshold(float(SCORES[best]), float(means[best]), *map(float, figures))
     return Thresholds(overall, [_best(curve) for curve in categories], f1)

@@ -8,14 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from src.report.drawing import DPI, short
-from src.report.plots import _save, _styled
+from src.report.figures import save, styled
 
 MOST_SHOWN = 80  # categories, those with the most boxes
 MOST_WITH_COUNTS = 24  # of more, counts stand in the background's row and in cells of a tenth of their row or more
 BACKGROUND = "background"
 
 
-@_styled()
+@styled()
 def draw_confusion(matrix: np.ndarray, names: Sequence[str], path: Path | str) -> Figure:
     """Counts [K + 1, K + 1], ground truth in rows, coloured by their share of the row; names of the K categories."""
     present = np.flatnonzero(matrix[:-1].sum(axis=1) + matrix[:, :-1].sum(axis=0))  # something is there or detected
@@ -40,7 +40,7 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str], path: Path | str) -
     left_out = len(present) - len(largest)
     title = f"{left_out} smaller categories left out" if left_out else ""
     axes.set_title(f"Detections from the best score on, IoU 0.5 or more{'; ' * bool(title)}{title}")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _draw_counts(axes: Axes, counts: np.ndarray, share: np.ndarray) -> None:

@@ -6,18 +6,14 @@ a PNG file, whole or not at all, gives the figure that it wrote, and raises User
 """
 
 import json
-import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
 
@@ -37,20 +33,8 @@ from src.report.drawing import (
     photograph,
     short,
 )
+from src.report.figures import add_remark, save, styled
 from src.runtime.errors import UserError
-from src.runtime.output_files import atomic_write
-
-STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.3,
-    "lines.linewidth": 1.8,
-    "legend.fontsize": 9,
-    "axes.titlesize": 10,
-}
-COMPRESSION = 2  # of PNG, in 0..9: a tenth larger than at the usual 6, in a third of the time
 
 LOSSES = {  # by name in metrics.jsonl: label, colour, line style
     "loss": ("loss", BLACK, "-"),
@@ -77,28 +61,10 @@ class Example(NamedTuple):
     scores: np.ndarray  # [D] in 0..1
 
 
-@contextmanager
-def _styled() -> Iterator[None]:
-    """Our settings instead of the user's; names in scripts that matplotlib's font lacks are no reason to warn."""
-    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        yield
-
-
-def _save(figure: Figure, path: Path | str) -> Figure:
-    with atomic_write(Path(path)) as file:
-        FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": COMPRESSION})
-    return figure
-
-
-def _remark(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#555555")
-
-
 # Training
 
 
-@_styled()
+@styled()
 def draw_training(metrics_file: Path | str, path: Path | str, *, size: int | None = None) -> Figure:
     """Loss and its parts, learning rate and mAP over the iterations of a metrics.jsonl, which may be unfinished.
 
@@ -122,7 +88,7 @@ def draw_training(metrics_file: Path | str, path: Path | str, *, size: int | Non
     epochs.set_xlabel("epochs done")
     epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _read_metrics(path: Path, size: int | None) -> dict[str, list[dict]]:
@@ -181,7 +147,7 @@ def _draw_losses(axes: Axes, iterations: np.ndarray, logged: list[dict]) -> None
         axes.legend(loc="upper right")
     else:
         axes.set_ylim(0, 1)
-        _remark(axes, "nothing logged yet")
+        add_remark(axes, "nothing logged yet")
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -212,7 +178,7 @@ def _draw_accuracy(axes: Axes, evaluations: list[dict], ends: dict[int, int], ep
     scored = [entry for entry in evaluations if entry.get("mAP") is not None]
     if not scored:
         axes.set_ylim(0, 1)
-        _remark(axes, "mAP not defined: no ground truth" if evaluations else "no evaluation yet")
+        add_remark(axes, "mAP not defined: no ground truth" if evaluations else "no evaluation yet")
         return
     best = max(scored, key=lambda entry: entry["mAP"])
     axes.set_title(f"best: {best['mAP']:.4f} mAP after epoch {best['epoch']} (the first is epoch 0)")
@@ -223,7 +189,7 @@ def _draw_accuracy(axes: Axes, evaluations: list[dict], ends: dict[int, int], ep
 # Precision and recall
 
 
-@_styled()
+@styled()
 def draw_precision_recall(
     precision: np.ndarray,
     iou_thresholds: Sequence[float],
@@ -247,10 +213,10 @@ def draw_precision_recall(
     curves, bars = axes["curves"], axes["bars"]
     curves.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="mean over the categories")
     if not len(scored):
-        _remark(curves, "no ground truth")
+        add_remark(curves, "no ground truth")
         for others in axes.keys() - {"curves"}:
             axes[others].set_axis_off()
-        return _save(figure, path)
+        return save(figure, path)
     precision = precision[:, :, scored]  # [T, R, S]
     _draw_curves(curves, precision, recalls, iou_thresholds)
     if f1:
@@ -266,7 +232,7 @@ def draw_precision_recall(
     bars.set_title(title + (f"\nwithout ground truth, so not defined: {missing} more" if missing else ""))
     if len(listed) < len(order):
         bars.axhline(half - 0.5, color=BLACK, linewidth=1, linestyle=":")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _draw_curves(axes: Axes, precision: np.ndarray, recalls: Sequence[float], iou_thresholds: Sequence[float]) -> None:
@@ -281,7 +247,7 @@ def _draw_curves(axes: Axes, precision: np.ndarray, recalls: Sequence[float], io
 def _draw_f1(axes: Axes, scores: np.ndarray, f1: np.ndarray, iou_threshold: float) -> None:
     """F1 of the detections from each score on, [S, S'], and the score where the mean is best."""
     mean = f1.mean(axis=1)
-    best = int(mean.argmax())
+    best = int(np.flatnonzero(mean == mean.max())[-1])  # as in `best_thresholds`
     if f1.shape[1] > 1:
         axes.plot(scores, f1, color=SKY, linewidth=0.8, alpha=0.5)
     axes.plot(scores, mean, color=BLUE)
@@ -299,7 +265,7 @@ def _draw_bars(
     axes.barh(rows, average, color=SKY, height=0.7, label=f"IoU {low:.2f} to {high:.2f}")
     axes.plot(at_first, rows, linestyle="none", marker="D", markersize=5, color=VERMILION, label=f"IoU {low:.2f}")
     for row, value in enumerate(average):
-        axes.text(0.008, row, f"{value:.3f}", va="center", fontsize=8)
+        axes.text(0.016, row, f"{value:.3f}", va="center", fontsize=8)
     axes.set_yticks(rows, [short(name) for name in names], parse_math=False)
     axes.set(xlabel="average precision", xlim=(0, 1.02), ylim=(len(names) - 0.4, -0.6))
     axes.grid(visible=False, axis="y")
@@ -309,7 +275,7 @@ def _draw_bars(
 # Images
 
 
-@_styled()
+@styled()
 def draw_detections(examples: Iterable[Example], path: Path | str, *, min_score: float = MIN_SCORE) -> Figure:
     """A grid of images, each twice: with its ground truth, and with the detections of `min_score` or more.
 
@@ -323,10 +289,10 @@ def draw_detections(examples: Iterable[Example], path: Path | str, *, min_score:
         panels.append(Panel(title, image, *likely))
     # The ground truth gives its colours, so that they do not depend on what was found.
     colours = colours_of(name for panel in panels[::2] + panels[1::2] for name in panel.names)
-    return _save(grid(panels, colours, columns=4), path)
+    return save(grid(panels, colours, columns=4), path)
 
 
-@_styled()
+@styled()
 def draw_batch(
     images: np.ndarray, boxes: Sequence[np.ndarray], names: Sequence[Sequence[str]], path: Path | str
 ) -> Figure:
@@ -337,10 +303,10 @@ def draw_batch(
         Panel(f"image {number}, boxes: {len(its_names)}", image, *_largest_first(its_boxes, its_names))
         for number, (image, its_boxes, its_names) in enumerate(zip(pixels, boxes[shown], names[shown], strict=True))
     ]
-    return _save(grid(panels, colours_of(name for each in names[shown] for name in each), columns=4), path)
+    return save(grid(panels, colours_of(name for each in names[shown] for name in each), columns=4), path)
 
 
-@_styled()
+@styled()
 def draw_prediction(
     image: np.ndarray,
     boxes: np.ndarray,
@@ -352,7 +318,7 @@ def draw_prediction(
 ) -> Figure:
     """The image [H, W, 3] uint8, pixel for pixel, with the detections of `min_score` or more drawn on it."""
     panel = Panel("", image, *_likely(boxes, names, scores, min_score))
-    return _save(photograph(panel, colours_of(panel.names)), path)
+    return save(photograph(panel, colours_of(panel.names)), path)
 
 
 def _largest_first(boxes: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, Sequence[str]]:

@@ -147,8 +147,8 @@ class Files:
         state = {"model": self.model.state_dict(), "categories": CATEGORIES, "backbone": "resnet18"}
         torch.save(state, self.checkpoint)
 
-    def run(self, mode: str, checkpoint: Path, output: Path, data: Path | None = None) -> int:
-        flags = ["--data", str(data or self.data), "--mode", mode, "--checkpoint", str(checkpoint)]
+    def run(self, mode: str, checkpoint: Path, output: Path, data: Path | None = None, *more: str) -> int:
+        flags = ["--data", str(data or self.data), "--mode", mode, "--checkpoint", str(checkpoint), *more]
         with narrow_network():
             return main.main([*flags, "--output", str(output), "--num-workers", "0", "--ebs", "3"])
 
@@ -192,6 +192,38 @@ def test_the_program_takes_an_exported_file_in_a_checkpoints_place(files, tmp_pa
         assert ours["category_id"] == theirs["category_id"] and ours["image_id"] == theirs["image_id"]
         np.testing.assert_allclose(ours["bbox"], theirs["bbox"], rtol=0, atol=0.02)  # pixels
         assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
+
+
+def test_score_best_takes_each_categorys_own_score_from_an_exported_file(files, tmp_path):
+    """The second category has no score of its own, so that of all counts."""
+    pictures, checkpoint, exported = files.data / "val2017", tmp_path / "best.pt", tmp_path / "exported"
+    assert files.run("prediction", files.checkpoint, tmp_path / "all", pictures) == 0
+    every = json.loads((tmp_path / "all" / "detections.json").read_text())
+    scores = {name: np.sort([entry["score"] for entry in every if entry["category"] == name]) for _, name in CATEGORIES}
+    # Between two scores, far from both: rounding cannot move a detection across.
+    middles = {name: (own[1:] + own[:-1]) / 2 for name, own in scores.items()}
+    widest = {name: np.diff(own)[len(own) // 4 :].argmax() + len(own) // 4 for name, own in scores.items()}
+    least = {name: float(middles[name][widest[name]]) for name in scores}
+    assert least["square"] != least["disc"]
+    thresholds = {"all": least["disc"], "by_label": [least["square"], None]}
+    torch.save({**torch.load(files.checkpoint), "score_thresholds": thresholds}, checkpoint)
+    assert files.run("export", checkpoint, exported) == 0
+    metadata = {entry.key: entry.value for entry in onnx.load(exported / "detector.onnx").metadata_props}
+    assert json.loads(metadata["score_thresholds"]) == thresholds
+    found = []
+    for number, file in enumerate((checkpoint, exported / "detector.onnx")):
+        output = tmp_path / str(number)
+        assert files.run("prediction", file, output, pictures, "--score", "best") == 0
+        found.append(json.loads((output / "detections.json").read_text()))
+    for entries in found:
+        for name in scores:
+            own = sorted(entry["score"] for entry in entries if entry["category"] == name)
+            assert 0 < len(own) < len(scores[name])
+            assert own == pytest.approx(scores[name][scores[name] > least[name]], abs=1e-4)
+    boxes = [np.array([[entry["image_id"] * 1e4, entry["category_id"] * 1e4, *entry["bbox"]] for entry in entries])
+             for entries in found]  # fmt: skip
+    distances = np.abs(boxes[0][:, None] - boxes[1]).max(axis=2)
+    assert distances.min(axis=0).max() < 0.1 and distances.min(axis=1).max() < 0.1
 
 
 def test_the_files_hold_what_other_programs_need(files):

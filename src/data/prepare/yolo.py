@@ -127,6 +127,10 @@ def _located(file: Path, content: dict[str, Any], text: str) -> Path | None:
 
 
 def _read(paths: list[Path], names: list[str], names_file: Path, checker: Checker) -> Labels:
+    first: dict[str, int] = {}
+    for index, name in enumerate(names):
+        if first.setdefault(name, index) != index:
+            checker.fault(names_file, f"categories {first[name]} and {index} are both named {name!r}; rename one")
     pictures = [Picture(path, 0, 0) for path in paths]
     upright = choose_orientation(pictures, {}, checker)
     owners: dict[Path, Path] = {}

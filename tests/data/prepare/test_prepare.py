@@ -433,6 +433,23 @@ def test_a_list_of_names_is_needed(tmp_path, capsys):
     assert found_boxes(tmp_path / "data") == expected_boxes()
 
 
+def test_two_categories_of_one_name(tmp_path, capsys):
+    labels = write_yolo(tmp_path / "labels", BOXES, ["dog", "cat", "dog"])
+    (told,) = faults([labels, tmp_path / "data"], capsys)
+    assert told == f"{labels / 'classes.txt'}: categories 0 and 2 are both named 'dog'; rename one"
+    (labels / "data.yaml").write_text("train: images\nval: images\nnames: {0: dog, 1: dog, 2: cat}\n")
+    (told,) = faults([labels, tmp_path / "data"], capsys)
+    assert told == f"{labels / 'data.yaml'}: categories 0 and 1 are both named 'dog'; rename one"
+
+
+def test_label_files_of_windows_programs(tmp_path):
+    labels = write_yolo(tmp_path / "labels", BOXES, NAMES)
+    for file in (labels / "classes.txt", *(labels / "labels").glob("*.txt")):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert main([str(labels), str(tmp_path / "data")]) == 0
+    assert found_boxes(tmp_path / "data") == expected_boxes()
+
+
 def test_a_missing_library_is_named(tmp_path, capsys, monkeypatch):
     labels = write_yolo(tmp_path / "labels", BOXES, NAMES)
     for name in [name for name in sys.modules if name.startswith("src.data.prepare") and "__main__" not in name]:
