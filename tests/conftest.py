@@ -42,6 +42,15 @@ def hide_gpus(markers: str) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _signals_are_handled_as_before() -> Iterator[None]:
+    """A rank that has failed ignores SIGTERM to its end; the tests after it in this process must not."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
 def _cuda_or_skip(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs CUDA (make test-gpu)")

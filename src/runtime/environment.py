@@ -7,7 +7,7 @@ from types import FrameType
 
 OLDEST_PYTHON = (3, 10)
 # The modules of requirements.txt without which the program cannot start.
-MODULES = ("torch", "torchvision", "numpy", "msgspec", "faster_coco_eval", "pycocotools", "PIL",
+MODULES = ("torch", "torchvision", "numpy", "msgspec", "faster_coco_eval", "pycocotools", "PIL", "simplejpeg",
            "matplotlib", "tqdm", "mlperf_compliance", "safetensors")  # fmt: skip
 UNFIT = 2  # the exit status
 

@@ -290,7 +290,7 @@ def test_best_is_the_best_so_far_over_continuations_and_old_epochs_go(data, tmp_
             assert torch.load(tmp_path / "best.pt")["epoch"] == best
     assert torch.load(tmp_path / "best.pt")["best_map"] == 0.4
     assert {path.name for path in tmp_path.iterdir() if path.suffix not in (".jsonl", ".json", ".log")} == {
-        "last.pt", "best.pt", *(["tensorboard"] if (tmp_path / "tensorboard").exists() else []),
+        ".lock", "last.pt", "best.pt", *(["tensorboard"] if (tmp_path / "tensorboard").exists() else []),
     }  # fmt: skip
 
 
@@ -348,4 +348,4 @@ def test_a_full_disk_is_told_of_in_one_line_and_the_old_checkpoint_stays(runs, d
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "warning: " not in line)
     assert line.startswith(f"main.py: error: cannot write {tmp_path / 'last.pt'}: File too large")
     assert same(state_of(tmp_path), before)
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".lock"]

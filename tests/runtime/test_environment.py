@@ -21,7 +21,6 @@ NO_TEMPORARY_FOLDER = """
 import errno, runpy, sys, tempfile
 def none(): raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
 tempfile._get_default_tempdir = none
-sys.modules["torch"] = None
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
 

@@ -55,7 +55,7 @@ def check_headers(annotations: Annotations, images: np.ndarray | range) -> None:
     The sizes are the annotation file's.  The tags are read only where pictures are turned by them, once, because DALI
     and Pillow disagree about unusual ones.
     """
-    images = np.asarray(images)
+    images = np.asarray(images, np.int64)  # a rank may have none
     too_large = images[annotations.sizes[images].astype(np.int64).prod(axis=1) > MAX_PIXELS]
     if len(too_large):
         try:

@@ -186,7 +186,7 @@ def test_what_a_gpu_reads_of_a_file_that_was_cut_short_is_not_trained_on(tmp_pat
     check(whole + b"something behind the picture")
     if suffix == ".jpg":
         for length in (len(whole) // 2, len(whole) - 2):
-            with pytest.raises(DataError, match=f"{path}.*truncated"):
+            with pytest.raises(DataError, match=f"{path}.*cut off"):
                 check(whole[:length])
 
 

@@ -313,7 +313,9 @@ def test_a_network_that_finds_nothing_scores_0(evaluate, tmp_path):
     assert "mAP       0.0000\n" in printed
     assert "Nothing was detected with a score above the threshold\n" in printed
     assert json.loads((tmp_path / "scores" / "detections.json").read_text()) == []
-    assert [line.split() for line in printed.splitlines()[-4:-1]] == [
+    lines = [line.split() for line in printed.splitlines()]
+    by_category = [line for line in lines if line[:1] in (["twin"], [r"new\nline\x1b[31m"])]
+    assert by_category[:3] == [
         ["twin", "(id", "1)", "0.0000"],
         ["twin", "(id", "2)", "0.0000"],
         [r"new\nline\x1b[31m", "not", "defined"],
