@@ -21,6 +21,7 @@ OTHER_PROGRAMS_FLAGS = (  # in prose: those of torchrun, Slurm, python -m benchm
     "--cpus-per-task --gpus-per-task --ntasks-per-node --kill-on-bad-exit --time --requeue --array --gpu "
     "--val --val-list --names"
 )
+MIN_ALT_WORDS = 15  # different ones; a title has five, a sentence that describes a picture has twenty
 
 # Every page is read once; a warning of docutils raises.
 page_params = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -70,11 +71,62 @@ def test_links_lead_to_files_and_sections(page):
             assert section in read(file).ids, target
 
 
+def alt_text_faults(text: str, name: str) -> list[str]:
+    """What a picture's text lacks for those who do not see it."""
+    words = {word.lower() for word in re.findall(r"[A-Za-z]{3,}", text)}
+    faults = []
+    if len(words) < MIN_ALT_WORDS:
+        faults.append(f"{len(words)} different words: expected {MIN_ALT_WORDS} or more")
+    if Path(name).name in text:
+        faults.append("names the file")
+    if re.match(r"(an? |the )?(image|picture|photo|plot|figure|screenshot)\b", text, re.IGNORECASE):
+        faults.append("begins with the kind of file: begin with what it shows")
+    if not text.endswith("."):
+        faults.append("no sentence: expected a full stop at the end")
+    return faults
+
+
 @page_params
 def test_pictures_exist_and_have_a_text(page):
-    for picture in read(page).findall(nodes.image):
+    pictures = list(read(page).findall(nodes.image))
+    for picture in pictures:
         assert (page.parent / picture["uri"]).is_file()
-        assert len(picture.get("alt", "")) > 40
+        assert alt_text_faults(picture.get("alt", ""), picture["uri"]) == []
+    assert len({picture["alt"] for picture in pictures}) == len(pictures)
+
+
+GOOD_ALT_TEXT = (
+    "Curves over the demo: the loss falls to four; learning rate and mAP rise, and epochs run along the top axis."
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("Curves of the demo, with its loss, rate and score.", "different words"),
+        ("Curves of the demo. " * 10, "different words"),
+        (f"In training.png: {GOOD_ALT_TEXT}", "names the file"),
+        (f"Image of {GOOD_ALT_TEXT}", "kind of file"),
+        (GOOD_ALT_TEXT.rstrip("."), "full stop"),
+    ],
+)
+def test_a_poor_text_of_a_picture_is_found(text, fault):
+    assert alt_text_faults(GOOD_ALT_TEXT, "docs/training.png") == []
+    (found,) = alt_text_faults(text.strip(), "docs/training.png")
+    assert fault in found
+
+
+def test_the_curves_text_has_the_score_of_the_results():
+    readme = ROOT / "README.rst"
+    text = next(node["alt"] for node in read(readme).findall(nodes.image) if node["uri"].endswith("training.png"))
+    (last_map,) = re.findall(r"and (0\.\d+) after epoch 9", text)
+    assert re.search(rf"mAP .*{last_map} in float32", readme.read_text())
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=lambda page: page.name)
+def test_a_page_begins_with_what_it_answers(page):
+    first = next(iter(read(page).findall(nodes.paragraph))).astext()
+    assert first.startswith("This page answers: ") and "?" in first
 
 
 @page_params
