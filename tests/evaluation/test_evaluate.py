@@ -127,15 +127,17 @@ def test_broken_output_is_counted_and_scores_0(annotations):
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_any_number_of_processes_scores_the_same_on_every_rank(annotations, world_size):
     alone = evaluate(Oracle(annotations), numbered_batches(range(5)), annotations, processes=ALONE)
+    assert alone.losses["validation_loss"] > 0.1
 
     def work(processes):
-        shard = numbered_batches(range(processes.rank, 5, world_size)) if processes.rank < 5 else []
+        shard = numbered_batches(range(processes.rank, 5, world_size), size=1) if processes.rank < 5 else []
         return evaluate(Oracle(annotations), shard, annotations, processes=processes)
 
     evaluations = Ranks(world_size).all_do(work)
     assert evaluations[0].seconds["waiting"] > 0
     for number, evaluation in enumerate(evaluations):
         assert evaluation.scores.metrics == alone.scores.metrics
+        assert evaluation.losses == pytest.approx(alone.losses, rel=1e-5)
         assert (evaluation.results is None) == (number > 0)
     for ours, theirs in zip(evaluations[0].results, alone.results, strict=True):
         assert np.array_equal(ours, theirs)
