@@ -6,6 +6,7 @@ of this pipeline is DALI's checkpoint, kept beside the settings for which alone 
 
 import gc
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -158,7 +159,9 @@ class DaliTrainLoader:
                     checkpoint=checkpoint,
                 )
             except RuntimeError as error:
-                raise UserError(f"DALI cannot start ({cause(error)}): use --data_pipeline no_dali") from None
+                too_large = re.search("batch size|memory|alloc", reason := cause(error), re.IGNORECASE)
+                remedy = "lower --batch-size" if too_large else "use --data_pipeline no_dali"
+                raise UserError(f"DALI cannot start ({reason}): {remedy}") from None
 
     def _settings(self) -> Settings:
         return Settings(

@@ -319,6 +319,11 @@ def test_dali_that_does_not_start_names_the_other_pipeline(tmp_path, monkeypatch
         epoch(loader(small(tmp_path)), 0)
 
 
+def test_a_batch_that_is_too_large_is_to_be_made_smaller(tmp_path):
+    with pytest.raises(UserError, match=r"^DALI cannot start \(.*\): lower --batch-size$"):
+        loader(small(tmp_path), batch_size=2**31 - 1).build(OUTPUTS)
+
+
 def test_dali_that_is_absent_names_the_other_pipeline(monkeypatch):
     for module in ("src.data.pipelines.dali_graph", "src.data.pipelines.dali_pipeline"):
         monkeypatch.delitem(sys.modules, module)
