@@ -9,7 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -35,6 +35,8 @@ from src.report.drawing import (
 )
 from src.report.figures import add_remark, save, styled
 from src.runtime.errors import UserError
+
+BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}  # of legends
 
 LOSSES = {  # by name in metrics.jsonl: label, colour, line style
     "loss": ("loss", BLACK, "-"),
@@ -75,7 +77,7 @@ def draw_training(metrics_file: Path | str, path: Path | str, *, size: int | Non
     iterations = _column(logged, "iteration")
     ends = {entry["epoch"]: entry["iteration"] for entry in entries["epoch"] if "iteration" in entry}
     epoch_length = _epoch_length(logged, ends)
-    figure = Figure(figsize=(9, 9), layout="constrained", dpi=DPI)
+    figure = Figure(figsize=(10.5, 9), layout="constrained", dpi=DPI)
     losses, rate, accuracy = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1.5))
     _draw_losses(losses, iterations, logged)
     _draw_validation_loss(losses, entries["evaluation"], ends, epoch_length)
@@ -144,7 +146,7 @@ def _draw_losses(axes: Axes, iterations: np.ndarray, logged: list[dict]) -> None
         axes.yaxis.set_minor_locator(LogLocator(subs=()))
     axes.set_ylabel("loss")
     if logged:
-        axes.legend(loc="upper right")
+        axes.legend(**BESIDE)
     else:
         axes.set_ylim(0, 1)
         add_remark(axes, "nothing logged yet")
@@ -166,7 +168,7 @@ def _draw_validation_loss(axes: Axes, evaluations: list[dict], ends: dict[int, i
     if np.isfinite(values).any():
         places = _places(evaluations, ends, epoch_length)
         axes.plot(places, values, label="validation loss", color=ORANGE, marker="o", markersize=5)
-        axes.legend(loc="upper right")
+        axes.legend(**BESIDE)
 
 
 def _draw_accuracy(axes: Axes, evaluations: list[dict], ends: dict[int, int], epoch_length: float) -> None:
@@ -183,7 +185,7 @@ def _draw_accuracy(axes: Axes, evaluations: list[dict], ends: dict[int, int], ep
     best = max(scored, key=lambda entry: entry["mAP"])
     axes.set_title(f"best: {best['mAP']:.4f} mAP after epoch {best['epoch']} (the first is epoch 0)")
     axes.set_ylim(0, None)
-    axes.legend(loc="upper left")
+    axes.legend(**BESIDE)
 
 
 # Precision and recall
@@ -241,7 +243,7 @@ def _draw_curves(axes: Axes, precision: np.ndarray, recalls: Sequence[float], io
     for threshold, values, colour in zip(iou_thresholds, precision, colours, strict=True):
         label = f"{threshold:.2f}: {np.nanmean(values):.3f}"
         axes.plot(recalls, np.nanmean(values, axis=1), color=colour, label=label)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, title="IoU: AP")
+    axes.legend(**BESIDE, title="IoU: AP")
 
 
 def _draw_f1(axes: Axes, scores: np.ndarray, f1: np.ndarray, iou_threshold: float) -> None:

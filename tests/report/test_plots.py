@@ -186,6 +186,8 @@ def test_training_curves_are_the_logged_numbers(tmp_path):
         assert x == pytest.approx([32, 96], rel=0.3), "where the epochs ended, as closely as the log tells"
     assert "0.3000 mAP after epoch 2" in accuracy.get_title()
     assert losses.get_xlim() == rate.get_xlim() == accuracy.get_xlim()
+    for axes in (losses, accuracy):
+        assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1, "it would hide the last points"
 
 
 @pytest.mark.parametrize("length", [1, 7, 20, 32, 100, 458])
