@@ -3,7 +3,8 @@
 `python -m src.runtime.precision` prints `--fp16` where this machine computes in it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,17 @@ def autocast(device: torch.device, half: bool) -> torch.autocast:
     """
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=half and half_is_fast(device))
+
+
+@contextmanager
+def full_float32_products() -> Iterator[None]:
+    """Products of float32 matrices have all 24 bits inside; `configure` allows a GPU TF32, which has 11."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def image_dtype(device: torch.device, half: bool) -> torch.dtype:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from src.runtime.precision import full_float32_products
 from src.ssd.default_boxes import default_boxes, default_boxes_ltrb, match
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of 0..1, red, green, blue
@@ -83,9 +84,11 @@ def coloured(images: Tensor, colour: Tensor, dtype: torch.dtype = torch.float32)
     result = torch.empty_like(pixels, dtype=torch.float32)
     # A CPU's cache holds one image; a GPU wants all at once.
     chunk = 1 if images.device.type == "cpu" else number
-    for done, raw, matrix, offset in zip(*(x.split(chunk) for x in (result, pixels, matrices, offsets)), strict=True):
-        torch.baddbmm(offset, raw.float(), matrix, out=done)
-        done.view(-1, height, width * channels).clamp_(least, greatest)
+    parts = zip(*(x.split(chunk) for x in (result, pixels, matrices, offsets)), strict=True)
+    with full_float32_products():  # TF32 would change pixels by 0.002 of a deviation
+        for done, raw, matrix, offset in parts:
+            torch.baddbmm(offset, raw.float(), matrix, out=done)
+            done.view(-1, height, width * channels).clamp_(least, greatest)
     return result.view(number, height, width, channels).permute(0, 3, 1, 2).to(dtype)
 
 

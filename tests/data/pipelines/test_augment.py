@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.data.pipelines.augment import colour_matrix, draw_window, random_crop
-from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, coloured
+from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, coloured, normalise
 
 TOLERANCE = 0.02
 DRAWS = 40
@@ -122,3 +123,23 @@ def test_colour_matrix_equals_the_steps_one_by_one(parameters):
     np.testing.assert_allclose(changed[0], step_by_step(images[0], *parameters), atol=1e-3)
     # YIQ's published coefficients are rounded: there and back is up to 0.7 grey levels off
     np.testing.assert_allclose(changed[1], images[1], atol=0.8)
+
+
+def test_colours_are_changed_in_full_float32_where_products_may_be_less_precise():
+    precisions = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "baddbmm" in str(function):
+                precisions.append(torch.get_float32_matmul_precision())
+            return function(*args, **kwargs or {})
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as for every GPU
+    try:
+        with Products():
+            normalise(torch.zeros(2, 3, 300, 300, dtype=torch.uint8))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert precisions == ["highest", "highest"]
