@@ -22,8 +22,9 @@ def prepare() -> None:
     for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         if signal.getsignal(number) is default:
             signal.signal(number, exit_at_once)
-    # Torch logs ninety lines of C++ frames where rank 0 is missing; the error that it raises says the same in one.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # If rank 0 is missing, torch logs up to ninety lines of C++ frames, some at level ERROR; the error that it raises
+    # says the same in one line.  Set the variable to see them.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     # A notebook sets a backend with which Matplotlib cannot be imported here. The program shows no windows.
     os.environ.pop("MPLBACKEND", None)
     problem = _python_problem() or _temporary_folder_problem()

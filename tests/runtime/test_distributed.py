@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import main
 from src.flags import parse_args
 from src.runtime import distributed, launcher_env, process_group
 from src.runtime.devices import gpu_identity
@@ -208,6 +210,27 @@ def test_a_taken_port_is_named(no_launcher, monkeypatch):
         raised.value
     )
     assert "--master_port" in str(raised.value)
+
+
+def test_a_rank_whose_rank_0_never_comes_prints_one_line(tmp_path):
+    """Without the C++ frames that torch logs, so in a process that imports torch anew."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]  # nobody listens there once it is closed
+    variables = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    variables |= {distributed.GROUP_TIMEOUT_VARIABLE: "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"} | variables
+    done = subprocess.run(
+        [sys.executable, main.__file__, "--data", str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"main.py: error: rank 1 of 2 cannot join the others at 127.0.0.1:{port} (")
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 @pytest.mark.parametrize(("rank", "printed"), [("0", "usage"), ("1", "")])
