@@ -97,7 +97,7 @@ def predict_folder(
     others = f"; {images.others} other files passed over" if images.others else ""
     report.note(f"{readable} images, {prediction.detections} detections: pictures and {DETECTIONS} in {folder}{others}")
     if images.marked:
-        report.note(f"{images.marked} folders with {DETECTIONS} left out: their pictures are earlier results")
+        report.note(f"Folders with {DETECTIONS} left out, as earlier results: {images.marked}")
     log_non_finite(report, prediction.non_finite)
     unreadable = images.unreadable + prediction.unreadable
     if unreadable:
