@@ -175,7 +175,9 @@ def train_to_the_end(run: Run, *, epochs: int, began: float) -> None:
         report.note(run.stopped_by())
         raise
     accuracy = position.last_map if position.evaluated else "not evaluated"
-    report.end(average_images_per_second=run.images_per_second, seconds=time.perf_counter() - began, accuracy=accuracy)
+    report.end_run(
+        average_images_per_second=run.images_per_second, seconds=time.perf_counter() - began, accuracy=accuracy
+    )
 
 
 def loader_maker(flags: Flags, processes: Processes) -> Callable[[Annotations], TrainLoader]:

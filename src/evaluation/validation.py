@@ -44,8 +44,8 @@ def make_evaluation(
             evaluation = run_evaluation()
             scores = evaluation.scores
             details = {"score_thresholds": scores.thresholds.as_record(list(scores.category_ap))}
-            figures = scores.metrics | (evaluation.losses or {})
-            report.evaluation(epoch=epoch, figures=figures, seconds=evaluation.seconds, details=details)
+            metrics = scores.metrics | (evaluation.losses or {})
+            report.log_evaluation(epoch=epoch, metrics=metrics, seconds=evaluation.seconds, details=details)
             if context.processes.is_main:
                 log_evaluation_warnings(report, evaluation)
                 files.start(evaluation, validation)

@@ -76,21 +76,21 @@ class Report:
             self._end_bar()
             self._bar = TrainingBar(iterations, f"Epoch {epoch:2d}", initial=first_iteration)
 
-    def step(self, images: int) -> None:
+    def advance(self, images: int) -> None:
         """An iteration is done, on `images` in all processes; called after each one."""
         self._iterations += 1
         if self._bar is not None:
             self._bar.images = images
             self._bar.update()
 
-    def iteration(self, epoch: int, iteration: int, metrics: IterationMetrics) -> None:
+    def log_iteration(self, epoch: int, iteration: int, metrics: IterationMetrics) -> None:
         """Logs an iteration; called after its `step`."""
         self._iterations = iteration + 1
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {metrics.loss:.4f}, rate {metrics.learning_rate:.2e}", refresh=False)
         self.note(f"Epoch: {epoch:2d}, Iteration: {iteration}, Loss: {metrics.loss:.4f}")
-        self._record({"kind": "iteration", "epoch": epoch, "iteration": iteration, **metrics._asdict()})
-        self._scalars("training", metrics._asdict(), iteration)
+        self._write_metrics({"kind": "iteration", "epoch": epoch, "iteration": iteration, **metrics._asdict()})
+        self._log_scalars("training", metrics._asdict(), iteration)
 
     def end_epoch(
         self, *, epoch: int, seconds: float, images_per_second: float, average_images_per_second: float
@@ -106,18 +106,18 @@ class Report:
             "images_per_second": images_per_second,
             "average_images_per_second": average_images_per_second,
         }
-        self._record({"kind": "epoch", "epoch": epoch, "iteration": self._iterations, **metrics})
-        self._scalars("epoch", metrics, epoch)
+        self._write_metrics({"kind": "epoch", "epoch": epoch, "iteration": self._iterations, **metrics})
+        self._log_scalars("epoch", metrics, epoch)
 
     def begin_evaluation(self, epoch: int) -> None:
         """An evaluation begins, of the model as it is after `epoch`."""
         self._log_mlperf(lambda log: log.begin_evaluation(epoch))
 
-    def evaluation(
+    def log_evaluation(
         self,
         *,
         epoch: int,
-        figures: Mapping[str, float | None],
+        metrics: Mapping[str, float | None],
         seconds: Mapping[str, float] | None = None,
         details: Mapping[str, object] | None = None,
     ) -> None:
@@ -126,13 +126,13 @@ class Report:
         details: further entries of its line in metrics.jsonl.
         """
         self._end_bar()
-        self.note(f"Epoch {epoch:2d}, Accuracy: {_accuracy_text(figures['mAP'])}")
+        self.note(f"Epoch {epoch:2d}, Accuracy: {_accuracy_text(metrics['mAP'])}")
         timing = {"seconds": seconds} if seconds else {}
-        self._record({"kind": "evaluation", "epoch": epoch, **figures, **(details or {}), **timing})
-        self._scalars("evaluation", figures, epoch)
-        self._log_mlperf(lambda log: log.end_evaluation(epoch, finite(figures["mAP"])))
+        self._write_metrics({"kind": "evaluation", "epoch": epoch, **metrics, **(details or {}), **timing})
+        self._log_scalars("evaluation", metrics, epoch)
+        self._log_mlperf(lambda log: log.end_evaluation(epoch, finite(metrics["mAP"])))
 
-    def end(self, *, average_images_per_second: float, seconds: float, accuracy: float | str | None) -> None:
+    def end_run(self, *, average_images_per_second: float, seconds: float, accuracy: float | str | None) -> None:
         """The run is complete.  accuracy: the last evaluation's mAP, None: not defined, or a text instead of it."""
         self._end_bar()
         self.note(
@@ -155,7 +155,7 @@ class Report:
         self._bar = Bar(total, name)
         return self._bar
 
-    def flags(self, flags: Mapping[str, object], **facts: object) -> None:
+    def write_flags(self, flags: Mapping[str, object], **facts: object) -> None:
         """Writes flags.json: the flags as given, the versions of what runs them, and facts such as the device."""
         if self._output is not None:
             content = to_json_values({"flags": flags, **facts, "versions": versions()})
@@ -224,7 +224,7 @@ class Report:
             print(text, file=stream, flush=True)
         for failure in take_failures():
             self.warn(failure)
-            self._record({"kind": "warning", "text": failure})
+            self._write_metrics({"kind": "warning", "text": failure})
 
     def _end_bar(self) -> None:
         if self._bar is not None:
@@ -236,7 +236,7 @@ class Report:
             with convert_write_errors(self._output / MLPERF_LOG):
                 write(self._mlperf)
 
-    def _record(self, entry: Mapping[str, object]) -> None:
+    def _write_metrics(self, entry: Mapping[str, object]) -> None:
         """Adds a line to metrics.jsonl, in one write that needs no flush."""
         if self._output is None:
             return
@@ -246,7 +246,7 @@ class Report:
                 self._metrics = (make_folder(self._output) / METRICS).open("ab" if self._append else "wb", buffering=0)
             self._metrics.write(json.dumps(to_json_values(entry), allow_nan=False).encode() + b"\n")
 
-    def _scalars(self, group: str, values: Mapping[str, float | None], step: int) -> None:
+    def _log_scalars(self, group: str, values: Mapping[str, float | None], step: int) -> None:
         """Hands values to TensorBoard, if it is installed."""
         if self._output is None or self._tensorboard is False:
             return

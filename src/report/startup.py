@@ -34,7 +34,7 @@ def start_report(
     if continued is not None:
         report.rewind(epoch=continued.epoch, iteration=continued.iteration)
         report.note(f"Continued from {continued.file}: epoch {continued.epoch}, iteration {continued.iteration}")
-    report.flags(flags, device=device_name(processes.device), processes=processes.world_size)
+    report.write_flags(flags, device=device_name(processes.device), processes=processes.world_size)
     return report
 
 

@@ -262,7 +262,7 @@ def train_epoch(
         parts = trainer.step(batch, rate)
         trainer.breakdown.observe(parts.localisation + parts.label, iteration)
         done += 1
-        report.step(schedule.images)
+        report.advance(schedule.images)
         if iteration % LOG_INTERVAL == 0:
             trainer.breakdown.check(epoch=epoch, iteration=iteration, learning_rate=rate)
             now = time.perf_counter()
@@ -300,4 +300,4 @@ def _log(
         loss_scale=trainer.scaler.get_scale(),
         skipped_steps=trainer.skipped_steps(),
     )
-    report.iteration(epoch, iteration, metrics)
+    report.log_iteration(epoch, iteration, metrics)

@@ -56,7 +56,7 @@ def report(tmp_path):
     report = Report(tmp_path / "run", append=False)
     log_iteration(report, 0)
     end_epoch(report, 0)
-    report.evaluation(epoch=0, figures={"mAP": 0.5, "AP50": 0.6, "AP75": 0.4})
+    report.log_evaluation(epoch=0, metrics={"mAP": 0.5, "AP50": 0.6, "AP75": 0.4})
     yield report
     report.close()
 

@@ -32,8 +32,8 @@ ITERATIONS = 30  # an epoch of the runs below
 PER_EPOCH = ITERATIONS + 3  # stages: the begin, the iterations, the end and the evaluation
 
 
-def log_iteration(to: Report, iteration: int, **changes) -> None:
-    figures = {
+def log_iteration(report: Report, iteration: int, **changes) -> None:
+    logged = {
         "loss": 17.20314,
         "localisation_loss": 2.5,
         "label_loss": 14.75,
@@ -42,11 +42,11 @@ def log_iteration(to: Report, iteration: int, **changes) -> None:
         "loss_scale": 65536.0,
         "skipped_steps": 3,
     }
-    to.iteration(iteration // ITERATIONS, iteration, IterationMetrics(**(figures | changes)))
+    report.log_iteration(iteration // ITERATIONS, iteration, IterationMetrics(**(logged | changes)))
 
 
-def end_epoch(to: Report, epoch: int) -> None:
-    to.end_epoch(epoch=epoch, seconds=61.23, images_per_second=523.14, average_images_per_second=523.14)
+def end_epoch(report: Report, epoch: int) -> None:
+    report.end_epoch(epoch=epoch, seconds=61.23, images_per_second=523.14, average_images_per_second=523.14)
 
 
 class Stage(NamedTuple):
@@ -68,29 +68,29 @@ def stages() -> list[Stage]:
             found.append(Stage(epoch, iteration, True, partial(train_and_log, iteration=iteration)))
         found.append(Stage(epoch, first + ITERATIONS, True, partial(end_epoch, epoch=epoch)))
         found.append(Stage(epoch, first + ITERATIONS, False, partial(evaluate, epoch=epoch)))
-    end = methodcaller("end", average_images_per_second=531.04, seconds=4021.66, accuracy=2 / 7)
+    end = methodcaller("end_run", average_images_per_second=531.04, seconds=4021.66, accuracy=2 / 7)
     return [*found, Stage(3, 3 * ITERATIONS, False, end)]
 
 
-def train_and_log(to: Report, iteration: int) -> None:
-    to.step(256)
+def train_and_log(report: Report, iteration: int) -> None:
+    report.advance(256)
     if iteration % 20 == 0:
-        log_iteration(to, iteration, loss=20 - iteration / 7)
+        log_iteration(report, iteration, loss=20 - iteration / 7)
 
 
-def evaluate(to: Report, epoch: int) -> None:
-    to.begin_evaluation(epoch)
-    to.evaluation(epoch=epoch, figures={"mAP": epoch / 7, "AP50": epoch / 3, "AP small": None})
+def evaluate(report: Report, epoch: int) -> None:
+    report.begin_evaluation(epoch)
+    report.log_evaluation(epoch=epoch, metrics={"mAP": epoch / 7, "AP50": epoch / 3, "AP small": None})
 
 
-def run(to: Report, start: int = 0, stop: int | None = None) -> None:
+def run(report: Report, start: int = 0, stop: int | None = None) -> None:
     """Plays stages start..stop, as a run that begins there does."""
-    to.begin_run(CONSTANTS)
+    report.begin_run(CONSTANTS)
     stage = stages()[start]
     if stage.inside:
-        to.begin_epoch(stage.epoch, ITERATIONS, stage.iteration - stage.epoch * ITERATIONS)
+        report.begin_epoch(stage.epoch, ITERATIONS, stage.iteration - stage.epoch * ITERATIONS)
     for stage in stages()[start:stop]:
-        stage.play(to)
+        stage.play(report)
 
 
 def metrics(folder: Path) -> list[dict]:

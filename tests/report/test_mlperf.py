@@ -45,9 +45,9 @@ EVALUATION_TAGS = ["eval_start", "eval_size", "eval_accuracy", "eval_target", "e
 def test_mlperf_log_holds_the_ssd_tags_in_order(tmp_path):
     from mlperf_compliance.tags import SSD_TAGS
 
-    to = Report(tmp_path, append=False, stream=io.StringIO())
-    run(to)
-    to.close()
+    report = Report(tmp_path, append=False, stream=io.StringIO())
+    run(report)
+    report.close()
     keys = [key for key, _ in tags(tmp_path)]
     assert set(keys) <= set(SSD_TAGS)
     epoch = ["train_epoch", *EVALUATION_TAGS]
@@ -56,9 +56,9 @@ def test_mlperf_log_holds_the_ssd_tags_in_order(tmp_path):
 
 
 def test_mlperf_log_holds_the_constants_of_ssd300(tmp_path):
-    to = Report(tmp_path, append=False, stream=io.StringIO())
-    run(to)
-    to.close()
+    report = Report(tmp_path, append=False, stream=io.StringIO())
+    run(report)
+    report.close()
     found = tags(tmp_path)
     constants = dict(found[: len(CONSTANT_TAGS)])
     assert constants["feature_sizes"] == [38, 19, 10, 5, 3, 1]
@@ -90,32 +90,32 @@ def test_mlperf_log_holds_the_constants_of_ssd300(tmp_path):
     ],
 )
 def test_a_run_is_a_success_when_it_reaches_its_target(tmp_path, target, accuracy, success):
-    to = Report(tmp_path, append=False, stream=io.StringIO())
-    to.begin_run(replace(CONSTANTS, target=target))
-    to.end(average_images_per_second=1, seconds=1, accuracy=accuracy)
-    to.close()
+    report = Report(tmp_path, append=False, stream=io.StringIO())
+    report.begin_run(replace(CONSTANTS, target=target))
+    report.end_run(average_images_per_second=1, seconds=1, accuracy=accuracy)
+    report.close()
     assert tags(tmp_path)[-2:] == [("run_stop", {"success": success}), ("run_final", None)]
 
 
 def test_a_run_that_broke_down_is_no_success(tmp_path):
-    to = Report(tmp_path, append=False, stream=io.StringIO())
-    to.begin_run(CONSTANTS)
-    to.mark_failed()
-    to.close()
+    report = Report(tmp_path, append=False, stream=io.StringIO())
+    report.begin_run(CONSTANTS)
+    report.mark_failed()
+    report.close()
     assert tags(tmp_path)[-2:] == [("run_stop", {"success": False}), ("run_final", None)]
 
 
 def test_constants_that_a_kill_cut_short_are_told_again(tmp_path):
-    to = Report(tmp_path, append=False, stream=io.StringIO())
-    to.begin_run(CONSTANTS)
-    to.close()
+    report = Report(tmp_path, append=False, stream=io.StringIO())
+    report.begin_run(CONSTANTS)
+    report.close()
     whole = tags(tmp_path)
     lines = (tmp_path / "mlperf.log").read_text().splitlines(keepends=True)
     (tmp_path / "mlperf.log").write_text("".join(lines[:10]))
-    to = Report(tmp_path, append=True, stream=io.StringIO())
-    to.rewind(epoch=0, iteration=0)
-    to.begin_run(CONSTANTS)
-    to.close()
+    report = Report(tmp_path, append=True, stream=io.StringIO())
+    report.rewind(epoch=0, iteration=0)
+    report.begin_run(CONSTANTS)
+    report.close()
     assert tags(tmp_path) == whole
 
 
@@ -126,13 +126,13 @@ import logging, sys
 logging.basicConfig(level=logging.DEBUG)
 from pathlib import Path
 from src.report import mlperf
-from src.report import report
+from src.report.report import Report
 assert "mlperf_compliance" not in sys.modules
 from tests.helpers.example_run import CONSTANTS, run
 sink = open({str(tmp_path / "lines")!r}, "w")
-to = report.Report(Path({str(tmp_path / "out")!r}), append=False, stream=sink)
-run(to)
-to.close()
+report = Report(Path({str(tmp_path / "out")!r}), append=False, stream=sink)
+run(report)
+report.close()
 """
     stray = tmp_path / "stray.log"
     done = launch([sys.executable, "-c", code], COMPLIANCE_FILE=str(stray))
@@ -145,8 +145,8 @@ to.close()
 def test_a_console_handler_of_the_package_is_taken_away(tmp_path, capfd):
     handler = logging.StreamHandler(sys.stdout)
     logging.getLogger("mlperf_compliance").addHandler(handler)
-    to = Report(tmp_path, append=False, stream=io.StringIO())
-    run(to)
-    to.close()
+    report = Report(tmp_path, append=False, stream=io.StringIO())
+    run(report)
+    report.close()
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger("mlperf_compliance").handlers == []

@@ -18,13 +18,13 @@ BAR_SCRIPT = """
 import sys
 from src.report.report import Report
 from tests.helpers.example_run import run
-to = Report(None, append=False)
-run(to)
-with to.progress(12, "Evaluation") as bar:
+report = Report(None, append=False)
+run(report)
+with report.progress(12, "Evaluation") as bar:
     for _ in range(12):
         bar.update()
-    to.warn("a notice while the bar shows")
-to.close()
+    report.warn("a notice while the bar shows")
+report.close()
 """
 
 

@@ -31,14 +31,14 @@ from tests.helpers.example_run import (
 
 def test_lines_have_the_documented_forms(tmp_path):
     stream = io.StringIO()
-    to = Report(tmp_path, append=False, stream=stream)
-    log_iteration(to, 20)
-    end_epoch(to, 0)
-    to.evaluation(epoch=3, figures={"mAP": 0.07134})
-    to.evaluation(epoch=12, figures={"mAP": None})
-    to.end(average_images_per_second=531.04, seconds=4021.66, accuracy=0.27118)
-    to.end(average_images_per_second=531.04, seconds=4021.66, accuracy="not evaluated")
-    to.close()
+    report = Report(tmp_path, append=False, stream=stream)
+    log_iteration(report, 20)
+    end_epoch(report, 0)
+    report.log_evaluation(epoch=3, metrics={"mAP": 0.07134})
+    report.log_evaluation(epoch=12, metrics={"mAP": None})
+    report.end_run(average_images_per_second=531.04, seconds=4021.66, accuracy=0.27118)
+    report.end_run(average_images_per_second=531.04, seconds=4021.66, accuracy="not evaluated")
+    report.close()
     assert stream.getvalue().splitlines() == [
         "Epoch:  0, Iteration: 20, Loss: 17.2031",
         "Epoch  0 finished. Time: 61.2 s, Speed: 523.1 img/sec, Average speed: 523.1",
@@ -56,12 +56,12 @@ def test_warnings_go_to_standard_error(capsys):
 
 
 def test_metrics_hold_what_was_logged_at_once(tmp_path):
-    to = Report(tmp_path, append=False, stream=io.StringIO())
-    train_and_log(to, 39)
-    log_iteration(to, 40)
-    end_epoch(to, 1)
+    report = Report(tmp_path, append=False, stream=io.StringIO())
+    train_and_log(report, 39)
+    log_iteration(report, 40)
+    end_epoch(report, 1)
     seconds = {"network": 1.5, "waiting": 0.0}
-    to.evaluation(epoch=1, figures={"mAP": np.float64(0.25), "AP small": None}, seconds=seconds)
+    report.log_evaluation(epoch=1, metrics={"mAP": np.float64(0.25), "AP small": None}, seconds=seconds)
     assert metrics(tmp_path) == [  # the report is not closed yet
         {
             "kind": "iteration",
@@ -85,22 +85,22 @@ def test_metrics_hold_what_was_logged_at_once(tmp_path):
         },
         {"kind": "evaluation", "epoch": 1, "mAP": 0.25, "AP small": None, "seconds": seconds},
     ]
-    to.close()
+    report.close()
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -np.float32("inf")])
 def test_numbers_that_are_not_finite_are_null(tmp_path, number):
-    to = Report(tmp_path, append=False, stream=io.StringIO())
-    log_iteration(to, 0, loss=number, label_loss=number)
-    to.close()
+    report = Report(tmp_path, append=False, stream=io.StringIO())
+    log_iteration(report, 0, loss=number, label_loss=number)
+    report.close()
     assert metrics(tmp_path)[0]["loss"] is None and metrics(tmp_path)[0]["label_loss"] is None
 
 
 def test_a_new_run_starts_its_files_afresh(tmp_path):
     for _ in range(2):
-        to = Report(tmp_path, append=False, stream=io.StringIO())
-        run(to)
-        to.close()
+        report = Report(tmp_path, append=False, stream=io.StringIO())
+        run(report)
+        report.close()
     assert len(metrics(tmp_path)) == 5 + 3 + 3  # 0, 20, ..., 80; epochs; evaluations
     assert [key for key, _ in tags(tmp_path)].count("run_start") == 1
 
@@ -125,65 +125,67 @@ def test_a_new_run_starts_its_files_afresh(tmp_path):
 )
 def test_a_continued_run_leaves_the_files_of_an_uninterrupted_one(tmp_path, checkpoint, killed):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    to = Report(whole, append=False, stream=io.StringIO())
-    run(to)
-    to.close()
+    report = Report(whole, append=False, stream=io.StringIO())
+    run(report)
+    report.close()
 
-    to = Report(parted, append=False, stream=io.StringIO())
-    run(to, stop=killed)
-    to.close()
+    report = Report(parted, append=False, stream=io.StringIO())
+    run(report, stop=killed)
+    report.close()
     for file in ("metrics.jsonl", "mlperf.log"):  # the kill came in the middle of a line
         with (parted / file).open("a") as lines:
             lines.write(
                 ':::MLPv0.5.0 ssd 1.000000000 (src/report/mlperf.py:1) train_ep{"kind": "iteration", "epoch": 0, "ite'
             )
-    to = Report(parted, append=True, stream=io.StringIO())
+    report = Report(parted, append=True, stream=io.StringIO())
     stage = stages()[checkpoint]
-    to.rewind(epoch=stage.epoch, iteration=stage.iteration)
-    run(to, start=checkpoint)
-    to.close()
+    report.rewind(epoch=stage.epoch, iteration=stage.iteration)
+    run(report, start=checkpoint)
+    report.close()
 
     assert (parted / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert tags(parted) == tags(whole)
 
 
 def test_a_completed_run_goes_on_to_more_epochs(tmp_path):
-    to = Report(tmp_path, append=False, stream=io.StringIO())
-    run(to)
-    to.close()
+    report = Report(tmp_path, append=False, stream=io.StringIO())
+    run(report)
+    report.close()
     before = metrics(tmp_path)
-    to = Report(tmp_path, append=True, stream=io.StringIO())
-    to.rewind(epoch=3, iteration=3 * ITERATIONS)
-    to.begin_run(CONSTANTS)
-    to.begin_epoch(3, ITERATIONS)
-    log_iteration(to, 100)
-    to.end(average_images_per_second=1, seconds=1, accuracy=0.1)
-    to.close()
+    report = Report(tmp_path, append=True, stream=io.StringIO())
+    report.rewind(epoch=3, iteration=3 * ITERATIONS)
+    report.begin_run(CONSTANTS)
+    report.begin_epoch(3, ITERATIONS)
+    log_iteration(report, 100)
+    report.end_run(average_images_per_second=1, seconds=1, accuracy=0.1)
+    report.close()
     assert metrics(tmp_path)[:-1] == before
     assert [key for key, _ in tags(tmp_path)][-4:] == ["eval_stop", "train_epoch", "run_stop", "run_final"]
 
 
 def test_lines_that_are_none_of_ours_are_dropped_when_a_run_goes_on(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'null\n7\n{"epoch": 0}\n\xff\xfe\n{"kind": "evaluation", "epoch": 0}')
-    to = Report(tmp_path, append=True, stream=io.StringIO())
-    to.rewind(epoch=1, iteration=ITERATIONS)
-    end_epoch(to, 1)
-    to.close()
+    report = Report(tmp_path, append=True, stream=io.StringIO())
+    report.rewind(epoch=1, iteration=ITERATIONS)
+    end_epoch(report, 1)
+    report.close()
     assert [(entry["kind"], entry["epoch"]) for entry in metrics(tmp_path)] == [("evaluation", 0), ("epoch", 1)]
 
 
 def test_going_on_where_there_are_no_files_starts_them(tmp_path):
-    to = Report(tmp_path / "new", append=True, stream=io.StringIO())
-    to.rewind(epoch=1, iteration=ITERATIONS)
-    run(to, start=PER_EPOCH)
-    to.close()
+    report = Report(tmp_path / "new", append=True, stream=io.StringIO())
+    report.rewind(epoch=1, iteration=ITERATIONS)
+    run(report, start=PER_EPOCH)
+    report.close()
     assert metrics(tmp_path / "new")[0]["iteration"] == 40
     assert tags(tmp_path / "new")[0][0] == "run_start"
 
 
 def test_flags_hold_the_flags_the_versions_and_the_facts(tmp_path):
-    to = Report(tmp_path / "a" / "b", append=False)
-    to.flags({"data": Path("coco"), "evaluation": [3, 21], "target": None, "fp16": True}, seed=5, device="cpu")
+    report = Report(tmp_path / "a" / "b", append=False)
+    report.write_flags(
+        {"data": Path("coco"), "evaluation": [3, 21], "target": None, "fp16": True}, seed=5, device="cpu"
+    )
     content = json.loads((tmp_path / "a" / "b" / "flags.json").read_text())
     assert content["flags"] == {"data": "coco", "evaluation": [3, 21], "target": None, "fp16": True}
     assert content["seed"] == 5 and content["device"] == "cpu"
@@ -196,12 +198,12 @@ def test_flags_hold_the_flags_the_versions_and_the_facts(tmp_path):
 def test_a_report_without_a_folder_writes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stream = io.StringIO()
-    to = Report(None, append=False, stream=stream)
-    to.flags({"seed": 0})
-    run(to)
-    to.rewind(epoch=0, iteration=0)
-    to.mark_failed()
-    to.close()
+    report = Report(None, append=False, stream=stream)
+    report.write_flags({"seed": 0})
+    run(report)
+    report.rewind(epoch=0, iteration=0)
+    report.mark_failed()
+    report.close()
     assert "Epoch  2, Accuracy: 0.2857 mAP" in stream.getvalue()
     assert os.listdir(tmp_path) == []
 
@@ -214,14 +216,14 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, file, capfd):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs a device that is always full")
     (tmp_path / file).symlink_to("/dev/full")
-    to = Report(tmp_path, append=False, stream=io.StringIO())
+    report = Report(tmp_path, append=False, stream=io.StringIO())
     with pytest.raises(UserError, match=re.escape(f"cannot write {tmp_path / file}: No space left on device")):
-        run(to)
-    to.close()
+        run(report)
+    report.close()
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("write", [lambda to: to.flags({}), lambda to: log_iteration(to, 0)])
+@pytest.mark.parametrize("write", [lambda report: report.write_flags({}), lambda report: log_iteration(report, 0)])
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, write):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "models"
@@ -314,9 +316,9 @@ def test_a_folder_that_cannot_be_moved_in_is_named(tmp_path, monkeypatch):
 
 def test_without_tensorboard_there_are_no_events(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it fails as when it is not installed
-    to = Report(tmp_path, append=False, stream=io.StringIO())
-    run(to)
-    to.close()
+    report = Report(tmp_path, append=False, stream=io.StringIO())
+    run(report)
+    report.close()
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "mlperf.log"]
 
 
@@ -342,9 +344,9 @@ def test_a_tensorboard_that_cannot_write_is_one_warning(tmp_path, capsys):
 def test_tensorboard_gets_the_figures_of_metrics_jsonl(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    to = Report(tmp_path, append=False, stream=io.StringIO())
-    run(to)
-    to.close()
+    report = Report(tmp_path, append=False, stream=io.StringIO())
+    run(report)
+    report.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     losses = [(event.step, event.value) for event in events.Scalars("training/loss")]
     assert losses == [
@@ -357,16 +359,16 @@ def test_tensorboard_gets_the_figures_of_metrics_jsonl(tmp_path):
 
 def test_a_disabled_report_does_nothing(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    to = Report(tmp_path, enabled=False)
-    to.note("a line")
-    to.warn("a line")
-    to.flags({}, seed=1)
-    to.rewind(epoch=0, iteration=0)
-    run(to)
-    with to.progress(3, "Evaluation") as bar:
+    report = Report(tmp_path, enabled=False)
+    report.note("a line")
+    report.warn("a line")
+    report.write_flags({}, seed=1)
+    report.rewind(epoch=0, iteration=0)
+    run(report)
+    with report.progress(3, "Evaluation") as bar:
         bar.update()
-    to.mark_failed()
-    to.close()
+    report.mark_failed()
+    report.close()
     assert capfd.readouterr() == ("", "") and os.listdir(tmp_path) == []
 
 
@@ -388,13 +390,13 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_events_of_abandoned_epochs_go(tmp_path, checkpoint, epoch, iteration):
     whole, returned = tmp_path / "whole", tmp_path / "returned"
     for folder in (whole, returned):
-        to = Report(folder, stream=io.StringIO())
-        run(to)
-        to.close()
-    to = Report(returned, append=True, stream=io.StringIO())
-    to.rewind(epoch=epoch, iteration=iteration)
-    run(to, start=checkpoint)
-    to.close()
+        report = Report(folder, stream=io.StringIO())
+        run(report)
+        report.close()
+    report = Report(returned, append=True, stream=io.StringIO())
+    report.rewind(epoch=epoch, iteration=iteration)
+    run(report, start=checkpoint)
+    report.close()
     assert len(list((returned / "tensorboard").iterdir())) == 2
     assert scalars(returned) == scalars(whole)
     assert [step for step, _ in scalars(returned)["evaluation/mAP"]] == [0, 1, 2]
@@ -411,9 +413,9 @@ def test_a_run_that_continues_warns_of_damaged_and_of_missing_metrics(tmp_path, 
         (lambda lines: [], "lacks 2 of the epochs before epoch 2, the first is 0"),
         (None, "missing: it now starts at epoch 2, iteration 60"),
     ):
-        to = Report(tmp_path, stream=io.StringIO())
-        run(to)
-        to.close()
+        report = Report(tmp_path, stream=io.StringIO())
+        run(report)
+        report.close()
         if damage:
             path.write_text("\n".join(damage(path.read_text().splitlines())))
         else:

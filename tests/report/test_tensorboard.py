@@ -40,9 +40,9 @@ class Failing:
 def test_a_tensorboard_that_fails_costs_one_warning(tmp_path, monkeypatch, capsys, uses, said):
     module = SimpleNamespace(SummaryWriter=lambda **_: Failing(uses))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    to = Report(tmp_path, append=False, stream=io.StringIO())
-    run(to, stop=PER_EPOCH)
-    to.close()
+    report = Report(tmp_path, append=False, stream=io.StringIO())
+    run(report, stop=PER_EPOCH)
+    report.close()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"main.py: warning: TensorBoard fails, so it gets no further events: {said}")
     assert [entry["epoch"] for entry in metrics(tmp_path) if entry["kind"] == "epoch"] == [0]
@@ -50,8 +50,8 @@ def test_a_tensorboard_that_fails_costs_one_warning(tmp_path, monkeypatch, capsy
 
 def test_a_tensorboard_that_cannot_be_imported_is_told_of_where_it_is_installed(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace())  # no SummaryWriter: an ImportError
-    to = Report(tmp_path, append=False, stream=io.StringIO())
-    run(to, stop=PER_EPOCH)
-    to.close()
+    report = Report(tmp_path, append=False, stream=io.StringIO())
+    run(report, stop=PER_EPOCH)
+    report.close()
     (line,) = capsys.readouterr().err.splitlines()
     assert "TensorBoard fails, so it gets no further events: cannot import name 'SummaryWriter'" in line
