@@ -21,7 +21,7 @@ from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from src.data.pipelines.image_reader import read_image
 from src.data.pipelines.loaders import DecodeCheck, TrainLoader
 from src.report.exit_status import BAD_INPUT, DONE
-from src.report.plots import draw_batch
+from src.report.image_plots import draw_batch
 from src.report.report import Report
 from src.report.run_folder import BATCH
 from src.runtime.cores import usable_cores

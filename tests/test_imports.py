@@ -81,7 +81,7 @@ def test_every_room_stands_in_the_order_and_is_there():
         ("src/data/annotations/coco.py", "import src.ssd.model", False),
         ("src/training/run.py", "from src.evaluation import evaluate", True),
         ("src/evaluation/scoring.py", "import src.training.run", True),
-        ("src/report/plots.py", "import main", True),
+        ("src/report/report.py", "import main", True),
         ("src/runtime/errors.py", "from ..ssd import model", True),
         ("src/check.py", "from src.utils import anything", True),
         ("benchmarks/step.py", "from src.benchmark import benchmark", False),

@@ -17,9 +17,11 @@ from src.evaluation.results import Results, write_results
 from src.evaluation.scoring import IOU_THRESHOLDS, RECALLS
 from src.evaluation.thresholds import SCORES, Thresholds
 from src.report.confusion_plot import draw_confusion
-from src.report.drawing import PANEL
-from src.report.plots import Example, draw_detections, draw_precision_recall, draw_training
+from src.report.drawing import PANEL_SIDE
+from src.report.image_plots import Example, draw_detections
+from src.report.precision_recall_plot import draw_precision_recall
 from src.report.run_folder import CONFUSION, CONFUSION_PICTURE, DETECTIONS, EXAMPLES, PRECISION_RECALL, TRAINING
+from src.report.training_plot import draw_training
 from src.runtime.errors import UserError
 
 ARTIFACTS = DETECTIONS, PRECISION_RECALL, EXAMPLES, TRAINING, CONFUSION_PICTURE, CONFUSION
@@ -111,7 +113,7 @@ def _example(validation: Annotations, results: Results, index: int) -> Example:
     boxes = results.boxes[own].copy()
     boxes[:, 2:] += boxes[:, :2]
     path, upright = validation.image_path(index), validation.upright
-    image = decode_thumbnail(path, PANEL, any_format=False, upright=upright).permute(1, 2, 0).numpy()
+    image = decode_thumbnail(path, PANEL_SIDE, any_format=False, upright=upright).permute(1, 2, 0).numpy()
     scale = np.tile(np.array(image.shape[1::-1]) / validation.sizes[index], 2)  # [4]
     return Example(
         image=image,

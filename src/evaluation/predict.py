@@ -24,7 +24,7 @@ from src.data.images.formats import Images, decode_any, decode_thumbnail, find_i
 from src.data.pipelines.batch import normalise
 from src.evaluation.evaluate import EvaluationConfig, detect_batch, evaluating, log_non_finite, prepare_for_inference
 from src.evaluation.results import DECIMALS, in_pixels, write_json_list
-from src.report.plots import MIN_SCORE, draw_prediction
+from src.report.image_plots import MIN_SCORE, draw_prediction
 from src.report.report import RunContext
 from src.report.run_folder import DETECTIONS, holds_run
 from src.runtime.errors import UserError

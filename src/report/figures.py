@@ -1,9 +1,13 @@
-"""What all figures of a run share: their style, and the PNG file that they become."""
+"""The style of all matplotlib figures of a run, and writing them as PNG files.
+
+Only matplotlib's Figure objects are used: no display, no pyplot.  The same input gives the same bytes.
+"""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib.style
 from matplotlib.axes import Axes
@@ -22,24 +26,25 @@ STYLE = {
     "legend.fontsize": 9,
     "axes.titlesize": 10,
 }
-COMPRESSION = 2  # of PNG, in 0..9: a tenth larger than at the usual 6, in a third of the time
+LEGEND_RIGHT: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}  # of the axes
+COMPRESSION = 2  # PNG's level in 0..9: a tenth larger than at the usual 6, in a third of the time
 
 
 @contextmanager
-def styled() -> Iterator[None]:
-    """Our settings instead of the user's; names in scripts that matplotlib's font lacks are no reason to warn."""
+def plot_style() -> Iterator[None]:
+    """Inside, STYLE replaces the user's matplotlib settings, and characters that its font lacks cause no warning."""
     with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
 
 
-def save(figure: Figure, path: Path | str) -> Figure:
-    """Writes the figure as a PNG file, whole or not at all, and returns it.  Raises UserError."""
+def save_figure(figure: Figure, path: Path | str) -> Figure:
+    """Writes the figure as a PNG file and returns it.  An older file stays if that fails.  Raises UserError."""
     with atomic_write(Path(path)) as file:
         FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": COMPRESSION})
     return figure
 
 
-def add_remark(axes: Axes, text: str) -> None:
-    """Writes a text in the middle of axes that have nothing to show."""
+def add_note(axes: Axes, text: str) -> None:
+    """Writes the text in the middle of axes that show no data."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#555555")

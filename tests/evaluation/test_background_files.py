@@ -19,8 +19,8 @@ from src.evaluation.background_files import ROOT, BackgroundFiles
 from src.evaluation.evaluate import Evaluation
 from src.evaluation.results import Results
 from src.evaluation.scoring import score
-from src.report.plots import draw_training
 from src.report.report import Report
+from src.report.training_plot import draw_training
 from src.runtime.errors import SigtermReceived
 from tests.helpers.datasets import annotation, write_coco
 from tests.helpers.example_run import end_epoch, log_iteration

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from src.data.images.formats import find_images
-from src.report.plots import draw_prediction
+from src.report.image_plots import draw_prediction
 from tests.helpers.datasets import CATEGORIES as DATA_CATEGORIES
 from tests.helpers.datasets import annotation, write_annotations, write_image
 from tests.helpers.launch import LIMIT
@@ -135,7 +135,7 @@ import numpy as np
 from src.data.annotations.coco import Annotations, read_annotations
 from src.evaluation import artifacts
 from src.evaluation.results import Results
-from src.report.plots import draw_detections
+from src.report.image_plots import draw_detections
 from tests.helpers.predictions import predict_files
 
 folder = Path(sys.argv[1])

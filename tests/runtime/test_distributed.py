@@ -260,7 +260,7 @@ def test_every_restart_on_the_same_store_has_its_number():
 
 
 class FakeGroup:
-    """A process group of GPUs, which notes how it is ended."""
+    """A process group of GPUs, which records how it is ended."""
 
     def __init__(self) -> None:
         self.ended: list[str] = []
