@@ -37,26 +37,25 @@ from src.report.exit_status import (
 )
 from src.report.report import Report, RunContext
 from src.report.run_folder import LAST
-from src.report.startup import ResumedFrom, compare_data, start_report, tell_data, tell_start
+from src.report.startup import ResumedFrom, compare_data, log_data_warnings, log_run_start, start_report
 from src.runtime import launcher_env, process_group
 from src.runtime.console import robust_console
 from src.runtime.devices import configure
 from src.runtime.distributed import Processes
-from src.runtime.errors import DivergenceError, SigtermReceived, UserError
+from src.runtime.errors import SigtermReceived, UserError
 from src.runtime.output_files import lock_output_folder
-from src.runtime.preemption import GracefulShutdown, raise_on_signals
+from src.runtime.preemption import raise_on_signals
 from src.ssd.detect import IOU_THRESHOLD, MAX_DETECTIONS
 from src.ssd.model import SSD300, feature_channels, training_memory_format
-from src.training.checkpoint import TRAINING_DATA, Identity
-from src.training.resume import resumed_file, run_to_continue, schedule_warnings, start_position, starting_model
-from src.training.run import Run
-from src.training.step import Schedule, Trainer, make_optimizer
+from src.training.checkpoint import TRAINING_DATA, RunFingerprint
+from src.training.loop import TrainingLoop
+from src.training.optimizer import make_optimizer
+from src.training.resume import ResumedRun, load_starting_weights, read_resumed_run, restore_run
+from src.training.schedule import Schedule, schedule_warnings
+from src.training.step import Trainer
 
-SINGLE_PROCESS_MODES = {
-    "check": ", which uses all cores",
-    "benchmark": "",
-    "export": "",
-}  # modes that work on one, and why
+# Modes that use one process, and why.
+SINGLE_PROCESS_MODES = {"check": ", which uses all cores", "benchmark": "", "export": ""}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,115 +72,134 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_rank(flags: Flags) -> int:
-    """Joins the other ranks and does this one's part of the mode; the exit status."""
+    """Joins the other ranks and runs the mode on this one; the exit status."""
     try:
         with process_group.start(flags.local_rank) as processes:
             try:
-                # Before anything else that ranks do together: ranks with other flags would wait for each other in vain.
+                # The first thing that ranks do together: with different flags they would wait for each other forever.
                 processes.require_agreement(
-                    flags.shared | {"the device": processes.device.type},
+                    flags.same_on_all_ranks | {"the device": processes.device.type},
                     remedy="start all ranks with the same flags, all on GPUs or all on CPUs",
                 )
                 processes.check_devices()
                 configure(processes.device)
                 with convert_worker_errors():
-                    return train(flags, processes) if flags.mode == "training" else work(flags, processes)
+                    return train(flags, processes) if flags.mode == "training" else run_mode(flags, processes)
             except Exception as error:
                 return fail(error, processes)
-    except UserError as error:  # the processes could not be joined
+    except UserError as error:  # the processes could not join
         print(f"main.py: error: {error}", file=sys.stderr)
         return BAD_INPUT
 
 
 def train(flags: Flags, processes: Processes) -> int:
-    """`--mode training`: from scratch, from weights, or from where a run stopped."""
+    """`--mode training`: from scratch, from given weights, or from where a run stopped; the exit status."""
     began = time.perf_counter()
     with ExitStack() as stack:
-        stop = stack.enter_context(closing(GracefulShutdown(processes)))
-        epochs = [epoch for epoch in flags.evaluation_epochs if epoch < flags.epochs]
-        training, validation = processes.on_all_ranks(partial(
-            read_dataset, flags.data, evaluating=bool(epochs), upright=flags.upright,
-            tell=print if processes.is_main else None,
-        ))  # fmt: skip
-        compare_data(processes, training=training, validation=validation)
-        schedule = Schedule(
-            base=flags.learning_rate,
-            images=flags.batch_size * processes.world_size,
-            warmup=flags.warmup or 0,
-            multistep=tuple(flags.multistep),
+        training, validation = read_data(flags, processes)
+        schedule = make_schedule(flags, processes)
+        fingerprint = make_fingerprint(flags, processes, training)
+        resumed = processes.broadcast_object(
+            read_resumed_run(flags.resume, flags.output, fingerprint) if processes.is_main else None
         )
-        settings = {"the number of processes": processes.world_size, TRAINING_DATA: training.digest}
-        identity = Identity(
-            flags.backbone, [list(category) for category in training.categories], flags.seed, flags.altering | settings
-        )
-        resumed = resumed_file(flags.resume, flags.output) if processes.is_main else None
-        before = processes.broadcast_object(run_to_continue(resumed, flags.output, identity) if resumed else None)
-        model, news = starting_model(
-            flags.backbone, training.categories, seed=flags.seed, resumed=(resumed, before) if resumed else None,
-            checkpoint=flags.checkpoint, backbone_weights=flags.backbone_weights, processes=processes,
-        )  # fmt: skip
+        model, messages = make_starting_model(flags, processes, training, resumed)
         loader = stack.enter_context(closing(loader_maker(flags, processes)(training)))
         stack.enter_context(report_error_before_cleanup(processes))
         stack.enter_context(convert_worker_errors())
         trainer = make_trainer(flags, processes, model)
-        position, warnings = start_position(trainer, loader, schedule, identity, before, rank=processes.rank)
+        position, warnings = restore_run(
+            trainer, loader, schedule, fingerprint=fingerprint, resumed=resumed and resumed.checkpoint,
+            rank=processes.rank,
+        )  # fmt: skip
+        # The report moves an older run's files or cuts them back, so everything that may be among them is read by now.
         report = Report.disabled()
         if processes.is_main:
             stack.enter_context(lock_output_folder(flags.output))
-            # An older run's files are moved, or cut back, only now: all that could be among them has been read.
-            continued = ResumedFrom(resumed, before.position.epoch, before.position.iteration) if resumed else None
+            continued = resumed and ResumedFrom(
+                resumed.file, resumed.checkpoint.position.epoch, resumed.checkpoint.position.iteration
+            )
             report = start_report(flags.output, continued=continued, flags=asdict(flags), processes=processes)
             stack.enter_context(closing(report))
-        del before  # its weights and momentum: 200 MB and more on each rank
-        tell_data(report, training, validation, half=flags.fp16, device=processes.device)
         missing = flags.output / LAST if flags.resume and not resumed else None
-        for warning in (
-            schedule_warnings(schedule, flags.epochs, len(loader), flags.unreached_evaluations, missing) + warnings
-        ):
+        del resumed  # its weights and momentum take 200 MB and more on each rank
+        log_data_warnings(report, training, validation, amp=flags.fp16, device=processes.device)
+        for warning in schedule_warnings(schedule, len(loader), flags.unreached_evaluations, missing) + warnings:
             report.warn(warning)
-        for line in news:
+        for line in messages:
             report.note(line)
-        tell_start(
-            report, processes=processes, loader=loader, epochs=flags.epochs, images=schedule.images,
-            learning_rate=schedule.peak, training=training, validation=validation,
-        )  # fmt: skip
+        log_run_start(report, processes, loader, training=training, validation=validation)
+        report.note(schedule.summary(len(loader)))
         report.begin_run(mlperf_constants(flags, schedule, loader.num_images, len(validation) if validation else 0))
         context = RunContext(processes, report, flags.output)
         evaluate = None if validation is None else stack.enter_context(
             make_evaluation(model, validation, evaluation_config(flags), context)
         )  # fmt: skip
-        stack.enter_context(
-            report_error_before_cleanup(processes)
-        )  # not only when the files of the last evaluation are made
-        run = Run(
-            trainer, loader, schedule, evaluate=evaluate, evaluation_epochs=epochs, identity=identity,
-            position=position, output=flags.output, processes=processes, stop=stop, report=report,
+        # Here too: the evaluation's context waits for the files of the last evaluation when it closes.
+        stack.enter_context(report_error_before_cleanup(processes))
+        loop = TrainingLoop(
+            trainer, loader, schedule, position=position, fingerprint=fingerprint, context=context
         )  # fmt: skip
-        train_to_the_end(run, epochs=flags.epochs, began=began)
-        return meets_target(run.position.last_map, flags.target, report)
+        loop.run(evaluate)
+        report.end_run(
+            average_images_per_second=loop.images_per_second,
+            seconds=time.perf_counter() - began,
+            accuracy=position.last_map if position.evaluated else "not evaluated",
+        )
+        return meets_target(position.last_map, flags.target, report)
 
 
-def train_to_the_end(run: Run, *, epochs: int, began: float) -> None:
-    """Trains until `epochs` are done and tells how it ended.  began: time.perf_counter() of the start."""
-    position, report = run.position, run.report  # `run` moves the position on
-    if position.epoch >= epochs:
-        report.note(f"Nothing is left to train: {position.epoch} epochs are done (--epochs {epochs})")
-    try:
-        run.train(epochs)
-    except DivergenceError:
-        report.mark_failed()
-        raise
-    except SigtermReceived:
-        report.note(run.stopped_by())
-        raise
-    accuracy = position.last_map if position.evaluated else "not evaluated"
-    report.end_run(
-        average_images_per_second=run.images_per_second, seconds=time.perf_counter() - began, accuracy=accuracy
+def read_data(flags: Flags, processes: Processes) -> tuple[Annotations, Annotations | None]:
+    """The training annotations and, if the run evaluates, the validation ones; all ranks have read the same."""
+    training, validation = processes.on_all_ranks(partial(
+        read_dataset, flags.data, evaluating=bool(reached_evaluations(flags)), upright=flags.upright,
+        tell=print if processes.is_main else None,
+    ))  # fmt: skip
+    compare_data(processes, training=training, validation=validation)
+    return training, validation
+
+
+def reached_evaluations(flags: Flags) -> frozenset[int]:
+    return frozenset(epoch for epoch in flags.evaluation_epochs if epoch < flags.epochs)
+
+
+def make_schedule(flags: Flags, processes: Processes) -> Schedule:
+    return Schedule(
+        base_learning_rate=flags.learning_rate,
+        global_batch_size=flags.batch_size * processes.world_size,
+        warmup=flags.warmup or 0,
+        multistep=tuple(flags.multistep),
+        epochs=flags.epochs,
+        evaluation_epochs=reached_evaluations(flags),
     )
 
 
+def make_fingerprint(flags: Flags, processes: Processes, training: Annotations) -> RunFingerprint:
+    settings = {"the number of processes": processes.world_size, TRAINING_DATA: training.digest}
+    categories = [list(category) for category in training.categories]
+    return RunFingerprint(flags.backbone, categories, flags.seed, flags.run_defining | settings)
+
+
+def make_starting_model(
+    flags: Flags, processes: Processes, training: Annotations, resumed: ResumedRun | None
+) -> tuple[SSD300, list[str]]:
+    """The network on the CPU, and lines to print about its weights.
+
+    Only rank 0 loads weights; the wrapper of several processes copies them to the other ranks.
+    """
+    torch.manual_seed(flags.seed)
+    model = SSD300(flags.backbone, len(training.categories) + 1)
+    messages: list[str] = []
+    if processes.is_main:
+        messages = load_starting_weights(
+            model, flags.backbone, training.categories, resumed=resumed, checkpoint=flags.checkpoint,
+            backbone_weights=flags.backbone_weights,
+        )  # fmt: skip
+    processes.broadcast_object()  # the other ranks wait here: a download may take long
+    return model, messages
+
+
 def loader_maker(flags: Flags, processes: Processes) -> Callable[[Annotations], TrainLoader]:
-    """Of the training annotations."""
+    """A function that makes the training loader of annotations."""
     config = LoaderConfig(
         batch_size=flags.batch_size, num_workers=flags.num_workers, device=processes.device, amp=flags.fp16,
         seed=flags.seed, shard=processes.shard,
@@ -194,31 +212,30 @@ def evaluation_config(flags: Flags) -> EvaluationConfig:
 
 
 def make_trainer(flags: Flags, processes: Processes, model: SSD300) -> Trainer:
+    """Moves the network to the device and makes its trainer."""
     if flags.freeze_backbone:
         model.freeze_backbone()
-    layout = processes.broadcast_object(
-        training_memory_format(flags.backbone, processes.device)
-    )  # one, whatever the machines
-    model = model.to(processes.device).to(memory_format=layout)
+    # Rank 0's choice for all, because machines may differ.
+    memory_format = processes.broadcast_object(training_memory_format(flags.backbone, processes.device))
+    model = model.to(processes.device).to(memory_format=memory_format)
     optimizer = make_optimizer(model, momentum=flags.momentum, weight_decay=flags.weight_decay)
     return Trainer(
-        model, optimizer=optimizer, device=processes.device, half=flags.fp16, processes=processes,
-        layout=layout, compiled=flags.compile,
+        model, optimizer, processes, amp=flags.fp16, memory_format=memory_format, compiled=flags.compile
     )  # fmt: skip
 
 
 def mlperf_constants(flags: Flags, schedule: Schedule, images: int, evaluation_images: int) -> mlperf.Constants:
     return mlperf.Constants(
         backbone=flags.backbone, feature_channels=feature_channels(flags.backbone), images=images,
-        batch_size=schedule.images, batch_norm_span=flags.batch_size, learning_rate=schedule.peak,
+        batch_size=schedule.global_batch_size, batch_norm_span=flags.batch_size, learning_rate=schedule.peak,
         warmup=flags.warmup, multistep=flags.multistep, momentum=flags.momentum, weight_decay=flags.weight_decay,
         nms_threshold=IOU_THRESHOLD, max_detections=MAX_DETECTIONS, evaluation_images=evaluation_images,
         target=flags.target,
     )  # fmt: skip
 
 
-def work(flags: Flags, processes: Processes) -> int:
-    """Every other mode, which writes no log of a run; the exit status."""
+def run_mode(flags: Flags, processes: Processes) -> int:
+    """Runs every mode but training; the exit status."""
     if flags.mode in SINGLE_PROCESS_MODES and processes.world_size > 1:
         raise UserError(f"--mode {flags.mode} works on one process{SINGLE_PROCESS_MODES[flags.mode]}")
     with closing(Report(None, append=True) if processes.is_main else Report.disabled()) as report:
@@ -239,7 +256,7 @@ def work(flags: Flags, processes: Processes) -> int:
                     trainer, loader, training, backbone=flags.backbone, batch_size=flags.batch_size, report=report
                 )
             return DONE
-        assert flags.checkpoint is not None  # parse_args sees to that
+        assert flags.checkpoint is not None  # parse_args checks it
         if flags.mode == "evaluation":
             accuracy = score_checkpoint(
                 flags.checkpoint, flags.data, upright=flags.upright, backbone=flags.backbone,

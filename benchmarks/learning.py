@@ -25,7 +25,9 @@ from src.runtime.devices import configure
 from src.runtime.distributed import Processes
 from src.runtime.precision import half_is_fast
 from src.runtime.preemption import GracefulShutdown
-from src.training.step import REFERENCE_BATCH, Schedule, train_epoch
+from src.training.checkpoint import Position
+from src.training.loop import train_epoch
+from src.training.schedule import REFERENCE_BATCH, Schedule
 
 CPU = torch.device("cpu")
 IMAGES, BATCH, ITERATIONS, PEAK = 16, 8, 320, 0.02
@@ -59,23 +61,21 @@ def train_and_score(annotations: Annotations, *, pipeline: str, seed: int, devic
     trainer = make_trainer("resnet18", device, half=half_is_fast(device), labels=labels, seed=seed)
     epochs = ITERATIONS * BATCH // IMAGES
     schedule = Schedule(
-        base=PEAK * REFERENCE_BATCH / BATCH,
-        images=BATCH,
+        base_learning_rate=PEAK * REFERENCE_BATCH / BATCH,
+        global_batch_size=BATCH,
         warmup=WARM_UP,
         multistep=tuple(round(share * epochs) for share in DECAYS),
     )
     processes = Processes.single(device)
-    config = LoaderConfig(batch_size=BATCH, num_workers=2, device=device, amp=trainer.half, seed=seed)
+    config = LoaderConfig(batch_size=BATCH, num_workers=2, device=device, amp=trainer.amp, seed=seed)
     loader = make_train_loader(pipeline, annotations, config)
     with closing(loader), closing(GracefulShutdown(processes)) as stop, closing(Report(None, append=True)) as report:
         for epoch in range(epochs):
             loader.set_epoch(epoch)
-            train_epoch(
-                trainer, loader, schedule, epoch=epoch, first_iteration=epoch * len(loader), start=0, stop=stop,
-                report=report,
-            )  # fmt: skip
+            position = Position(epoch, iteration=epoch * len(loader))
+            train_epoch(trainer, loader, schedule, position=position, shutdown=stop, report=report)
     images = EvaluationLoader(annotations, LoaderConfig(batch_size=IMAGES, num_workers=0, device=device))
-    found = evaluate(trainer.model, images, annotations, processes=processes, amp=trainer.half)
+    found = evaluate(trainer.model, images, annotations, processes=processes, amp=trainer.amp)
     print(", ".join(f"{name} {value:.4f}" for name, value in found.scores.metrics.items() if value is not None))
     mean_precision = found.scores.metrics["mAP"]
     assert mean_precision is not None  # the images have boxes

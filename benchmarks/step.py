@@ -24,7 +24,11 @@ from src.runtime.distributed import Processes
 from src.runtime.precision import half_is_fast, image_dtype
 from src.runtime.preemption import GracefulShutdown
 from src.ssd.model import SSD300, training_memory_format
-from src.training.step import Schedule, Trainer, make_optimizer, train_epoch
+from src.training.checkpoint import Position
+from src.training.loop import train_epoch
+from src.training.optimizer import make_optimizer
+from src.training.schedule import Schedule
+from src.training.step import Trainer
 
 BATCH = 8
 STEPS = {"cpu": 3, "cuda": 30}  # of each kind; ResNet-50 on a CPU takes seconds for one
@@ -51,10 +55,7 @@ def make_trainer(
     layout = layout or training_memory_format(backbone, device)
     model = SSD300(backbone, labels).to(device).to(memory_format=layout)
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=5e-4)
-    alone = Processes.single(device)
-    return Trainer(
-        model, optimizer=optimizer, device=device, half=half, processes=alone, layout=layout, compiled=compiled
-    )
+    return Trainer(model, optimizer, Processes.single(device), amp=half, memory_format=layout, compiled=compiled)
 
 
 def run(device: torch.device | None = None, *, backbone: str = "resnet50", batch_size: int = BATCH) -> Iterator[dict]:
@@ -99,10 +100,10 @@ def whole_run(
 def _whole_runs(annotations: Annotations, device: torch.device, backbone: str, batch_size: int) -> Iterator[dict]:
     labels = len(annotations.categories) + 1
     trainer = make_trainer(backbone, device, half=half_is_fast(device), labels=labels)
-    noise = random_batch(batch_size, labels, device=device, dtype=image_dtype(device, trainer.half))
+    noise = random_batch(batch_size, labels, device=device, dtype=image_dtype(device, trainer.amp))
     workers = (os.cpu_count() or 2) if device.type == "cuda" else 2
     for pipeline in ("no_dali", "dali"):
-        config = LoaderConfig(batch_size=batch_size, num_workers=workers, device=device, amp=trainer.half)
+        config = LoaderConfig(batch_size=batch_size, num_workers=workers, device=device, amp=trainer.amp)
         loader = make_train_loader(pipeline, annotations, config)
         whole, bare = [], []
         for epoch in range(TRIALS + 1):
@@ -138,13 +139,11 @@ def repeated(data: Path, images: int, folder: Path) -> Path:
 
 def _epoch_speed(trainer: Trainer, batches: Iterable[Batch], epoch: int, batch_size: int) -> float:
     """Images a second of one epoch as a run does it, with logging."""
-    schedule = Schedule(base=1e-4, images=batch_size, warmup=0, multistep=())
-    stop = GracefulShutdown(trainer.breakdown.processes)
+    schedule = Schedule(base_learning_rate=1e-4, global_batch_size=batch_size)
+    stop = GracefulShutdown(trainer.processes)
     with tempfile.TemporaryDirectory() as folder, open("/dev/null", "w") as nowhere:
         report = Report(Path(folder), append=False, stream=nowhere)
-        result = train_epoch(
-            trainer, batches, schedule, epoch=epoch, first_iteration=0, start=0, stop=stop, report=report
-        )
+        result = train_epoch(trainer, batches, schedule, position=Position(epoch), shutdown=stop, report=report)
         report.close()
     stop.close()
     return result.images / result.seconds

@@ -17,7 +17,7 @@ from src.data.pipelines.batch import Batch
 from src.data.pipelines.loaders import TrainLoader
 from src.evaluation.evaluate import evaluating, prepare_for_inference
 from src.report.report import Report
-from src.report.startup import device_name, tell_data
+from src.report.startup import device_name, log_data_warnings
 from src.runtime.precision import autocast, image_dtype
 from src.ssd.default_boxes import IMAGE_SIZE, NUM_DEFAULT_BOXES, default_boxes
 from src.ssd.detect import detect
@@ -83,10 +83,10 @@ def time_training(name: str, trainer: Trainer, batches: Iterable[Batch], *, step
 def time_evaluation(name: str, trainer: Trainer, batches: Iterable[Batch], *, steps: int) -> Timing:
     """Times `steps` evaluation steps, from images to detections, after a warm-up."""
     with evaluating(trainer.model):
-        network = prepare_for_inference(trainer.model, device=trainer.device, amp=trainer.half)
+        network = prepare_for_inference(trainer.model, device=trainer.device, amp=trainer.amp)
 
         def step(batch: Batch) -> None:
-            with autocast(trainer.device, trainer.half):
+            with autocast(trainer.device, trainer.amp):
                 offsets, logits = network(batch.images)
             detect(offsets, logits)
 
@@ -137,9 +137,9 @@ def benchmark(
     loader: gives the images of `training`, `batch_size` of them a step.
     """
     device = trainer.device
-    tell_data(report, training, half=trainer.half, device=device)
+    log_data_warnings(report, training, amp=trainer.amp, device=device)
     report.note(f"Device: {device_name(device)}, {backbone}, {batch_size} images a step")
-    dtype = image_dtype(device, trainer.half)
+    dtype = image_dtype(device, trainer.amp)
     noise = random_batch(batch_size, len(training.categories) + 1, device=device, dtype=dtype)
     for name, measure, batches in (
         ("training, random input", time_training, repeat(noise)),

@@ -1,4 +1,4 @@
-"""The flags of main.py; README.rst tells what they do, and a test pins them to it."""
+"""The flags of main.py.  README.rst documents them, and a test pins them to it."""
 
 import argparse
 import math
@@ -12,17 +12,18 @@ from src.data.pipelines.loaders import PIPELINES
 from src.report.exit_status import BAD_INPUT
 from src.ssd.model import BACKBONES
 
-LARGEST = 2**31 - 1  # of whole numbers; DALI counts in 32 bits
+MAX_INT = 2**31 - 1  # DALI counts in 32 bits
 EVALUATION_EPOCHS = [3, 21, 31, 37, 42, 48, 53, 59, 64]
 MULTISTEP_EPOCHS = [43, 54]
 ORIENTATIONS = ("stored", "upright")
 MODES = ("training", "evaluation", "prediction", "check", "benchmark", "export")
 
-ALTERING = ("batch-size", "seed", "learning-rate", "momentum", "weight-decay", "warmup", "multistep", "fp16", "compile",
-            "data_pipeline", "orientation", "freeze-backbone")  # flags that make a run another one  # fmt: skip
+# Flags whose values make a run what it is.
+RUN_DEFINING = ("batch-size", "seed", "learning-rate", "momentum", "weight-decay", "warmup", "multistep", "fp16",
+                "compile", "data_pipeline", "orientation", "freeze-backbone")  # fmt: skip
 
-# Flags that may differ between ranks: each machine has its own folders and cores, and rank 0 alone reads the weights.
-OF_ONE_RANK = ("data", "output", "num_workers", "local_rank", "checkpoint", "resume", "backbone_weights")
+# Flags that may differ between ranks: machines have their own folders and cores, and only rank 0 reads weights.
+PER_RANK = ("data", "output", "num_workers", "local_rank", "checkpoint", "resume", "backbone_weights")
 
 Add = Callable[..., argparse.Action]  # the add_argument of a group
 Number = TypeVar("Number", int, float)
@@ -30,12 +31,12 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What the command line says, or the defaults, in the order of the usage text."""
+    """The values of the flags, given or default, in the order of the usage text."""
 
     data: Path
     epochs: int
-    batch_size: int  # a process
-    eval_batch_size: int  # a process
+    batch_size: int  # per process
+    eval_batch_size: int  # per process
     seed: int
     evaluation: Sequence[int]  # as given, or EVALUATION_EPOCHS itself
     multistep: Sequence[int]
@@ -61,7 +62,7 @@ class Flags:
 
     @property
     def evaluation_epochs(self) -> list[int]:
-        """The epochs after which to evaluate: those given; where none are given, the published ones and the last."""
+        """The epochs after which to evaluate: those given, else the published ones and the last."""
         if self.evaluation is EVALUATION_EPOCHS:
             return [*EVALUATION_EPOCHS, self.epochs - 1]
         return list(self.evaluation)
@@ -74,38 +75,38 @@ class Flags:
 
     @property
     def upright(self) -> bool:
-        """Whether pictures are turned by their orientation tags."""
+        """Whether images are turned by their EXIF orientation."""
         return self.orientation == "upright"
 
     @property
-    def shared(self) -> dict[str, object]:
-        """The flags that all ranks must agree on, named as a user writes them."""
-        names = [field.name for field in fields(self) if field.name not in OF_ONE_RANK]
+    def same_on_all_ranks(self) -> dict[str, object]:
+        """The flags on which all ranks must agree, by the names that a user writes."""
+        names = [field.name for field in fields(self) if field.name not in PER_RANK]
         values = {name: getattr(self, name) for name in names} | {"evaluation": self.evaluation_epochs}
         return {f"--{name if name == 'data_pipeline' else name.replace('_', '-')}": values[name] for name in names}
 
     @property
-    def altering(self) -> dict[str, object]:
-        """The flags that alter a run, named as a user writes them."""
-        return {f"--{name}": getattr(self, name.replace("-", "_")) for name in ALTERING}
+    def run_defining(self) -> dict[str, object]:
+        """The flags that make a run what it is, by the names that a user writes."""
+        return {f"--{name}": getattr(self, name.replace("-", "_")) for name in RUN_DEFINING}
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports a bad flag in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, where there are any."""
+    """Shows the default of a flag, unless it is None or False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags; README.rst and the tests pin the documented ones."""
+    """The parser of the command line."""
     parser = Parser(
         prog="main.py",
         description="Trains the Single Shot MultiBox Detector (SSD300 on a ResNet) on data in the COCO 2017 layout.",
@@ -218,11 +219,11 @@ def _weights(text: str) -> str:
 
 
 def _count(text: str) -> int:
-    return _number(text, int, lambda value: 0 <= value <= LARGEST, f"a whole number from 0 to {LARGEST}")
+    return _number(text, int, lambda value: 0 <= value <= MAX_INT, f"a whole number from 0 to {MAX_INT}")
 
 
 def _positive(text: str) -> int:
-    return _number(text, int, lambda value: 1 <= value <= LARGEST, f"a whole number from 1 to {LARGEST}")
+    return _number(text, int, lambda value: 1 <= value <= MAX_INT, f"a whole number from 1 to {MAX_INT}")
 
 
 def _seed(text: str) -> int:
@@ -252,7 +253,7 @@ def _number(text: str, kind: Callable[[str], Number], accept: Callable[[Number],
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Flags:
-    """The flags, checked against each other; exits with status 2 and one line where they are bad."""
+    """Parses the flags and checks them against each other; prints one line and exits with status 2 if they are bad."""
     parser = make_parser()
     flags = Flags(**vars(parser.parse_args(argv)))
     if flags.mode in ("evaluation", "prediction", "export") and flags.checkpoint is None:

@@ -14,7 +14,7 @@ from src.evaluation.background_files import BackgroundFiles
 from src.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate, log_non_finite
 from src.evaluation.scoring import Scores
 from src.report.report import Report, RunContext
-from src.report.startup import compare_data, tell_data
+from src.report.startup import compare_data, log_data_warnings
 from src.runtime.errors import UserError, escape_control_characters
 from src.runtime.output_files import make_folder
 from src.ssd.detect import EndToEndDetector
@@ -73,7 +73,7 @@ def score_checkpoint(
     validation = processes.on_all_ranks(read_validation)
     compare_data(processes, validation=validation)
     make_folder(context.output)  # before the work: an output that cannot be written is an error now
-    tell_data(report, validation, half=config.amp, device=processes.device)
+    log_data_warnings(report, validation, amp=config.amp, device=processes.device)
     model = trained_detector(
         state, backbone=backbone, num_categories=len(validation.categories), source=checkpoint, device=processes.device
     )

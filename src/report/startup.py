@@ -1,4 +1,4 @@
-"""What is told before the work begins: the data, the machine, and what a run found and will do."""
+"""What is logged before the work begins: the data, the machine, and where a run starts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from src.runtime.precision import SLOW_HALF, half_is_fast
 
 
 class ResumedFrom(NamedTuple):
-    """Where a run goes on."""
+    """Where a run continues."""
 
     file: Path  # the checkpoint
     epoch: int
@@ -25,7 +25,10 @@ class ResumedFrom(NamedTuple):
 def start_report(
     output: Path, *, continued: ResumedFrom | None, flags: Mapping[str, object], processes: Processes
 ) -> Report:
-    """Opens a run's files; those of an older run are set aside first, or cut back to where this one goes on."""
+    """Opens a run's files in `output`.
+
+    A new run first moves the files of an older one aside; a continued run cuts its files back to its checkpoint.
+    """
     in_output = continued is not None and same_folder(continued.file.parent, output)
     line = branch_off(output, continued.file) if continued and in_output else set_aside_old_run(output)
     report = Report(output, append=in_output)
@@ -39,7 +42,10 @@ def start_report(
 
 
 def compare_data(processes: Processes, **data: Annotations | None) -> None:
-    """Raises UserError, on all ranks, if a rank has read other annotations than rank 0.  data: by what they are for."""
+    """Raises UserError, on all ranks, if a rank has read other annotations than rank 0.
+
+    data: the annotations by name ("training", "validation").
+    """
     found = {f"{name} annotations": _summary(part) for name, part in data.items() if part is not None}
     processes.require_agreement(found, remedy="copy the same data set to every machine")
 
@@ -51,27 +57,24 @@ def _summary(annotations: Annotations) -> str:
     )
 
 
-def tell_data(report: Report, *data: Annotations | None, half: bool, device: torch.device) -> None:
-    """What is odd about the data and the machine.  half: whether --fp16 is asked for."""
+def log_data_warnings(report: Report, *data: Annotations | None, amp: bool, device: torch.device) -> None:
+    """Logs the warnings about the data, and one if --fp16 (`amp`) cannot be fast on the device."""
     for annotations in data:
         for warning in annotations.warnings if annotations else ():
             report.warn(warning)
-    if half and not half_is_fast(device):
+    if amp and not half_is_fast(device):
         report.warn(SLOW_HALF)
 
 
-def tell_start(
+def log_run_start(
     report: Report,
-    *,
     processes: Processes,
     loader: TrainLoader,
-    epochs: int,
-    images: int,
-    learning_rate: float,
+    *,
     training: Annotations,
     validation: Annotations | None,
 ) -> None:
-    """What a run found and will do, in a few lines.  images: an iteration, over all processes."""
+    """Logs what a run works on: the device and the sizes of its data sets."""
     report.note(f"Device: {device_name(processes.device)}, processes: {processes.world_size}")
     report.note(
         f"Training images: {loader.num_images} with {len(training.boxes)} boxes of {len(training.categories)} "
@@ -79,10 +82,6 @@ def tell_start(
     )
     if validation is not None:
         report.note(f"Validation images: {len(validation)} with {len(validation.boxes)} boxes")
-    report.note(
-        f"Iterations: {epochs * len(loader)} ({len(loader)} an epoch, of {images} images), "
-        f"learning rate: {learning_rate:.4g}"
-    )
 
 
 def device_name(device: torch.device) -> str:

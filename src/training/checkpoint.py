@@ -5,7 +5,7 @@ A file holds tensors, plain numbers, strings, bytes, lists and dicts only, so th
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,57 +23,69 @@ TRAINING_DATA = "the training data"  # one of the settings
 
 @dataclass
 class Position:
-    """Where a run stands: what a checkpoint needs beside weights and pipeline to continue exactly."""
+    """Where a run stands and how good its network has been."""
 
-    epoch: int = 0  # the one it is in
-    within: int = 0  # iterations done in that epoch
-    length: int = 0  # iterations of an epoch
+    epoch: int = 0  # the current one
+    iteration_in_epoch: int = 0  # iterations done in the current epoch
+    iterations_per_epoch: int = 0
     iteration: int = 0  # iterations done since the run's start
     best_map: float | None = None
     last_map: float | None = None
-    evaluated: bool = False  # whether there has been an evaluation at all
+    evaluated: bool = False  # the run has had an evaluation
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What a run is about; a checkpoint carries it, so that continuing under other flags is noticed."""
+class RunFingerprint:
+    """What defines a run.  Checkpoints hold it, so that continuing with other flags or other data is noticed."""
 
     backbone: str
     categories: list[list[Any]]  # [id, name] in the order of the labels 1..K
     seed: int
-    settings: dict[str, Any] = field(default_factory=dict)  # flags that alter the run, and the data's digest, by name
+    settings: dict[str, Any] = field(default_factory=dict)  # the run-defining flags and the data's digest, by name
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run at one moment.  In the file, the fields of position and identity stand beside the others."""
+    """A run at one moment.  The file holds the fields of position and fingerprint at its top level."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]  # empty without loss scaling
     pipeline: list[dict[str, Any]]  # of each rank
     position: Position
-    identity: Identity
+    fingerprint: RunFingerprint
 
 
-PARTS = ("model", "optimizer", "scaler", "pipeline")  # of a checkpoint, as they are
+STATE_KEYS = ("model", "optimizer", "scaler", "pipeline")  # in a file and in Checkpoint
+# Keys of a file that differ from the names of their fields: the keys are frozen, because older checkpoints must load.
+KEY_OF_FIELD = {"iteration_in_epoch": "within", "iterations_per_epoch": "length"}
 
 
-def save_run(path: Path, checkpoint: Checkpoint, findings: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Writes a run's checkpoint; see `save_checkpoint`.  findings: of the network's evaluation; they stand beside."""
-    state = {name: getattr(checkpoint, name) for name in PARTS}
-    save_checkpoint(path, {**state, **asdict(checkpoint.position), **asdict(checkpoint.identity), **findings})
+def _keys(part: type[Position] | type[RunFingerprint]) -> dict[str, str]:
+    """The key in a file for each field of a part."""
+    return {field.name: KEY_OF_FIELD.get(field.name, field.name) for field in fields(part)}
+
+
+def save_run(path: Path, checkpoint: Checkpoint, evaluation_state: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Writes a run's checkpoint; see `save_checkpoint`.
+
+    evaluation_state: what the network's evaluation adds to the file's top level.
+    """
+    state: dict[str, Any] = {name: getattr(checkpoint, name) for name in STATE_KEYS}
+    for part in (checkpoint.position, checkpoint.fingerprint):
+        state |= {key: getattr(part, name) for name, key in _keys(type(part)).items()}
+    save_checkpoint(path, {**state, **evaluation_state})
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` so that a kill at any moment leaves either the old file or the new one, whole.
+    """Writes `state`; a kill at any moment leaves the old file or the new one complete.
 
-    Raises UserError where the file cannot be written (a full disk); the old one stays.
+    Raises UserError, and keeps the old file, if the new one cannot be written (a full disk).
     """
     buffer = io.BytesIO()
     try:
         torch.save(state, buffer)
-    except RuntimeError as error:  # torch's archive writer raises it while it handles a MemoryError of the buffer
+    except RuntimeError as error:  # torch's archive writer turns the buffer's MemoryError into one
         if isinstance(error.__context__, MemoryError):
             raise MemoryError(f"while {path.name} was made") from None
         raise
@@ -81,23 +93,24 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         file.write(buffer.getbuffer())
 
 
-def read_run(path: Path, identity: Identity) -> Checkpoint:
-    """The checkpoint of a run that can be continued as `identity`.
+def read_run(path: Path, fingerprint: RunFingerprint) -> Checkpoint:
+    """The checkpoint of a run that `fingerprint` can continue.
 
-    Raises UserError where it holds no run, or one of another backbone or other categories.
+    Raises UserError if the file holds no run, or a run with another backbone or other categories.
     """
     state = load_checkpoint(path)
-    position, theirs = ([part.name for part in fields(kind)] for kind in (Position, Identity))
-    missing = [name for name in (*position, *theirs, *PARTS) if name not in state]
+    position_keys, fingerprint_keys = _keys(Position), _keys(RunFingerprint)
+    expected = (*position_keys.values(), *fingerprint_keys.values(), *STATE_KEYS)
+    missing = [key for key in expected if key not in state]
     if missing:
         raise UserError(f"{path}: holds weights but no run to continue (no {missing[0]}): use --checkpoint {path}")
-    checkpoint = Checkpoint(
-        **{name: state[name] for name in PARTS},
-        position=Position(**{name: state[name] for name in position}),
-        identity=Identity(**{name: state[name] for name in theirs}),
-    )
     _check_fields(path, state)
-    _check_same_run(path, checkpoint.identity, identity)
+    checkpoint = Checkpoint(
+        **{key: state[key] for key in STATE_KEYS},
+        position=Position(**{name: state[key] for name, key in position_keys.items()}),
+        fingerprint=RunFingerprint(**{name: state[key] for name, key in fingerprint_keys.items()}),
+    )
+    _check_same_run(path, checkpoint.fingerprint, fingerprint)
     return checkpoint
 
 
@@ -110,8 +123,8 @@ def _is_score(value: Any) -> bool:
 
 
 def _is_settings(value: object) -> bool:
-    wanted = ("--batch-size", "the number of processes")
-    return isinstance(value, dict) and all(_is_count(value.get(name)) and value[name] for name in wanted)
+    required = ("--batch-size", "the number of processes")
+    return isinstance(value, dict) and all(_is_count(value.get(name)) and value[name] for name in required)
 
 
 def _is_optimizer(value: object) -> bool:
@@ -136,11 +149,11 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "evaluated": (lambda value: isinstance(value, bool), "True or False"),
     "seed": (lambda value: type(value) is int and 0 <= value < 2**64, "a whole number from 0 to 2^64 - 1"),
     "settings": (_is_settings, "a dict with --batch-size and the number of processes"),
-}  # of a checkpoint, which `load_checkpoint` has not looked at: what is accepted, and how to say it  # fmt: skip
+}  # by key, for keys that `load_checkpoint` does not check: a test of the value, and what it expects  # fmt: skip
 
 
 def _check_fields(path: Path, state: dict[str, Any]) -> None:
-    """Raises UserError that names the first field of a run which holds what this program never writes there."""
+    """Raises UserError that names the first key whose value this program cannot have written."""
     for name, (accepts, expected) in FIELDS.items():
         if not accepts(state[name]):
             raise UserError(f"{path}: {name} = {short(state[name])}: expected {expected}; use --checkpoint {path}")
@@ -148,7 +161,7 @@ def _check_fields(path: Path, state: dict[str, Any]) -> None:
         raise UserError(f"{path}: within = {state['within']}: expected at most length = {state['length']}")
 
 
-def _check_same_run(path: Path, theirs: Identity, ours: Identity) -> None:
+def _check_same_run(path: Path, theirs: RunFingerprint, ours: RunFingerprint) -> None:
     if theirs.backbone != ours.backbone:
         raise UserError(f"{path}: is a run of --backbone {theirs.backbone}, not {ours.backbone}")
     if theirs.categories != ours.categories:

@@ -1,143 +1,114 @@
-"""What a run starts from: fresh or given weights, or the checkpoint of a run that is continued."""
+"""What a run starts from: fresh or given weights, or the checkpoint of a run that it continues."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 from src.data.annotations.coco import Category
 from src.data.pipelines.loaders import TrainLoader
 from src.report.run_folder import BEST, LAST, same_folder
-from src.runtime.distributed import Processes
 from src.ssd.model import SSD300
-from src.training.checkpoint import TRAINING_DATA, Checkpoint, Identity, Position, read_run
-from src.training.step import Schedule, Trainer
+from src.training.checkpoint import TRAINING_DATA, Checkpoint, Position, RunFingerprint, read_run
+from src.training.schedule import Schedule
+from src.training.step import Trainer
 from src.weights.backbone import load_backbone_weights
 from src.weights.detector import load_detector, load_weights
 from src.weights.files import load_checkpoint
 
-# What a checkpoint means that was written before the flag existed.
+# The values of flags that a checkpoint does not hold because it is older than they are.
 LEGACY_DEFAULTS = {"--compile": False, "--orientation": "stored", "--freeze-backbone": False}
 
 
-def resumed_file(resume: Path | bool | None, output: Path) -> Path | None:
-    """The checkpoint that --resume continues, None for a new run: without a file last.pt, where there is one."""
-    if isinstance(resume, Path):
-        return resume
-    return output / LAST if resume and (output / LAST).exists() else None
+class ResumedRun(NamedTuple):
+    """The run that --resume continues."""
+
+    file: Path
+    checkpoint: Checkpoint
 
 
-def run_to_continue(file: Path, output: Path, identity: Identity) -> Checkpoint:
-    """The run of a checkpoint.  Raises UserError as `read_run` does.
+def read_resumed_run(resume: Path | bool | None, output: Path, fingerprint: RunFingerprint) -> ResumedRun | None:
+    """The run that --resume continues; None for a new run, also if --resume names no file and last.pt is missing.
 
-    If `output` does not hold the run's best network, the next evaluation writes one, whatever was reached elsewhere.
+    Raises UserError as `read_run` does.
     """
-    run = read_run(file, identity)
+    if isinstance(resume, Path):
+        file = resume
+    elif resume and (output / LAST).exists():
+        file = output / LAST
+    else:
+        return None
+    checkpoint = read_run(file, fingerprint)
     if not same_folder(file.parent, output) or not (output / BEST).exists():
-        run.position.best_map = None
-    return run
+        # `output` lacks the run's best network, so the next evaluation writes one, whatever mAP was reached elsewhere.
+        checkpoint.position.best_map = None
+    return ResumedRun(file, checkpoint)
 
 
-def starting_model(
+def load_starting_weights(
+    model: SSD300,
     backbone: str,
     categories: Sequence[Category],
     *,
-    seed: int,
-    resumed: tuple[Path, Checkpoint] | None,
+    resumed: ResumedRun | None,
     checkpoint: Path | None,
     backbone_weights: str,
-    processes: Processes,
-) -> tuple[SSD300, list[str]]:
-    """The network with the weights it starts from, and lines to print about them.
+) -> list[str]:
+    """Loads the weights of `resumed`, else of `checkpoint`, else those that --backbone-weights names.
 
-    resumed: file and content of the checkpoint to continue; else come the weights of `checkpoint`, where one is given,
-    else those that --backbone-weights names.  They are loaded on rank 0, from which the wrapper of several processes
-    copies them.
+    Returns lines to print.  Raises UserError if the weights cannot be read or do not fit.
     """
-    torch.manual_seed(seed)
-    model = SSD300(backbone, len(categories) + 1)
-    news: list[str] = []
-    if processes.is_main:
-        if resumed is not None:
-            source, run = resumed
-            load_weights(model, run.model, source=source, fresh_label_heads=False)
-        elif checkpoint is not None:
-            news += load_detector(model, load_checkpoint(checkpoint), categories, source=checkpoint)
-        else:
-            load_backbone_weights(model, backbone, backbone_weights)
-    processes.broadcast_object()  # fetching may take long
-    return model, news
+    if resumed is not None:
+        load_weights(model, resumed.checkpoint.model, source=resumed.file, fresh_label_heads=False)
+        return []
+    if checkpoint is not None:
+        return load_detector(model, load_checkpoint(checkpoint), categories, source=checkpoint)
+    load_backbone_weights(model, backbone, backbone_weights)
+    return []
 
 
-def start_position(
-    trainer: Trainer, loader: TrainLoader, schedule: Schedule, identity: Identity, run: Checkpoint | None, *, rank: int
+def restore_run(
+    trainer: Trainer,
+    loader: TrainLoader,
+    schedule: Schedule,
+    *,
+    fingerprint: RunFingerprint,
+    resumed: Checkpoint | None,
+    rank: int,
 ) -> tuple[Position, list[str]]:
-    """Where a run begins, and warnings; all but the weights is taken from the one to continue, where there is one."""
-    if run is None:
+    """Restores everything but the weights from `resumed`; where the run starts, and warnings."""
+    if resumed is None:
         return Position(), []
-    changed = _changed_settings(run.identity.settings, identity.settings)
+    changed = _changed_settings(resumed.fingerprint.settings, fingerprint.settings)
     warnings = []
     if changed:
         warnings = [f"continued with other settings than before, so the run is another one: {', '.join(changed)}"]
-    trainer.restore(optimizer=run.optimizer, scaler=run.scaler)
-    position = _counted_anew(run, schedule, len(loader))
-    own = run.pipeline[min(rank, len(run.pipeline) - 1)]  # which tells of another number of processes itself
-    loader.load_state_dict(own, epoch=position.epoch, iteration=position.within)
+    trainer.restore(optimizer=resumed.optimizer, scaler=resumed.scaler)
+    position = _rescale_position(resumed, schedule.global_batch_size, len(loader))
+    # Any rank's state will do after a change of the number of processes: the loader notices it from the state.
+    pipeline_state = resumed.pipeline[min(rank, len(resumed.pipeline) - 1)]
+    loader.load_state_dict(pipeline_state, epoch=position.epoch, iteration=position.iteration_in_epoch)
     return position, warnings + loader.warnings
 
 
 def _changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings that differ from those a checkpoint was written under, as "name (old -> new)"."""
+    """The settings that differ from those of the checkpoint, as "name (old -> new)"."""
     before = LEGACY_DEFAULTS | before
     changed = [name for name, value in now.items() if before.get(name) != value]
     return [name if name == TRAINING_DATA else f"{name} ({before.get(name)} -> {now[name]})" for name in changed]
 
 
-def _counted_anew(run: Checkpoint, schedule: Schedule, length: int) -> Position:
-    """The position of the run to continue in this run's iterations, `length` of them an epoch.
+def _rescale_position(resumed: Checkpoint, global_batch_size: int, iterations_per_epoch: int) -> Position:
+    """The position in iterations of this run, which may have another global batch size.
 
-    Where iterations have other images now, inside an epoch stays inside one.
+    A position inside an epoch stays inside it, so that the rest of the epoch is trained.
     """
-    within = run.position.within
-    if within == run.position.length:
-        within = length
-    elif within:
-        settings = run.identity.settings
-        old_images = settings["--batch-size"] * settings["the number of processes"]
-        within = min(max(1, within * old_images // schedule.images), length - 1)
-    return replace(run.position, within=within, length=length)
-
-
-def schedule_warnings(
-    schedule: Schedule, epochs: int, length: int, unreached_evaluations: Sequence[int], missing: Path | None
-) -> list[str]:
-    """Warnings about what may be a mistake.
-
-    length: iterations an epoch.  missing: the checkpoint that --resume would have continued.
-    """
-    warnings = [
-        f"--evaluation {epoch}: not reached, the epochs are 0 to {epochs - 1} (--epochs)"
-        for epoch in unreached_evaluations
-    ]
-    if missing is not None:
-        warnings.append(f"--resume: there is no {missing}, so the run starts afresh")
-    iterations = epochs * length
-    if schedule.warmup > iterations:
-        rate = f"{schedule.learning_rate(0, iterations - 1):.3g} of {schedule.peak:.3g}"
-        warnings.append(
-            f"--warmup {schedule.warmup}: the run has {iterations} iterations, so the learning rate gets to {rate}"
-        )
-    elif 4 * schedule.warmup > iterations:
-        warnings.append(
-            f"--warmup {schedule.warmup}: takes {schedule.warmup / iterations:.0%} of the run's {iterations} iterations"
-            f"; give {iterations // 4} or fewer, or raise --epochs"
-        )
-    first = min((epoch for epoch in schedule.multistep if epoch < epochs), default=None)
-    if first is not None and first * length < schedule.warmup <= iterations:
-        warnings.append(
-            f"--multistep {first}: the rate falls after {first * length} iterations, before the warm-up of "
-            f"{schedule.warmup} is over; raise --multistep or lower --warmup"
-        )
-    return warnings
+    position = resumed.position
+    done = position.iteration_in_epoch
+    if done == position.iterations_per_epoch:
+        done = iterations_per_epoch
+    elif done:
+        settings = resumed.fingerprint.settings
+        old_batch_size = settings["--batch-size"] * settings["the number of processes"]
+        done = min(max(1, done * old_batch_size // global_batch_size), iterations_per_epoch - 1)
+    return replace(position, iteration_in_epoch=done, iterations_per_epoch=iterations_per_epoch)

@@ -23,7 +23,11 @@ from src.report.report import Report, RunContext
 from src.runtime.distributed import Processes
 from src.runtime.preemption import GracefulShutdown
 from src.ssd.detect import detect
-from src.training.step import Schedule, Trainer, make_optimizer, train_epoch
+from src.training.checkpoint import Position
+from src.training.loop import train_epoch
+from src.training.optimizer import make_optimizer
+from src.training.schedule import Schedule
+from src.training.step import Trainer
 from tests.helpers.datasets import annotation, write_coco
 from tests.helpers.fake_cuda import CPU, GPU, Event, FakeGpu, GpuTensor, Operator, fake_gpu
 from tests.helpers.rank_programs import small_network
@@ -55,7 +59,7 @@ def annotations_of(data: Path, split: str = "train") -> Annotations:
 def make_trainer(device: torch.device, *, half: bool = False) -> Trainer:
     model = small_network().to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=5e-4)
-    return Trainer(model, optimizer=optimizer, device=device, half=half, processes=Processes.single(device))
+    return Trainer(model, optimizer, Processes.single(device), amp=half)
 
 
 def detecting_network(device: torch.device) -> torch.nn.Module:
@@ -75,12 +79,10 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
 def train(device: torch.device, batches, *, half: bool = False) -> list[torch.Tensor]:
     """The weights after an epoch on these batches."""
     trainer = make_trainer(device, half=half)
-    stop = GracefulShutdown(trainer.breakdown.processes)
-    schedule = Schedule(base=0.01, images=BATCH, warmup=0, multistep=())
+    stop = GracefulShutdown(trainer.processes)
+    schedule = Schedule(base_learning_rate=0.01, global_batch_size=BATCH)
     try:
-        train_epoch(
-            trainer, batches, schedule, epoch=0, first_iteration=0, start=0, stop=stop, report=Report.disabled()
-        )
+        train_epoch(trainer, batches, schedule, position=Position(), shutdown=stop, report=Report.disabled())
     finally:
         stop.close()
     return [on_host(parameter.detach()) for parameter in trainer.model.parameters()]

@@ -129,7 +129,7 @@ def train(device: torch.device, *, half: bool, steps: int) -> Iterator[Trainer]:
     batch = random_batch(2, 3, device=device, dtype=image_dtype(device, half))
     for step in range(steps):
         parts = trainer.step(batch, 1e-4)
-        trainer.breakdown.observe(parts.localisation + parts.label, step)
+        trainer.loss_monitor.observe(parts.localisation + parts.label, step)
         yield trainer
 
 
@@ -145,7 +145,7 @@ def test_from_the_second_step_on_the_host_never_waits(half):
             trainer = next(steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    trainer.breakdown.check(epoch=0, iteration=0, learning_rate=1e-4)
+    trainer.loss_monitor.check(epoch=0, iteration=0, learning_rate=1e-4)
 
 
 @pytest.mark.usefixtures("narrow")

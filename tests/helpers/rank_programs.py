@@ -24,7 +24,9 @@ from src.flags import parse_args
 from src.runtime import process_group
 from src.runtime.distributed import Processes
 from src.ssd.model import SSD300
-from src.training.step import Schedule, Trainer, make_optimizer
+from src.training.optimizer import make_optimizer
+from src.training.schedule import Schedule
+from src.training.step import Trainer
 from tests.helpers.datasets import annotation, write_coco
 from tests.helpers.oracle_inputs import loss_inputs
 from tests.helpers.tiny_model import narrow_network
@@ -90,9 +92,9 @@ def train_steps(processes: Processes, folder: Path) -> str:
     """Trains on this rank's share of the fixed batch; a digest of the weights, which rank 0 leaves in weights.pt."""
     network = small_network().to(processes.device)
     optimizer = make_optimizer(network, momentum=0.9, weight_decay=5e-4)
-    trainer = Trainer(network, optimizer=optimizer, device=processes.device, half=False, processes=processes)
+    trainer = Trainer(network, optimizer, processes, amp=False)
     share = STEP_BATCH // processes.world_size
-    schedule = Schedule(base=2.6e-3, images=share * processes.world_size, warmup=0, multistep=())
+    schedule = Schedule(base_learning_rate=2.6e-3, global_batch_size=share * processes.world_size)
     rows = slice(processes.rank * share, (processes.rank + 1) * share)
     whole = step_batch(np.load(folder / "default_boxes.npy"))
     batch = Batch(*(part[rows].to(processes.device) for part in whole))

@@ -45,7 +45,7 @@ def run(data: Path, output: Path, *more: str, signalled_at: int | None = None) -
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*arguments)
 
-    with mock.patch.object(Trainer, "step", signalled), mock.patch("src.training.step.LOG_INTERVAL", 1):
+    with mock.patch.object(Trainer, "step", signalled), mock.patch("src.training.loop.LOG_INTERVAL", 1):
         return main.main(["--data", str(data), "--output", str(output), "--epochs", "2", *FLAGS, *more])
 
 

@@ -284,9 +284,9 @@ def test_an_iteration_reads_nothing_from_the_device():
     batch = random_batch(2, 3, device=trainer.device, dtype=torch.float32)
     with ScalarReads() as reads:
         parts = trainer.step(batch, 0.01)
-        trainer.breakdown.observe(sum(parts), 0)
+        trainer.loss_monitor.observe(sum(parts), 0)
         assert reads.count == 0
-        trainer.breakdown.check(epoch=0, iteration=0, learning_rate=0.01)
+        trainer.loss_monitor.check(epoch=0, iteration=0, learning_rate=0.01)
         assert reads.count == 1
 
 

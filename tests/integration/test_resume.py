@@ -325,7 +325,7 @@ def test_a_run_that_goes_back_and_is_killed_continues_where_it_went_back_to(data
     with mock.patch("main.make_evaluation", return_value=nullcontext(lambda epoch: (figures[epoch], {}))):
         assert idle_run(data, tmp_path, *more, "--evaluation", "0", "1", "2") == (main.DONE, 6)
     metrics = (tmp_path / "metrics.jsonl").read_text()
-    with mock.patch("main.train_to_the_end", side_effect=KeyboardInterrupt):
+    with mock.patch("main.TrainingLoop.run", side_effect=KeyboardInterrupt):
         status = main.main(["--data", str(data), "--output", str(tmp_path), *FLAGS, *more,
                             "--resume", str(tmp_path / "best.pt")])  # fmt: skip
     assert status == main.INTERRUPTED

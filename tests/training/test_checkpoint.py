@@ -10,24 +10,26 @@ import pytest
 import torch
 
 from src.runtime.errors import UserError
-from src.training.checkpoint import Checkpoint, Identity, Position, read_run, save_checkpoint, save_run
+from src.training.checkpoint import Checkpoint, Position, RunFingerprint, read_run, save_checkpoint, save_run
 from src.weights.files import load_checkpoint
 
 WEIGHTS = {"conf.0.bias": torch.arange(12.0), "loc.0.bias": torch.arange(16.0)}
 SETTINGS = {"--batch-size": 4, "the number of processes": 2}
-IDENTITY = Identity("resnet18", [[7, "square"], [9, "disc"]], 5, SETTINGS)
+FINGERPRINT = RunFingerprint("resnet18", [[7, "square"], [9, "disc"]], 5, SETTINGS)
 RUN = Checkpoint(
     model=WEIGHTS,
     optimizer={"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": []},
     scaler={},
     pipeline=[{"position": 3}, {"position": 4}],
-    position=Position(epoch=2, within=3, length=8, iteration=19, best_map=0.5, last_map=0.25, evaluated=True),
-    identity=IDENTITY,
+    position=Position(
+        epoch=2, iteration_in_epoch=3, iterations_per_epoch=8, iteration=19, best_map=0.5, last_map=0.25, evaluated=True
+    ),
+    fingerprint=FINGERPRINT,
 )
 
 
 def same_run(one: Checkpoint, other: Checkpoint) -> bool:
-    plain = [(run.scaler, run.pipeline, run.position, run.identity) for run in (one, other)]
+    plain = [(run.scaler, run.pipeline, run.position, run.fingerprint) for run in (one, other)]
     momentum = [run.optimizer["state"][0]["momentum_buffer"] for run in (one, other)]
     weights = all(torch.equal(one.model[name], other.model[name]) for name in WEIGHTS)
     return plain[0] == plain[1] and torch.equal(*momentum) and weights
@@ -35,7 +37,7 @@ def same_run(one: Checkpoint, other: Checkpoint) -> bool:
 
 def test_a_run_is_read_as_it_was_saved(tmp_path):
     save_run(tmp_path / "last.pt", RUN)
-    assert same_run(read_run(tmp_path / "last.pt", IDENTITY), RUN)
+    assert same_run(read_run(tmp_path / "last.pt", FINGERPRINT), RUN)
 
 
 def test_the_names_in_a_run_s_file_are_those_of_older_versions(tmp_path):
@@ -53,7 +55,7 @@ def test_a_file_that_lacks_a_part_holds_no_run(tmp_path, missing):
     del state[missing]
     torch.save(state, tmp_path / "last.pt")
     with pytest.raises(UserError, match=rf"no run to continue \(no {missing}\): use --checkpoint"):
-        read_run(tmp_path / "last.pt", IDENTITY)
+        read_run(tmp_path / "last.pt", FINGERPRINT)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_a_field_of_another_kind_is_named(tmp_path, name, value):
     save_run(path, RUN)
     torch.save({**torch.load(path), name: value}, path)
     with pytest.raises(UserError, match=rf"^{path}: {name}\b[^\n]*: (expected|an id)"):
-        read_run(path, IDENTITY)
+        read_run(path, FINGERPRINT)
 
 
 def test_memory_that_runs_out_while_a_checkpoint_is_made_is_told_as_such(tmp_path, monkeypatch):
@@ -90,9 +92,9 @@ def test_memory_that_runs_out_while_a_checkpoint_is_made_is_told_as_such(tmp_pat
 @pytest.mark.parametrize(
     ("ours", "said"),
     [
-        (Identity("resnet34", IDENTITY.categories, 5), "is a run of --backbone resnet18, not resnet34"),
+        (RunFingerprint("resnet34", FINGERPRINT.categories, 5), "is a run of --backbone resnet18, not resnet34"),
         (
-            Identity("resnet18", [[7, "square"], [9, "cat"]], 5),
+            RunFingerprint("resnet18", [[7, "square"], [9, "cat"]], 5),
             r"label 2 is 'disc' \(id 9\) there and 'cat' \(id 9\) here",
         ),
     ],

@@ -21,18 +21,15 @@ from src.data.pipelines.torch_pipeline import EvaluationLoader
 from src.data.pipelines.workers import convert_worker_errors
 from src.report.report import Report
 from src.runtime.distributed import Processes
-from src.runtime.errors import UserError
+from src.runtime.errors import DivergenceError, UserError
 from src.runtime.preemption import GracefulShutdown
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES
-from src.training.step import (
-    NEVER,
-    DivergenceError,
-    NonFiniteLossMonitor,
-    Schedule,
-    Trainer,
-    make_optimizer,
-    train_epoch,
-)
+from src.training.checkpoint import Position
+from src.training.divergence import NEVER, NonFiniteLossMonitor
+from src.training.loop import train_epoch
+from src.training.optimizer import make_optimizer
+from src.training.schedule import Schedule
+from src.training.step import Trainer
 from tests.helpers.both_pipelines import CPU, error_line, read, run, train_loader
 from tests.helpers.datasets import annotation, write_coco
 from tests.helpers.example_run import metrics
@@ -68,7 +65,7 @@ class Steep(nn.Module):
 def make_trainer() -> Trainer:
     model = Steep()
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=0.0)
-    return Trainer(model, optimizer=optimizer, device=CPU, half=False, processes=ALONE)
+    return Trainer(model, optimizer, ALONE, amp=False)
 
 
 @pytest.fixture
@@ -85,10 +82,10 @@ def test_steps_that_loss_scaling_skips_are_counted_and_told(scaled_trainer, tmp_
     lines = io.StringIO()
     report, stop = Report(tmp_path, append=False, stream=lines), GracefulShutdown(ALONE)
     try:
-        schedule = Schedule(base=1e-9, images=2, warmup=0, multistep=())
-        options = {"first_iteration": 0, "start": 0, "stop": stop, "report": report}
-        train_epoch(scaled_trainer, [batch] * 21, schedule, epoch=0, **options)
-        train_epoch(scaled_trainer, [batch], schedule, epoch=1, **(options | {"first_iteration": 21}))
+        schedule = Schedule(base_learning_rate=1e-9, global_batch_size=2)
+        for position, iterations in ((Position(0), 21), (Position(1, iteration=21), 1)):
+            train_epoch(scaled_trainer, [batch] * iterations, schedule, position=position, shutdown=stop, report=report)
+            assert (position.iteration, position.iteration_in_epoch) == (21 + position.epoch, iterations)
     finally:
         stop.close()
         report.close()
@@ -136,7 +133,7 @@ def test_batch_norm_statistics_are_checked(scaled_trainer):
 @pytest.mark.parametrize("others", [-7, -5, -NEVER])
 def test_the_first_bad_iteration_of_all_processes_is_named(others):
     """Each says the negative of its own first one, the greatest of which is the first."""
-    watch = NonFiniteLossMonitor(SimpleNamespace(all_reduce_max=lambda own: max(own, others)), CPU, patient=False)
+    watch = NonFiniteLossMonitor(SimpleNamespace(all_reduce_max=lambda own: max(own, others)), CPU, tolerate_one=False)
     watch.observe(torch.tensor(float("nan")), 6)
     with pytest.raises(DivergenceError, match=f"iteration {min(6, -others)} "):
         watch.check(epoch=0, iteration=0, learning_rate=0.1)

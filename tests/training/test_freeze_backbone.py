@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 import main
-from src.training.resume import schedule_warnings
-from src.training.step import Schedule
+from src.training.schedule import Schedule, schedule_warnings
 from tests.helpers.launch import NARROW, NO_DALI, SMALL, command, launch
 from tests.helpers.stopped_runs import INSIDE, flags, losses, run, run_and_stop, same, small, state_of
 
@@ -82,7 +81,7 @@ def test_two_processes_train_what_is_not_frozen(data, narrow, tmp_path):
     ],
 )
 def test_schedules_that_do_not_fit_are_warned_of(warmup, multistep, said):
-    schedule = Schedule(base=2.6e-3, images=32, warmup=warmup, multistep=multistep)
-    warnings = schedule_warnings(schedule, 40, 10, [], None)
+    schedule = Schedule(base_learning_rate=2.6e-3, global_batch_size=32, warmup=warmup, multistep=multistep, epochs=40)
+    warnings = schedule_warnings(schedule, 10, [], None)
     assert len(warnings) == len(said)
     assert all(text in warning for text, warning in zip(said, warnings, strict=True))

@@ -8,28 +8,30 @@ import torch
 from src.benchmark import random_batch
 from src.data.pipelines.batch import Batch
 from src.runtime.distributed import Processes
-from src.runtime.errors import UserError
+from src.runtime.errors import DivergenceError, UserError
 from src.ssd.model import SSD300
-from src.training.step import DivergenceError, NonFiniteLossMonitor, Schedule, Trainer, make_optimizer
+from src.training.divergence import NonFiniteLossMonitor
+from src.training.optimizer import make_optimizer
+from src.training.schedule import Schedule
+from src.training.step import Trainer
 from tests.helpers.oracle_inputs import fill_weights, images, loss_inputs
 
 CPU = torch.device("cpu")
 ALONE = Processes.single(CPU)
 
 
-def make_trainer(model, half=False, device=CPU, weight_decay=5e-4, **options) -> Trainer:
+def make_trainer(model, amp=False, device=CPU, weight_decay=5e-4, **options) -> Trainer:
     optimizer = make_optimizer(model, momentum=0.9, weight_decay=weight_decay)
-    alone = Processes.single(device)
-    return Trainer(model, optimizer=optimizer, device=device, half=half, processes=alone, **options)
+    return Trainer(model, optimizer, Processes.single(device), amp=amp, **options)
 
 
 def oracle_steps(
-    oracle, backbone: str, device=CPU, steps: int = 6, layout=torch.channels_last, **options
+    oracle, backbone: str, device=CPU, steps: int = 6, memory_format=torch.channels_last, **options
 ) -> tuple[list[float], list[float], SSD300]:
     """The losses of the oracle's first steps, as computed and as expected, and the network after them."""
     expected = {name: figures[:steps] for name, figures in oracle("model")[backbone]["sgd"].items()}
-    model = fill_weights(SSD300(backbone, 81)).to(device, memory_format=layout).train()
-    trainer = make_trainer(model, device=device, layout=layout, **options)
+    model = fill_weights(SSD300(backbone, 81)).to(device, memory_format=memory_format).train()
+    trainer = make_trainer(model, device=device, memory_format=memory_format, **options)
     if trainer.scaler.is_enabled():  # the recipe's gradients overflow at torch's first scale, which skips steps
         trainer.scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
     _, _, boxes, labels = loss_inputs(21, [12, 40], oracle("default_boxes.npz")["xywh"])
@@ -52,7 +54,7 @@ CHAOTIC_FROM, CHAOTIC_TOLERANCE = {"resnet50": 3}, 4e-2
     ],
 )
 def test_steps_follow_the_oracles_trajectory(oracle, backbone, steps, layout):
-    losses, expected, _ = oracle_steps(oracle, backbone, steps=steps, layout=layout)
+    losses, expected, _ = oracle_steps(oracle, backbone, steps=steps, memory_format=layout)
     settled = CHAOTIC_FROM.get(backbone, len(losses))
     assert losses[:settled] == pytest.approx(expected[:settled], rel=2e-3)
     assert losses == pytest.approx(expected, rel=CHAOTIC_TOLERANCE)
@@ -64,7 +66,7 @@ def test_the_network_computes_in_the_layout_of_its_weights(layout):
     model = SSD300("resnet18", 3).to(memory_format=layout).train()
     seen = []
     model.feature_extractor.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
-    trainer = make_trainer(model, layout=layout)
+    trainer = make_trainer(model, memory_format=layout)
     labels = torch.zeros(2, 8732, dtype=torch.long)
     last = images().contiguous(memory_format=torch.channels_last)
     trainer.optimizer.zero_grad = lambda **_: None
@@ -77,7 +79,7 @@ def test_a_checkpoint_continues_in_another_layout():
     """Written on a processor on which training is faster with channels last, say, and continued on another."""
     batch = random_batch(2, 3, device=CPU, dtype=torch.float32)
     trainers = [
-        make_trainer(fill_weights(SSD300("resnet18", 3)).to(memory_format=layout).train(), layout=layout)
+        make_trainer(fill_weights(SSD300("resnet18", 3)).to(memory_format=layout).train(), memory_format=layout)
         for layout in (torch.channels_last, torch.contiguous_format)
     ]
     first, other = trainers
@@ -93,9 +95,9 @@ def test_a_checkpoint_continues_in_another_layout():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("half", "tolerance"), [(False, CHAOTIC_TOLERANCE), (True, 1e-1)])
-def test_six_steps_on_a_gpu_follow_the_oracles_trajectory(oracle, half, tolerance, compiled):
-    losses, expected, _ = oracle_steps(oracle, "resnet50", torch.device("cuda"), half=half, compiled=compiled)
+@pytest.mark.parametrize(("amp", "tolerance"), [(False, CHAOTIC_TOLERANCE), (True, 1e-1)])
+def test_six_steps_on_a_gpu_follow_the_oracles_trajectory(oracle, amp, tolerance, compiled):
+    losses, expected, _ = oracle_steps(oracle, "resnet50", torch.device("cuda"), amp=amp, compiled=compiled)
     assert losses == pytest.approx(expected, rel=tolerance)
 
 
@@ -122,7 +124,7 @@ def test_compiling_without_a_compiler_is_a_users_error(monkeypatch):
 def test_warm_up_is_the_oracles_and_ends_at_the_full_rate(oracle):
     """The published program stays at the last rate of its warm-up, (w - 1) / w of the full one; this one does not."""
     expected = oracle("model")["resnet18"]["sgd"]["learning_rates"]
-    schedule = Schedule(base=2.6e-3, images=2, warmup=3, multistep=())
+    schedule = Schedule(base_learning_rate=2.6e-3, global_batch_size=2, warmup=3)
     rates = [schedule.learning_rate(0, iteration) for iteration in range(6)]
     assert rates[:3] == pytest.approx(expected[:3])
     assert rates[3:] == pytest.approx([2.6e-3 * 2 / 32] * 3)
@@ -130,14 +132,14 @@ def test_warm_up_is_the_oracles_and_ends_at_the_full_rate(oracle):
 
 
 def test_learning_rate_scales_with_images_and_falls_at_multistep_epochs():
-    schedule = Schedule(base=2.6e-3, images=8 * 64, warmup=0, multistep=(43, 54))
+    schedule = Schedule(base_learning_rate=2.6e-3, global_batch_size=8 * 64, multistep=(43, 54))
     by_epoch = {0: 1.0, 42: 1.0, 43: 0.1, 53: 0.1, 54: 0.01, 64: 0.01}
     for epoch, factor in by_epoch.items():
         assert schedule.learning_rate(epoch, 1000) == pytest.approx(2.6e-3 * 16 * factor)
 
 
 def test_warm_up_reaches_over_epochs():
-    schedule = Schedule(base=0.02, images=32, warmup=300, multistep=(1,))
+    schedule = Schedule(base_learning_rate=0.02, global_batch_size=32, warmup=300, multistep=(1,))
     assert schedule.learning_rate(0, 0) == 0
     assert schedule.learning_rate(0, 150) == pytest.approx(0.01)
     assert schedule.learning_rate(1, 150) == pytest.approx(0.001)
@@ -165,7 +167,7 @@ def test_a_batch_without_boxes_has_loss_zero_and_a_zero_gradient():
 
 
 def test_breakdown_names_the_first_bad_iteration():
-    watch = NonFiniteLossMonitor(ALONE, CPU, patient=False)
+    watch = NonFiniteLossMonitor(ALONE, CPU, tolerate_one=False)
     for iteration, loss in enumerate([1.0, 2.0, math.nan, math.inf, 3.0]):
         watch.observe(torch.tensor(loss), iteration)
     with pytest.raises(DivergenceError, match=r"epoch 4, iteration 2 \(learning rate 0\.5\)"):
@@ -178,7 +180,7 @@ def read_after(watch: NonFiniteLossMonitor, iteration: int, loss: float = 1.0) -
 
 
 def test_loss_scaling_tolerates_one_bad_reading_and_not_two_in_a_row():
-    watch = NonFiniteLossMonitor(ALONE, CPU, patient=True)
+    watch = NonFiniteLossMonitor(ALONE, CPU, tolerate_one=True)
     read_after(watch, 20, math.inf)
     read_after(watch, 40)  # recovered
     read_after(watch, 60, math.inf)
@@ -188,7 +190,7 @@ def test_loss_scaling_tolerates_one_bad_reading_and_not_two_in_a_row():
 
 def test_a_reading_just_after_a_bad_one_does_not_count_as_recovery():
     """That of an epoch's end, an iteration after the one that is logged."""
-    watch = NonFiniteLossMonitor(ALONE, CPU, patient=True)
+    watch = NonFiniteLossMonitor(ALONE, CPU, tolerate_one=True)
     read_after(watch, 20, math.inf)
     read_after(watch, 21)
     with pytest.raises(DivergenceError, match="iteration 40"):
