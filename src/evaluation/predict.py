@@ -28,7 +28,7 @@ from src.report.image_plots import MIN_SCORE, draw_prediction
 from src.report.report import RunContext
 from src.report.run_folder import DETECTIONS, holds_run
 from src.runtime.errors import UserError
-from src.runtime.output_files import NAME_KEPT, make_folder
+from src.runtime.output_files import MAX_KEPT_CHARACTERS, make_folder
 from src.ssd.detect import Detections, EndToEndDetector
 from src.weights.detector import known_categories
 from src.weights.exported import load_trained, trained_detector
@@ -279,7 +279,7 @@ def picture_name(name: str) -> str:
     whole = os.fsencode(name)
     if len(whole) + len(PICTURE_SUFFIX) <= MAX_NAME_BYTES:
         return name + PICTURE_SUFFIX
-    return f"{name[:NAME_KEPT]}.{hashlib.sha256(whole).hexdigest()[:16]}{PICTURE_SUFFIX}"
+    return f"{name[:MAX_KEPT_CHARACTERS]}.{hashlib.sha256(whole).hexdigest()[:16]}{PICTURE_SUFFIX}"
 
 
 def _records(

@@ -11,7 +11,7 @@ from src.data.pipelines.loaders import TrainLoader
 from src.report.report import Report
 from src.report.run_folder import branch_off, same_folder, set_aside_old_run
 from src.runtime.distributed import Processes
-from src.runtime.precision import SLOW_HALF, half_is_fast
+from src.runtime.precision import NO_FAST_HALF, half_is_fast
 
 
 class ResumedFrom(NamedTuple):
@@ -63,7 +63,7 @@ def log_data_warnings(report: Report, *data: Annotations | None, amp: bool, devi
         for warning in annotations.warnings if annotations else ():
             report.warn(warning)
     if amp and not half_is_fast(device):
-        report.warn(SLOW_HALF)
+        report.warn(NO_FAST_HALF)
 
 
 def log_run_start(

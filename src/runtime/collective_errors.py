@@ -1,4 +1,4 @@
-"""What an error of a process group means: another rank is lost, or NCCL cannot work on this machine."""
+"""Tells a lost rank from an NCCL that cannot work on this machine, by the errors of a process group."""
 
 import re
 
@@ -6,12 +6,12 @@ from torch import distributed as dist
 
 from src.runtime.errors import UserError
 
-# Gloo raises plain RuntimeErrors that begin with a place in its source: "[/pytorch/third_party/gloo/gloo/pair.cc:56]".
+# Gloo raises plain RuntimeErrors that begin with a line of its source: "[/pytorch/third_party/gloo/gloo/pair.cc:56]".
 GLOO_PATTERN = re.compile(r"(Gloo \w+ failed with )?\[[^\]]*/gloo/[^\]]*\.\w+:\d+\]")
-# NCCL's names of errors that no other rank causes (ncclRemoteError is one that another rank causes): two ranks on one
-# GPU, a full /dev/shm, the driver.
+# NCCL's errors with a local cause: two ranks on one GPU, a full /dev/shm, the driver.  (Another rank causes
+# ncclRemoteError.)
 SETUP_ERROR_NAMES = ("ncclInvalidUsage", "ncclInvalidArgument", "ncclSystemError", "ncclUnhandledCudaError")
-LAST_ERROR = "Last error:"  # NCCL says after it what happened
+LAST_ERROR = "Last error:"  # NCCL writes the cause after it
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -30,7 +30,7 @@ def is_setup_error(error: Exception) -> bool:
 
 
 def short_reason(error: Exception) -> str:
-    """The sentence of a library's message that says what happened, without the place in its source."""
+    """The sentence of a library's message that says what happened, without file and line of its source."""
     text, _, last = str(error).partition(LAST_ERROR)
     if last.strip():
         return last.strip().splitlines()[0].rstrip(". ")
@@ -40,5 +40,5 @@ def short_reason(error: Exception) -> str:
 
 
 def hint(error: Exception) -> str:
-    """What to do about a setup error, as the end of a line; empty where nothing is known."""
+    """What to do about a setup error, as the end of a line; empty if no remedy is known."""
     return ": enlarge it (docker run --shm-size=1g)" if SHARED_MEMORY in short_reason(error) else ""

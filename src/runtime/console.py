@@ -1,4 +1,4 @@
-"""Standard output and standard error that may go away while the program runs: a terminal, a pipe, a full disk."""
+"""Standard output and standard error that may fail while the program runs: a closed pipe or terminal, a full disk."""
 
 import io
 import os
@@ -13,7 +13,8 @@ NAMES = ("standard output", "standard error")
 class ConsoleStream:
     """A text stream that drops what it cannot write.
 
-    The first write that fails turns the stream to the null device, for child processes and for Python's last flush too.
+    The first write that fails redirects the stream to the null device, also for child processes and Python's last
+    flush.
     """
 
     def __init__(self, stream: TextIO, name: str) -> None:
@@ -25,16 +26,16 @@ class ConsoleStream:
         try:
             return self._stream.write(text)
         except OSError as error:
-            self._give_up(error)
+            self._redirect_to_null(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError as error:
-            self._give_up(error)
+            self._redirect_to_null(error)
 
-    def _give_up(self, error: OSError) -> None:
+    def _redirect_to_null(self, error: OSError) -> None:
         self.failure = f"cannot write to {self._name}: {error.strerror or error}; the program goes on without it"
         with suppress(OSError), open(os.devnull, "w") as null:
             os.dup2(null.fileno(), self._stream.fileno())
@@ -45,7 +46,7 @@ class ConsoleStream:
 
 @contextmanager
 def robust_console() -> Iterator[None]:
-    """Inside, printing raises no error: what cannot be written is dropped, what cannot be encoded is escaped."""
+    """Inside, printing raises no error: unwritable text is dropped, characters without an encoding are escaped."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_robust(stream, name) for stream, name in zip(before, NAMES, strict=True))
     try:
@@ -57,15 +58,15 @@ def robust_console() -> Iterator[None]:
 
 
 def _robust(stream: TextIO | None, name: str) -> Any:
-    if stream is None:  # whoever started this process has closed it
+    if stream is None:  # the parent process has closed it
         return io.StringIO()
-    if isinstance(stream, io.TextIOWrapper):  # the terminal's encoding may lack letters of file and category names
+    if isinstance(stream, io.TextIOWrapper):  # its encoding may lack characters of file and category names
         stream.reconfigure(errors="backslashreplace")
     return ConsoleStream(stream, name)
 
 
 def take_failures() -> list[str]:
-    """What has been lost since the last call, a sentence for each stream."""
+    """A sentence for each stream that has failed since the last call."""
     failures = []
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, ConsoleStream) and stream.failure:

@@ -1,4 +1,4 @@
-"""Which device a process computes on, and whether two processes share a GPU."""
+"""The device of a process, and the check that no two processes share a GPU."""
 
 import socket
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from src.runtime.errors import UserError
 
 
 class GpuIdentity(NamedTuple):
-    """A GPU, told apart from all others of all machines."""
+    """A GPU; no two GPUs on any machines have equal identities."""
 
     host: str
     uuid: str
@@ -18,9 +18,9 @@ class GpuIdentity(NamedTuple):
 
 
 def choose_device(local_rank: int) -> torch.device:
-    """The GPU of that number; the only GPU if the process sees one; the CPU if it sees none.
+    """The GPU with index `local_rank`; the only GPU if the process sees one; the CPU if it sees none.
 
-    Raises UserError if the process sees several GPUs, but not as many.
+    Raises UserError if the process sees several GPUs but none with that index.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -37,7 +37,7 @@ def choose_device(local_rank: int) -> torch.device:
 
 
 def gpu_identity(device: torch.device) -> GpuIdentity | None:
-    """The GPU that a device is; None for a CPU."""
+    """The identity of the device's GPU; None for a CPU."""
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
@@ -45,7 +45,7 @@ def gpu_identity(device: torch.device) -> GpuIdentity | None:
 
 
 def require_distinct_gpus(gpus: Sequence[GpuIdentity | None]) -> None:
-    """Raises UserError that names the first two ranks on one GPU.  gpus: of all ranks, in rank order."""
+    """Raises UserError, which names two ranks, if these are on one GPU.  gpus: of all ranks, in rank order."""
     first_rank: dict[str, int] = {}
     for rank, gpu in enumerate(gpus):
         if gpu is None:
@@ -59,7 +59,7 @@ def require_distinct_gpus(gpus: Sequence[GpuIdentity | None]) -> None:
 
 
 def configure(device: torch.device) -> None:
-    """Lets a GPU choose its fastest convolutions, and use TF32 for float32 products."""
+    """On a GPU, lets cuDNN choose the fastest convolution algorithms and allows TF32 in float32 matrix products."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")

@@ -1,4 +1,4 @@
-"""The ranks of a run and what they exchange; `process_group.start` makes them.
+"""The ranks of a run and the values that they exchange; `process_group.start` makes them.
 
 A single process has no group: every method then works on that process alone.
 """
@@ -23,51 +23,51 @@ from src.runtime.launcher_env import ERROR_REPORT_GRACE_SECONDS
 
 GROUP_TIMEOUT = 120  # seconds after which a rank that does not answer counts as lost
 GROUP_TIMEOUT_VARIABLE = "SSD300_GROUP_TIMEOUT"  # another number of seconds
-# The slowest rank's share of an evaluation may take this many group timeouts longer than the fastest rank's.
+# The slowest rank may finish its images of an evaluation this many group timeouts after the fastest rank.
 EVALUATION_TIMEOUT_FACTOR = 15
 MAIN_WORK_TIMEOUT = 6 * 3600  # seconds that ranks wait while rank 0 works alone (scores, writes, fetches weights)
-POLL_SECONDS = 0.05  # between looks at the store
-FAILURES, REPORTED, STOPPED = "failures", "told", "stopped"  # keys of the store
+POLL_SECONDS = 0.05  # between reads of the store
+FAILURES, REPORTED, STOPPED = "failures", "reported", "stopped"  # keys of the store
 T = TypeVar("T")
 
 
 class PeerLostError(Exception):
-    """Another rank has failed or does not answer; the message says what is known of it."""
+    """Another rank has failed or does not answer; the message says which of the two."""
 
 
 class Shard(NamedTuple):
-    """One rank's part of work that all ranks share."""
+    """Which part of divided work a rank does."""
 
     rank: int
     world_size: int
 
 
 class Processes:
-    """The processes of a run, and which of them this one is."""
+    """This process's rank, and its exchange of values with the other ranks."""
 
     def __init__(self, rank: int, world_size: int, device: torch.device, store: dist.Store | None) -> None:
         self.rank = rank
         self.world_size = world_size
         self.device = device
         self.store = store
-        # Integers and arrays travel from host memory to host memory, also where NCCL carries the gradients.
+        # Gloo exchanges integers and objects in host memory, even if NCCL exchanges the gradients.
         self.host_group: dist.ProcessGroup | None = None
         self.long_timeout_group: dist.ProcessGroup | None = None
         if world_size > 1:
             self.host_group = _gloo_group(group_timeout())
             self.long_timeout_group = _gloo_group(EVALUATION_TIMEOUT_FACTOR * group_timeout())
-        self.failed = False  # a rank is lost or leaves early, so collectives may never end
+        self.failed = False  # a rank is lost or exits early, so collectives may never end
         self._reported = False  # this rank has called `report_failure`
         self._messages = 0
 
     @classmethod
     def single(cls, device: torch.device) -> "Processes":
-        """One process without others, which needs no store and no group."""
+        """A single process, which needs no store and no group."""
         return cls(0, 1, device, None)
 
     @property
     def shard(self) -> Shard:
-        """This rank's part of work that all ranks share."""
+        """The part of divided work that this rank does."""
         return Shard(self.rank, self.world_size)
 
     @property
@@ -76,15 +76,15 @@ class Processes:
         return self.rank == 0
 
     @property
-    def _shared(self) -> dist.Store:
-        """The store, where there are several processes."""
+    def _group_store(self) -> dist.Store:
+        """The store that all ranks reach; a single process has none."""
         assert self.store is not None
         return self.store
 
     def require_agreement(self, values: Mapping[str, object], *, remedy: str) -> None:
-        """Raises UserError, on all ranks, if a rank has other values than rank 0; the line names rank, host and values.
+        """Raises UserError on all ranks if a rank's values differ from rank 0's; the line names rank, host and values.
 
-        All ranks must call this, with the same names.
+        All ranks must call this, with the same names.  remedy: what a user can do, the end of the line.
         """
         if self.world_size == 1:
             return
@@ -101,7 +101,7 @@ class Processes:
                 )
 
     def check_devices(self) -> None:
-        """Raises UserError, on all ranks, if two of them compute on one GPU."""
+        """Raises UserError on all ranks if two of them compute on one GPU."""
         if self.world_size > 1:
             gpus: list[GpuIdentity | None] = [None] * self.world_size
             dist.all_gather_object(gpus, gpu_identity(self.device), group=self.host_group)
@@ -113,13 +113,13 @@ class Processes:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         parallel = DistributedDataParallel(model, device_ids=device_ids)
-        # `share_buffers` copies the batch-norm buffers before they matter, so DDP need not in every iteration.  This
-        # is set afterwards: the constructor is to copy them once, and its argument has another name before torch 2.12.
+        # DDP need not copy the batch-norm buffers in every iteration: `share_buffers` does before they matter.  Set
+        # after the constructor, which copies them once and names this argument differently before torch 2.12.
         parallel.broadcast_buffers = False
         return parallel
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Gives every rank the batch-norm statistics of rank 0: each has seen other images, but one model is scored."""
+        """Copies rank 0's batch-norm statistics to every rank, so that all ranks evaluate and save one model."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
@@ -127,7 +127,7 @@ class Processes:
     def gather(self, value: Any, *, long_timeout: bool = False) -> list | None:
         """Every rank's `value` (anything that pickles) in rank order on rank 0, None elsewhere.
 
-        long_timeout: ranks come from work of very unequal length, such as their shares of an evaluation.
+        long_timeout: the work before this call takes ranks very different times, as their images of an evaluation do.
         """
         if self.world_size == 1:
             return [value]
@@ -137,7 +137,7 @@ class Processes:
         return values
 
     def broadcast_object(self, value: Any = None) -> Any:
-        """Rank 0's `value` on every rank.  The others wait for hours if need be, longer than a collective would."""
+        """Rank 0's `value` on every rank.  The others wait up to MAIN_WORK_TIMEOUT, longer than in a collective."""
         if self.world_size == 1:
             return value
         self._wait_for_main()
@@ -146,7 +146,7 @@ class Processes:
         return values[0]
 
     def scatter(self, values: list | None = None) -> Any:
-        """This rank's value of rank 0's `values`, one for each rank.  The others wait for hours if need be."""
+        """This rank's value of rank 0's `values`, one for each rank.  The others wait up to MAIN_WORK_TIMEOUT."""
         if self.world_size == 1:
             assert values is not None
             return values[0]
@@ -156,33 +156,34 @@ class Processes:
         return own[0]
 
     def on_all_ranks(self, work: Callable[[], T]) -> T:
-        """What `work()` returns on this rank, once it has ended on every rank.
+        """What `work()` returns on this rank, after it has ended on every rank.
 
-        All ranks must call this.  Where `work` raises UserError on some ranks, the first of them raises it here and
-        all others raise ReportedElsewhereError, so that one line is printed.
+        All ranks must call this.  If `work` raises UserError on some ranks, the lowest of them raises it here and all
+        others raise ReportedElsewhereError, so that one line is printed.
         """
         if self.world_size == 1:
             return work()
-        found, fault = None, None
+        result, error = None, None
         try:
-            found = work()
-        except UserError as error:
-            fault = error
-        faulty = [False] * self.world_size
-        dist.all_gather_object(faulty, fault is not None, group=self.long_timeout_group)  # disks differ in speed
-        if any(faulty):
-            raise fault if fault and faulty.index(True) == self.rank else ReportedElsewhereError
-        return cast(T, found)
+            result = work()
+        except UserError as user_error:
+            error = user_error
+        failed = [False] * self.world_size
+        # The long timeout, because disks differ in speed.
+        dist.all_gather_object(failed, error is not None, group=self.long_timeout_group)
+        if any(failed):
+            raise error if error and failed.index(True) == self.rank else ReportedElsewhereError
+        return cast(T, result)
 
     def _next_key(self) -> str:
-        """A new key of the store, the same on all ranks."""
+        """An unused key of the store; the n-th call returns the same key on all ranks."""
         self._messages += 1
         return f"message {self._messages}"
 
     def _wait_for_main(self) -> None:
         key = self._next_key()
         if self.is_main:
-            self._shared.set(key, "ready")
+            self._group_store.set(key, "ready")
         else:
             self._wait(key)
 
@@ -195,16 +196,19 @@ class Processes:
         return int(number)
 
     def start_all_reduce_max(self, number: Tensor) -> dist.Work | None:
-        """Starts to replace `number`, an integer tensor on the CPU, by the greatest of all ranks; see `Work.wait`."""
+        """Starts to replace `number`, an integer tensor on the CPU, by the greatest of all ranks.
+
+        It is replaced once the returned work's `wait` returns; a single process returns None.
+        """
         if self.world_size == 1:
             return None
         return dist.all_reduce(number, dist.ReduceOp.MAX, group=self.host_group, async_op=True)
 
     def report_failure(self) -> bool:
-        """Records that this rank fails; True if it is the first one, which prints why.
+        """Records that this rank fails; True if it is the first to fail, which prints why.
 
-        The first one then calls `mark_failure_reported`.  Here the others wait up to 5 s for that, because a launcher
-        kills all ranks once one exits.
+        The first rank then calls `mark_failure_reported`.  The others wait here up to 5 s for that call, because a
+        launcher kills all ranks once one exits.
         """
         if self._reported:
             return False
@@ -212,13 +216,13 @@ class Processes:
         if self.world_size == 1:
             return True
         try:
-            if self._shared.add(FAILURES, 1) == 1:
+            if self._group_store.add(FAILURES, 1) == 1:
                 return True
             deadline = time.monotonic() + ERROR_REPORT_GRACE_SECONDS
-            while not self._shared.check([REPORTED]) and time.monotonic() < deadline:
+            while not self._group_store.check([REPORTED]) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
             return False
-        except (dist.DistError, RuntimeError):  # the store is gone with rank 0, and nobody else will print
+        except (dist.DistError, RuntimeError):  # the store ended with rank 0, so no rank can know who prints
             return True
 
     def mark_failure_reported(self) -> None:
@@ -226,24 +230,24 @@ class Processes:
         self._set(REPORTED)
 
     def report_stop(self) -> None:
-        """Records that this rank was stopped (SIGTERM, Ctrl-C), so that the others do not call it lost."""
+        """Records that this rank was stopped (SIGTERM, Ctrl-C), so that the others do not report it as lost."""
         self._set(STOPPED)
 
     def rank_that_was_stopped(self) -> int | None:
-        """After a loss: the rank that was stopped and has left; None if none was, or the store is gone."""
+        """The rank that was stopped and has exited; None if no rank was, or if the store ended with rank 0."""
         self.failed = True
         if self.world_size == 1:
             return None
         try:
-            return int(self._shared.get(STOPPED)) if self._shared.check([STOPPED]) else None
+            return int(self._group_store.get(STOPPED)) if self._group_store.check([STOPPED]) else None
         except (dist.DistError, RuntimeError):
             return None
 
     def _set(self, key: str) -> None:
         self.failed = True
         if self.world_size > 1:
-            with suppress(dist.DistError, RuntimeError):  # the store is gone with rank 0
-                self._shared.set(key, str(self.rank))
+            with suppress(dist.DistError, RuntimeError):  # the store ended with rank 0
+                self._group_store.set(key, str(self.rank))
 
     def is_peer_lost(self, error: Exception) -> bool:
         """Whether the error says that another rank is lost."""
@@ -259,12 +263,12 @@ class Processes:
             getattr(dist.group.WORLD, "abort", lambda: None)()
 
     def _wait(self, key: str) -> None:
-        # Polls, because a wait inside the store would hold back signals.
+        # Polls, because Python handles no signal during a wait inside the store.
         deadline = time.monotonic() + MAIN_WORK_TIMEOUT
         while True:
-            # Look for failures before the key, so that a key which a rank set before it failed still counts.
-            failed = self._shared.check([FAILURES]) or self._shared.check([STOPPED])
-            if self._shared.check([key]):
+            # Read failures before the key, so that a key which a rank set before it failed still counts.
+            failed = self._group_store.check([FAILURES]) or self._group_store.check([STOPPED])
+            if self._group_store.check([key]):
                 return
             if failed:
                 raise PeerLostError("it has failed or was told to stop")
@@ -275,12 +279,12 @@ class Processes:
 
 def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup)  # it is a number only for a rank outside the group
+    assert isinstance(group, dist.ProcessGroup)  # new_group returns a number only to ranks outside the group
     return group
 
 
 def group_timeout() -> timedelta:
-    """How long a rank may leave the others waiting.  Raises UserError if the variable holds no such number."""
+    """How long ranks wait for one that does not answer.  Raises UserError if the variable is no number of seconds."""
     text = os.environ.get(GROUP_TIMEOUT_VARIABLE, str(GROUP_TIMEOUT))
     with suppress(ValueError):
         if 0 < float(text) < MAIN_WORK_TIMEOUT:

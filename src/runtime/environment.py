@@ -1,23 +1,23 @@
-"""What the program needs around it before its libraries are imported, which takes seconds; imports next to nothing."""
+"""Checks before the libraries are imported, which takes seconds; this module imports only the standard library."""
 
 import os
 import signal
 import sys
 from types import FrameType
 
-OLDEST_PYTHON = (3, 10)
+MIN_PYTHON = (3, 10)
 # The modules of requirements.txt without which the program cannot start.
 MODULES = ("torch", "torchvision", "numpy", "msgspec", "faster_coco_eval", "pycocotools", "PIL", "simplejpeg",
            "matplotlib", "tqdm", "mlperf_compliance", "safetensors")  # fmt: skip
-UNFIT = 2  # the exit status
+CANNOT_START = 2  # exit status, as for bad input
 
 
 def prepare() -> None:
-    """Handles signals from here on and checks Python, its packages and the folder of temporary files.
+    """Installs signal handlers and checks Python, its packages and the folder of temporary files.
 
-    Call it before the other imports.  It exits with status 2 and one line where the program cannot run.
+    Call it before the other imports.  Exits with status 2 and one line if the program cannot run.
     """
-    # The kernel gives the first process of a container no default action: without a handler it ignores `docker stop`.
+    # The first process of a container has no default actions: without a handler it ignores SIGTERM (`docker stop`).
     # A signal that the parent process ignores (nohup, a shell's background job) stays ignored.
     for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         if signal.getsignal(number) is default:
@@ -25,26 +25,26 @@ def prepare() -> None:
     # If rank 0 is missing, torch logs up to ninety lines of C++ frames, some at level ERROR; the error that it raises
     # says the same in one line.  Set the variable to see them.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    # A notebook sets a backend with which Matplotlib cannot be imported here. The program shows no windows.
+    # A notebook sets a backend with which matplotlib cannot be imported here.  The program shows no windows.
     os.environ.pop("MPLBACKEND", None)
     problem = _python_problem() or _temporary_folder_problem()
     if problem:
         print(f"main.py: error: {problem}", file=sys.stderr)
-        sys.exit(UNFIT)
+        sys.exit(CANNOT_START)
 
 
 def exit_at_once(number: int, frame: "FrameType | None") -> None:
-    """The handler of signals while libraries are imported: nothing has to be saved yet."""
+    """Handles a signal while libraries are imported: exits, because nothing has to be saved yet."""
     os._exit(128 + number)
 
 
 def _python_problem() -> "str | None":  # in quotes, because Python 3.9 cannot evaluate it
-    from importlib.util import find_spec  # only now: the handlers come first
+    from importlib.util import find_spec  # here, so that the handlers are installed first
 
     version = ".".join(map(str, sys.version_info[:3]))
     python = f"Python {version} ({sys.executable})"
-    if sys.version_info < OLDEST_PYTHON:
-        return f"{python} is too old: run main.py with Python {'.'.join(map(str, OLDEST_PYTHON))} or newer"
+    if sys.version_info < MIN_PYTHON:
+        return f"{python} is too old: run main.py with Python {'.'.join(map(str, MIN_PYTHON))} or newer"
     missing = [name for name in MODULES if find_spec(name) is None]
     if not missing:
         return None

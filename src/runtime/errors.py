@@ -1,8 +1,11 @@
-"""Errors that end a run with one line.  A UserError names the file, the field and what to do."""
+"""Errors that end a run with one line."""
 
 
 class UserError(Exception):
-    """Bad flags, files or data; `main.py` prints the message as one line and exits with status 2."""
+    """Bad flags, files or data; the message names the file, the field and what to do.
+
+    `main.py` prints it as one line and exits with status 2.
+    """
 
     def __str__(self) -> str:
         return escape_control_characters(super().__str__())
@@ -21,14 +24,14 @@ class DivergenceError(Exception):
 
 
 def escape_control_characters(text: str) -> str:
-    r"""The text as one line that a terminal shows and does not obey: control characters become escapes such as \n.
+    r"""The text as one line whose control characters are escaped, as in \n.
 
-    File and category names come from other people and may hold anything.
+    File and category names come from others and may hold sequences that a terminal would obey.
     """
     if text.isprintable():
         return text
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 class SigtermReceived(BaseException):
-    """SIGTERM arrived where nothing has to be finished first."""
+    """SIGTERM arrived.  Not an Exception, so that `except Exception` does not catch it."""

@@ -1,4 +1,4 @@
-"""Rank, number of processes and meeting point of this process, from the environment variables of a launcher."""
+"""Rank, world size and rendezvous address of this process, from the environment variables of a launcher."""
 
 import io
 import os
@@ -10,28 +10,28 @@ from typing import NamedTuple
 
 from src.runtime.errors import UserError
 
-LARGEST, LARGEST_PORT = 2**31 - 1, 65535
+MAX_INT, MAX_PORT = 2**31 - 1, 65535
 MPI_PORT = 29500  # torchrun's default; mpirun sets none
 # Other ranks wait up to 5 s before they exit, because launchers kill all ranks once one exits.
 ERROR_REPORT_GRACE_SECONDS = 5
-# One port for each of 8 steps of a job.  Systems give the ports from 32768 on to any program that asks for one.
-SLURM_PORTS, PORTS_A_JOB = range(20000, 32000), 8
+# Each job has ports for 8 steps.  Systems give ports from 32768 on to any program that asks for one.
+SLURM_PORTS, PORTS_PER_JOB = range(20000, 32000), 8
 
 
 class RankInfo(NamedTuple):
-    """Which rank a process is, and where it meets the others."""
+    """A process's rank, and the address at which all ranks meet."""
 
     rank: int
     world_size: int
-    local_rank: int  # its number among the processes of its machine
+    local_rank: int  # index among the processes of its machine
     address: str = ""  # of rank 0's machine; empty for a single process
     port: int = 0
 
 
 def rank_info_from_env(local_rank: int = 0, variables: Mapping[str, str] = os.environ) -> RankInfo:
-    """What the variables of torchrun, else mpirun, else srun say; without any of them a single process.
+    """The rank by the variables of torchrun, else mpirun, else srun; without any of them a single process.
 
-    local_rank: the launcher's flag; its variable wins.  An empty variable counts as missing.
+    local_rank: the launcher's flag; the LOCAL_RANK variable wins.  An empty variable counts as missing.
     Raises UserError if variables are missing or out of range.
     """
     given = {name: value for name, value in variables.items() if value.strip()}
@@ -39,13 +39,13 @@ def rank_info_from_env(local_rank: int = 0, variables: Mapping[str, str] = os.en
         return _torchrun(given, local_rank)
     if "OMPI_COMM_WORLD_SIZE" in given:
         return _mpirun(given)
-    if env_int(given, "SLURM_STEP_NUM_TASKS", 1) > 1:  # srun sets it, a batch job does not
+    if env_int(given, "SLURM_STEP_NUM_TASKS", 1) > 1:  # srun sets it, a batch script does not
         return _srun(given)
     return RankInfo(0, 1, env_int(given, "LOCAL_RANK", local_rank))
 
 
 def _torchrun(given: Mapping[str, str], local_rank: int) -> RankInfo:
-    size, local_rank = env_int(given, "WORLD_SIZE", least=1), env_int(given, "LOCAL_RANK", local_rank)
+    size, local_rank = env_int(given, "WORLD_SIZE", low=1), env_int(given, "LOCAL_RANK", local_rank)
     if size == 1:
         return RankInfo(0, 1, local_rank)
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -58,9 +58,9 @@ def _torchrun(given: Mapping[str, str], local_rank: int) -> RankInfo:
 
 
 def _mpirun(given: Mapping[str, str]) -> RankInfo:
-    """Open MPI's variables, which hold no address."""
+    """The rank by Open MPI's variables, which hold no address."""
     name = "OMPI_COMM_WORLD_{}".format
-    size, local_size = env_int(given, name("SIZE"), least=1), env_int(given, name("LOCAL_SIZE"), 1)
+    size, local_size = env_int(given, name("SIZE"), low=1), env_int(given, name("LOCAL_SIZE"), 1)
     local_rank = env_int(given, name("LOCAL_RANK"), 0)
     if size == 1:
         return RankInfo(0, 1, local_rank)
@@ -72,9 +72,12 @@ def _mpirun(given: Mapping[str, str]) -> RankInfo:
 
 
 def _srun(given: Mapping[str, str]) -> RankInfo:
-    """The variables of a Slurm step.  The port depends on job and step, so that jobs on one machine do not meet."""
+    """The rank by the variables of a Slurm step.
+
+    The port depends on job and step, so that two jobs on one machine use different ports.
+    """
     nodes = given.get("SLURM_STEP_NODELIST") or given.get("SLURM_JOB_NODELIST", "127.0.0.1")
-    step = env_int(given, "SLURM_JOB_ID", 0) * PORTS_A_JOB + env_int(given, "SLURM_STEP_ID", 0) % PORTS_A_JOB
+    step = env_int(given, "SLURM_JOB_ID", 0) * PORTS_PER_JOB + env_int(given, "SLURM_STEP_ID", 0) % PORTS_PER_JOB
     return check_rank(
         RankInfo(
             rank=env_int(given, "SLURM_PROCID"),
@@ -88,29 +91,30 @@ def _srun(given: Mapping[str, str]) -> RankInfo:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a list as Slurm writes it: node001 of "node[001-003,7],x"."""
+    """The first host of a list in Slurm's syntax: node001 of "node[001-003,7],x"."""
     lowest = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes)  # each pair of brackets becomes its first number
     return lowest.split(",")[0]
 
 
 def check_rank(info: RankInfo, name: str) -> RankInfo:
+    """`info`.  Raises UserError, which names the variable, if the rank is not below the world size."""
     if info.rank >= info.world_size:
         raise UserError(f"the variable {name} is {info.rank}: expected a rank from 0 to {info.world_size - 1}")
     return info
 
 
 def _port(given: Mapping[str, str], default: int | None = None) -> int:
-    return env_int(given, "MASTER_PORT", default, least=1, most=LARGEST_PORT)
+    return env_int(given, "MASTER_PORT", default, low=1, high=MAX_PORT)
 
 
 def env_int(
-    given: Mapping[str, str], name: str, default: int | None = None, *, least: int = 0, most: int = LARGEST
+    given: Mapping[str, str], name: str, default: int | None = None, *, low: int = 0, high: int = MAX_INT
 ) -> int:
-    """The whole number that a variable holds.  Raises UserError if it is another text, or missing without a default."""
+    """The variable as an int.  Raises UserError if it is out of range or no number, or missing without a default."""
     text = given.get(name, "" if default is None else str(default))
-    if not text.isdecimal() or not least <= int(text) <= most:
+    if not text.isdecimal() or not low <= int(text) <= high:
         raise UserError(
-            f"the variable {name} is {text!r}: expected a whole number from {least} to {most}; launchers set it, for a "
+            f"the variable {name} is {text!r}: expected a whole number from {low} to {high}; launchers set it, for a "
             "single process unset it"
         )
     return int(text)
@@ -118,9 +122,9 @@ def env_int(
 
 @contextmanager
 def print_once_per_node() -> Iterator[None]:
-    """Inside, only the first process of a machine prints, because all would print the same.
+    """Inside, only the first process of each machine prints, because all would print the same.
 
-    The others delay an exit until it has printed, because launchers kill all ranks once one exits.
+    The others delay an exit by 5 s, because launchers kill all ranks once one exits.
     """
     if _is_first_of_node():
         yield

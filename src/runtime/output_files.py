@@ -1,4 +1,4 @@
-"""Files in --output: the lock of the folder, and writing that leaves a file whole or as it was."""
+"""Files in --output: the lock of the folder, and atomic writes."""
 
 import os
 import re
@@ -19,13 +19,13 @@ except ImportError:  # Windows lacks it, so nothing is locked there
 
 LOCK = ".lock"
 TEMPORARY_NAME = re.compile(r"\..*\.[0-9a-f]{8}\.part", re.DOTALL)  # of a file that is being written
-# Characters of a name that go into a longer one, which file systems limit to 255 bytes: a character has up to 4.
-NAME_KEPT = 50
+# File systems limit names to 255 bytes and a character has up to 4, so a longer name is cut to this many characters.
+MAX_KEPT_CHARACTERS = 50
 
 
 @contextmanager
 def convert_write_errors(path: Path | str, *, remark: str = "") -> Iterator[None]:
-    """Turns the errors of writing to `path` into a UserError whose line ends with the remark."""
+    """Inside, errors of writing to `path` become a UserError; its line ends with `remark`."""
     try:
         yield
     except (FileExistsError, NotADirectoryError):
@@ -36,11 +36,11 @@ def convert_write_errors(path: Path | str, *, remark: str = "") -> Iterator[None
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which replaces `path` in one step at the end of the block.
+    """A temporary file, which is renamed to `path` at the end of the block.
 
-    An older file stays if the block or the process ends early.  Raises UserError if writing fails.
+    An older file at `path` stays if the block or the process ends early.  Raises UserError if writing fails.
     """
-    temporary = path.with_name(f".{path.name[:NAME_KEPT]}.{uuid4().hex[:8]}.part")
+    temporary = path.with_name(f".{path.name[:MAX_KEPT_CHARACTERS]}.{uuid4().hex[:8]}.part")
     with convert_write_errors(path, remark="; an earlier file there is as it was"), open(temporary, "xb") as file:
         try:
             yield file
@@ -55,7 +55,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def make_folder(path: Path) -> Path:
-    """The folder, which is made if it is missing.  Raises UserError."""
+    """The folder; makes it if it is missing.  Raises UserError."""
     with convert_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
@@ -63,9 +63,9 @@ def make_folder(path: Path) -> Path:
 
 @contextmanager
 def lock_output_folder(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of the folder, which they would mix with their files, until this process ends.
+    """Inside, no other run can write into the folder.
 
-    Raises UserError if another run is in it.  A file system that cannot lock keeps nobody out.
+    Raises UserError if another run has locked it.  On a file system without locks it only makes the folder.
     """
     make_folder(folder)
     with ExitStack() as stack:
@@ -77,9 +77,9 @@ def lock_output_folder(folder: Path) -> Iterator[None]:
 
 
 def _lock(file: BinaryIO, folder: Path) -> bool:
-    """Whether the file is locked now; False if nothing can be locked here.  Raises UserError if another run has it.
+    """Locks the file; False if the system has no locks.  Raises UserError if another run has locked it.
 
-    lockf, because its lock works on NFS, and worker processes, which may outlive a killed run, do not inherit it.
+    Uses lockf, because its lock works on NFS and worker processes, which may outlive a killed run, do not inherit it.
     """
     if fcntl is None:
         return False
@@ -93,7 +93,7 @@ def _lock(file: BinaryIO, folder: Path) -> bool:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files of runs that were killed while they wrote."""
+    """Removes temporary files of runs that were killed while writing."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if TEMPORARY_NAME.fullmatch(entry.name):

@@ -1,6 +1,6 @@
-"""Half precision and where it pays.
+"""Half precision: which devices compute in it, and autocast.
 
-`python -m src.runtime.precision` prints `--fp16` where this machine computes in it.
+`python -m src.runtime.precision` prints `--fp16` if this machine computes in half precision.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-SLOW_HALF = "--fp16: this CPU has no bfloat16 arithmetic, so it computes in float32"
+NO_FAST_HALF = "--fp16: this CPU has no bfloat16 arithmetic, so it computes in float32"
 
 
 def half_is_fast(device: torch.device) -> bool:
-    """Whether the device computes in half precision itself: any GPU, and a CPU with bfloat16 arithmetic."""
+    """Whether the device has half-precision arithmetic: any GPU, and a CPU with bfloat16 arithmetic."""
     return device.type == "cuda" or any(_cpu_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _cpu_capabilities() -> Mapping[str, Any]:
-    """What torch says of the processor; an older one has no `get_capabilities`."""
+    """The processor's capabilities by name, as far as they matter here; an older torch has no `get_capabilities`."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
     return {
@@ -27,18 +27,18 @@ def _cpu_capabilities() -> Mapping[str, Any]:
     }
 
 
-def autocast(device: torch.device, half: bool) -> torch.autocast:
-    """float16 on a GPU, bfloat16 on a CPU; nothing where `half` is false or the CPU has no bfloat16 arithmetic.
+def autocast(device: torch.device, amp: bool) -> torch.autocast:
+    """Autocast to float16 on a GPU and to bfloat16 on a CPU; disabled without `amp`.
 
-    Emulated, bfloat16 takes 70 times as long as float32.
+    Also disabled on a CPU without bfloat16 arithmetic, because emulated bfloat16 takes 70 times as long as float32.
     """
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=half and half_is_fast(device))
+    return torch.autocast(device.type, dtype=dtype, enabled=amp and half_is_fast(device))
 
 
 @contextmanager
 def full_float32_products() -> Iterator[None]:
-    """Products of float32 matrices have all 24 bits inside; `configure` allows a GPU TF32, which has 11."""
+    """Inside, float32 matrix products have all 24 bits; elsewhere a GPU may use TF32 with 11 (see `configure`)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -47,9 +47,9 @@ def full_float32_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def image_dtype(device: torch.device, half: bool) -> torch.dtype:
-    """Of a batch's images: float16 in half precision on a GPU; on a CPU autocast takes float32 ones."""
-    return torch.float16 if half and device.type == "cuda" else torch.float32
+def image_dtype(device: torch.device, amp: bool) -> torch.dtype:
+    """The dtype of a batch's images: float16 with `amp` on a GPU, else float32, which a CPU's autocast takes."""
+    return torch.float16 if amp and device.type == "cuda" else torch.float32
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""SIGTERM, a scheduler's notice to stop: what it does in each mode, and how all ranks of a training act on it."""
+"""SIGTERM, by which schedulers and launchers stop a run: its handlers, and how the ranks agree to stop."""
 
 import os
 import signal
@@ -16,14 +16,14 @@ from src.runtime.errors import SigtermReceived
 
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Inside, SIGTERM raises SigtermReceived and SIGINT KeyboardInterrupt, except where the parent has them ignored."""
+    """Inside, SIGTERM raises SigtermReceived and SIGINT KeyboardInterrupt, unless the parent process ignores them."""
     process, received = os.getpid(), False
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal received
-        if os.getpid() != process:  # a forked worker inherits the handler, and nothing there catches the exception
+        if os.getpid() != process:  # a forked worker inherits the handler, but catches no exception
             exit_at_once(number, frame)
-        if not received:  # schedulers and launchers both send it; the second must not cut the cleanup short
+        if not received:  # schedulers and launchers both send it; the second must not interrupt the cleanup
             received = True
             raise SigtermReceived
 
@@ -42,9 +42,9 @@ def raise_on_signals() -> Iterator[None]:
 
 
 class GracefulShutdown:
-    """SIGTERM in a training: inside `defer_sigterm` it is only recorded, elsewhere it raises SigtermReceived at once.
+    """Handles SIGTERM in a training: raises SigtermReceived, inside `defer_sigterm` only records the signal.
 
-    All ranks learn of it through one integer that they reduce asynchronously and read an iteration later.
+    Ranks agree to stop through one integer, which they reduce asynchronously and read an iteration later.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -57,7 +57,7 @@ class GracefulShutdown:
         self._previous = signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received:  # schedulers and launchers both send it; the second must not cut short what the first began
+        if self.received:  # schedulers and launchers both send it; the second must not interrupt the cleanup
             return
         self.received = True
         if not self._deferred:
@@ -65,7 +65,7 @@ class GracefulShutdown:
 
     @contextmanager
     def defer_sigterm(self) -> Iterator[None]:
-        """Inside, SIGTERM is only recorded; the end raises SigtermReceived on all ranks if any rank received one."""
+        """Inside, SIGTERM is only recorded; the end raises SigtermReceived on all ranks if any rank received it."""
         self._deferred = True
         try:
             yield
@@ -77,7 +77,7 @@ class GracefulShutdown:
             raise SigtermReceived
 
     def poll_all_ranks(self) -> bool:
-        """Whether any rank had received SIGTERM by its last call; all ranks must call this in every iteration."""
+        """Whether any rank had received SIGTERM at its previous call; all ranks must call this in every iteration."""
         if self.processes.world_size == 1:
             return self.received
         stop = self.finish_poll()
@@ -86,7 +86,7 @@ class GracefulShutdown:
         return stop
 
     def finish_poll(self) -> bool:
-        """Waits for the reduction that `poll_all_ranks` started; whether any rank had received SIGTERM by then."""
+        """Ends the reduction that `poll_all_ranks` started; whether any rank had received SIGTERM by then."""
         if self._work is None:
             return self.processes.world_size == 1 and self.received
         self._work.wait()
@@ -95,10 +95,10 @@ class GracefulShutdown:
         return bool(self._flag)
 
     def close(self) -> None:
-        """Restores the previous handler, unless SIGTERM has come: then this one goes on ignoring the signal.
+        """Restores the previous handler, unless this rank has received SIGTERM or all ranks have agreed to stop.
 
-        After an agreed stop every rank ignores it: a launcher sends it to all ranks when one has exited, and each is
-        to reach its own end.
+        Then further SIGTERMs stay without effect: a launcher sends one to all ranks once one exits, and each rank must
+        finish its own cleanup.
         """
         if self._agreed and self.processes.world_size > 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

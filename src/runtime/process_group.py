@@ -15,17 +15,18 @@ from src.runtime.distributed import POLL_SECONDS, PeerLostError, Processes, grou
 from src.runtime.errors import SigtermReceived, UserError
 from src.runtime.launcher_env import RankInfo, rank_info_from_env
 
-# NCCL's timeout in group timeouts: it ends the process without our message, so gloo's must be over before.
+# NCCL's timeout in group timeouts.  NCCL ends the process without our message, so gloo must time out first.
 NCCL_TIMEOUT_FACTOR = 2
-STARTS = "ssd300 starts"  # key of the launcher's store
+STARTS = "ssd300 starts"  # key in the launcher's store
 
 
 @contextmanager
 def start(local_rank: int, device: torch.device | None = None) -> Iterator[Processes]:
-    """The processes that a launcher started, or this one alone, without a port or a group; the end ends the group.
+    """The processes that a launcher started; leaving the context ends their group.
 
-    local_rank: the launcher's flag; its variable wins.  device: for tests; by default the GPU of that rank, or the CPU
-    if there are no GPUs.  Raises UserError if the group cannot be formed.
+    Without a launcher it is this process alone, which opens no port and no group.
+    local_rank: the launcher's flag; the LOCAL_RANK variable wins.  device: for tests; by default the GPU of that rank,
+    or the CPU if there are no GPUs.  Raises UserError if the group cannot be formed.
     """
     info = rank_info_from_env(local_rank)
     device = device or choose_device(info.local_rank)
@@ -68,10 +69,10 @@ def _join(device: torch.device, info: RankInfo) -> Processes:
 
 
 def restart_index(store: dist.Store, rank: int, timeout: timedelta) -> int:
-    """How often all ranks have started on this store, which a launcher keeps when it restarts them.
+    """The number of this start, from 1; a launcher keeps the store when it restarts the ranks.
 
-    Rank 0 counts.  Another rank takes the first number with which no process of its rank has started.  (The launcher's
-    own count of restarts differs between nodes.)  Raises PeerLostError if rank 0 does not start.
+    Rank 0 increases the number.  Each other rank waits until a number exists that no process of its rank has taken.
+    (The launcher's own count of restarts differs between nodes.)  Raises PeerLostError if rank 0 does not start.
     """
     if rank == 0:
         return store.add(STARTS, 1)

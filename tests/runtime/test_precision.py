@@ -20,10 +20,10 @@ def test_bfloat16_is_computed_in_where_the_processor_has_it(monkeypatch, capabil
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert half_is_fast(CPU) is fast
     assert half_is_fast(torch.device("cuda"))
-    with autocast(CPU, half=True):
+    with autocast(CPU, amp=True):
         assert torch.is_autocast_enabled("cpu") is fast
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if fast else torch.float32)
-    with autocast(CPU, half=False):
+    with autocast(CPU, amp=False):
         assert not torch.is_autocast_enabled("cpu")
 
 
