@@ -178,10 +178,10 @@ def main(folder: Path, local_rank: int) -> None:
             for count in SIZES
         }
         report["augmented"] = {name: augmented_digests(read(folder, 1), name, processes) for name in PIPELINES}
-        report["figures"] = {}
+        report["metrics"] = {}
         for count in (2, 8):
             found = evaluation(read(folder, count, "val"), processes)
-            report["figures"][count] = found.scores.metrics
+            report["metrics"][count] = found.scores.metrics
             if processes.is_main:
                 np.savez(folder / f"results-{count}.npz", **found.results._asdict())
         rank = os.environ["RANK"]

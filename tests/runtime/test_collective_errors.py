@@ -1,4 +1,4 @@
-"""What the errors of NCCL and gloo mean."""
+"""Errors of NCCL and gloo: a lost rank, a bad setup, or neither."""
 
 import pytest
 from torch import distributed as dist

@@ -1,7 +1,7 @@
-"""What 1,024 processes tell each other: a fixed list for an epoch, an evaluation and a stop, however many the images.
+"""The collectives of 1,024 processes: a fixed list for an epoch, an evaluation and a stop, whatever the data set.
 
 A run of main.py is rank 0 of torch's fake group, which sends nothing: each collective gives rank 0 its own value for
-every rank's.  Every rank makes the same collectives: where one made others, runs of real processes would hang.
+every rank.  Rank 0's list is that of every rank, since runs of real processes would hang otherwise.
 """
 
 import os
@@ -35,13 +35,13 @@ pytestmark = pytest.mark.skipif(
 PROCESSES, BATCH = 1024, 2
 FLAGS = ("--backbone", "resnet18", "--backbone-weights", "none", "-b", BATCH, "--num-workers", 0, "--epochs", 1,
          "--data_pipeline", "no_dali", "--evaluation", 0)  # fmt: skip
-CATEGORIES = [{"id": 1, "name": "square"}]  # one, all of which falls to rank 0
+CATEGORIES = [{"id": 1, "name": "square"}]  # only one, so rank 0 scores all of them
 
-# The three groups: of the gradients and weights; of the host's integers and objects; of work that takes unequal time.
+# The groups: "all" for gradients and weights, "host" for integers and objects, "patient" is the long_timeout_group.
 GRADIENTS = "allreduce all"  # one message a step, of a network as small as this one
 ORDER = ["broadcast all"] * 2  # DDP's, once a process: in which order the gradients are done
 INTEGER = "allreduce host"
-CHECKED = [INTEGER] * 2  # whether the last losses are finite, and the weights and batch-norm statistics
+CHECKED = [INTEGER] * 2  # are the last losses finite, and the weights and batch-norm statistics?
 OBJECT = ["broadcast host"] * 2  # its size, then itself
 GATHERED = ["allgather host", "gather host"]
 UNEQUAL = ["allgather patient", "gather patient"]
@@ -49,7 +49,7 @@ SCATTERED = ["broadcast host", "scatter host", "scatter host"]
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every collective, those that C++ starts among them, as its name and its group's."""
+    """Records the name and group of every collective, also of those that C++ code starts."""
 
     def __init__(self, groups: dict[str, str]) -> None:
         super().__init__()
@@ -64,15 +64,15 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class Crowd(dist.HashStore):
-    """A store in which all other ranks have come wherever ranks are counted."""
+class FullStore(dist.HashStore):
+    """A store that counts all other ranks as present."""
 
     def add(self, key: str, amount: int) -> int:
         return super().add(key, amount) + (PROCESSES - 1) * key.endswith(": there")
 
 
 class Parallel(DistributedDataParallel):
-    """DDP with the collective of its own; the fake group's lacks the result that DDP takes from it."""
+    """DDP with a hook that averages gradients, because the fake group's all-reduce lacks the result that DDP reads."""
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
@@ -88,18 +88,18 @@ def averaged(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch
 
 @pytest.fixture
 def recorder(monkeypatch, narrow) -> Iterator[Recorder]:
-    """main.py is then rank 0 of PROCESSES."""
+    """Makes main.py rank 0 of PROCESSES."""
     dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=PROCESSES)
     monkeypatch.setattr(distributed, "_gloo_group", lambda timeout: dist.new_group(backend="fake", timeout=timeout))
     monkeypatch.setattr(distributed, "DistributedDataParallel", Parallel)
-    processes = Processes(0, PROCESSES, torch.device("cpu"), Crowd())
+    processes = Processes(0, PROCESSES, torch.device("cpu"), FullStore())
     monkeypatch.setattr(process_group, "rank_info_from_env", lambda local_rank=0: RankInfo(0, PROCESSES, 0))
     monkeypatch.setattr(process_group, "_join", lambda device, info: processes)
-    # What is gathered is rank 0's, so many times.
+    # The fake gather returns rank 0's value PROCESSES times: use one.
     join, together = evaluate.join_results, evaluate.merge_shards
     monkeypatch.setattr(evaluate, "join_results", lambda parts, annotations: join(islice(parts, 1), annotations))
     monkeypatch.setattr(evaluate, "merge_shards", lambda annotations, parts: together(annotations, parts[:1]))
-    monkeypatch.setattr(BackgroundFiles, "start", lambda *_: None)  # pictures, drawn by a process of their own
+    monkeypatch.setattr(BackgroundFiles, "start", lambda *_: None)  # another process draws the pictures
     groups = {"all": dist.group.WORLD, "host": processes.host_group, "patient": processes.long_timeout_group}
     yield Recorder({group.group_name: name for name, group in groups.items()})
     if dist.is_initialized():
@@ -107,7 +107,7 @@ def recorder(monkeypatch, narrow) -> Iterator[Recorder]:
 
 
 def write_data(folder: Path, images: int) -> Path:
-    """As many names of one picture, a box in each."""
+    """A data set of `images` links to one picture, each with one box."""
     picture = folder / "picture.jpg"
     write_image(picture, 160, 120)
     entries = [{"id": i, "file_name": f"{i}.jpg", "width": 160, "height": 120} for i in range(images)]
@@ -129,7 +129,7 @@ def run(recorder: Recorder, folder: Path, images: int) -> tuple[int, list[str]]:
 
 
 def steps(count: int) -> list[str]:
-    """Of a run's first training steps: gradients and the notice to stop; the loss is read at the first."""
+    """The collectives of a run's first training steps: gradients, the poll for SIGTERM, the loss after the first."""
     first, second = [GRADIENTS, INTEGER, INTEGER], [*ORDER, GRADIENTS, INTEGER]
     return [*first, *second, *[GRADIENTS, INTEGER] * (count - 2)]
 
@@ -146,7 +146,7 @@ def evaluated() -> list[str]:
 
 @pytest.mark.parametrize(("images", "iterations"), [(2100, 2), (4000, 2), (6200, 4)])
 def test_an_epoch_and_its_evaluation(recorder, tmp_path, images, iterations):
-    """Before the evaluation the run is saved, afterwards twice, as best and last; at both ends it may be stopped."""
+    """The run saves before the evaluation and twice after it (best and last); each time ranks then agree on SIGTERM."""
     status, seen = run(recorder, tmp_path, images)
     assert status == main.DONE
     epoch = [*steps(iterations), *CHECKED, *saved(), INTEGER]
@@ -154,7 +154,7 @@ def test_an_epoch_and_its_evaluation(recorder, tmp_path, images, iterations):
 
 
 def test_a_stop(recorder, tmp_path, monkeypatch):
-    """In the second of four steps; all ranks know of it a step later."""
+    """SIGTERM comes in the second of four steps; all ranks stop a step later."""
     step, count = Trainer.step, iter(range(4))
 
     def signalled(*arguments):

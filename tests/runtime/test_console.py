@@ -1,4 +1,4 @@
-"""Standard output and standard error that go away while the program runs."""
+"""Standard output and standard error that fail while the program runs."""
 
 import io
 import os
@@ -10,7 +10,7 @@ from src.report.report import Report
 from src.runtime.console import robust_console, take_failures
 
 
-def test_a_reader_that_has_gone_is_reported_once_and_printing_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_closed_pipe_is_reported_once_and_printing_continues(tmp_path, monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as stream:
@@ -56,7 +56,7 @@ def test_the_streams_are_restored():
     assert (sys.stdout, sys.stderr) == before
 
 
-def test_letters_beyond_the_encoding_are_escaped(monkeypatch):
+def test_characters_beyond_the_encoding_are_escaped(monkeypatch):
     output = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
     with robust_console():

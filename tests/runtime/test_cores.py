@@ -1,4 +1,4 @@
-"""The number of usable cores: affinity and the CPU quota of a container, whichever is less."""
+"""The number of usable cores: the smaller of affinity and the CPU quota of a container."""
 
 import os
 
@@ -10,7 +10,7 @@ from src.runtime.cores import usable_cores
 
 @pytest.fixture
 def sixteen_cores(monkeypatch, tmp_path):
-    """A process that may run on 16 cores of a machine of 128, in a control group that the test writes."""
+    """A process with affinity to 16 of 128 cores; returns the folder of its control group, which the test fills."""
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
     monkeypatch.setattr(cores, "CGROUP", tmp_path)

@@ -1,9 +1,12 @@
-"""Whether two processes share a GPU; which one a process takes is in test_distributed.py."""
+"""Two processes on one GPU are refused; test_process_group.py has which GPU a process takes."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from src.runtime.devices import GpuIdentity, gpu_identity, require_distinct_gpus
+from src.runtime.distributed import Processes
 from src.runtime.errors import UserError
 
 
@@ -12,7 +15,7 @@ def gpus(*uuids: str | None) -> list[GpuIdentity | None]:
 
 
 @pytest.mark.parametrize("uuids", [("a", "b", "c", "d"), ("a",), (None, None)], ids=str)
-def test_a_gpu_each_is_fine_and_so_are_cpus(uuids):
+def test_distinct_gpus_and_cpus_are_accepted(uuids):
     require_distinct_gpus(gpus(*uuids))
 
 
@@ -23,3 +26,23 @@ def test_the_first_two_ranks_on_one_gpu_are_named():
 
 def test_a_cpu_has_no_identity():
     assert gpu_identity(torch.device("cpu")) is None
+
+
+def test_both_ranks_on_one_gpu_raise(monkeypatch):
+    """Both raise the same error."""
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU-{device.index}", name="H100")
+    )
+    own = gpu_identity(torch.device("cuda", 0))
+    processes = Processes(1, 1, torch.device("cuda", 0), None)
+    processes.check_devices()  # one process has no group to ask
+    processes.world_size = 2
+
+    def gather(found: list, mine, group) -> None:
+        found[:] = [own, mine]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(UserError, match=r"^ranks 0 and 1 are on one GPU, H100 \(GPU-0\) of .+: start one process for"):
+        processes.check_devices()
+    processes.device = torch.device("cuda", 1)
+    processes.check_devices()

@@ -1,4 +1,4 @@
-"""What the program finds around it before its libraries are imported."""
+"""Checks and signal handlers before the libraries are imported."""
 
 import ast
 import os
@@ -24,7 +24,7 @@ tempfile._get_default_tempdir = none
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
-# The libraries are imported first: on Windows they have other ways, which cannot be had here.
+# Imports the libraries first: on Windows they use other system calls, which this machine lacks.
 WINDOWS = """
 import runpy, signal, sys
 import torch, torch.utils.data.datapipes, torchvision, tqdm, PIL.Image, faster_coco_eval, matplotlib.pyplot
@@ -48,7 +48,7 @@ with narrow_network():
 
 @pytest.fixture(autouse=True)
 def _start_of_a_process():
-    """The handlers that Python starts with, and the environment's variables, restored afterwards."""
+    """Installs Python's first handlers; restores handlers and environment variables afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -58,20 +58,20 @@ def _start_of_a_process():
         signal.signal(number, handler)
 
 
-def test_a_notebooks_matplotlib_backend_is_of_no_interest(monkeypatch):
+def test_a_notebooks_matplotlib_backend_is_ignored(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     environment.prepare()
     assert "MPLBACKEND" not in os.environ
 
 
-def test_without_a_place_for_temporary_files_the_program_ends_in_a_line():
-    """Before torch, which would end in a traceback, is imported."""
+def test_without_a_temporary_folder_the_program_ends_in_one_line():
+    """It ends before it imports torch, which would print a traceback."""
     done = subprocess.run([sys.executable, "-c", NO_TEMPORARY_FOLDER, main.__file__], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "main.py: error: no folder can take temporary files: set TMPDIR to one that can\n"
 
 
-def test_another_place_is_taken_where_there_is_one(monkeypatch, tmp_path):
+def test_a_missing_tmpdir_is_replaced_by_another_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
     monkeypatch.setattr(tempfile, "tempdir", None)
     environment.prepare()

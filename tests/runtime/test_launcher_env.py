@@ -1,7 +1,9 @@
-"""The place among the processes that a launcher's environment variables tell."""
+"""The rank by a launcher's environment variables, and printing once per node."""
 
 import pytest
 
+from src.flags import parse_args
+from src.runtime import launcher_env
 from src.runtime.errors import UserError
 from src.runtime.launcher_env import RankInfo, first_host, rank_info_from_env
 
@@ -14,24 +16,24 @@ STEP = {**BATCH, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"
         "SLURM_STEP_NODELIST": "n[2-3]"}  # fmt: skip
 
 
-def test_torchruns_place():
+def test_torchruns_rank():
     assert rank_info_from_env(0, TORCHRUN) == RankInfo(5, 8, 1, "node0", 29400)
     assert rank_info_from_env(0, {**STEP, **MPIRUN, **TORCHRUN}) == RankInfo(5, 8, 1, "node0", 29400)
 
 
-def test_the_places_of_a_slurm_step():
-    place = rank_info_from_env(0, STEP)
-    assert place[:4] == (3, 4, 1, "n2")
-    assert 20000 <= place.port < 32768
-    assert rank_info_from_env(0, {**STEP, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).port == place.port
+def test_the_ranks_of_a_slurm_step():
+    info = rank_info_from_env(0, STEP)
+    assert info[:4] == (3, 4, 1, "n2")
+    assert 20000 <= info.port < 32768
+    assert rank_info_from_env(0, {**STEP, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).port == info.port
     others = [{**STEP, "SLURM_JOB_ID": "8"}, {**STEP, "SLURM_STEP_ID": "1"}]
-    assert len({place.port, *(rank_info_from_env(0, other).port for other in others)}) == 3
+    assert len({info.port, *(rank_info_from_env(0, other).port for other in others)}) == 3
     assert rank_info_from_env(0, {**STEP, "MASTER_ADDR": "other", "MASTER_PORT": "1"}) == RankInfo(3, 4, 1, "other", 1)
 
 
 @pytest.mark.parametrize("variables", [{}, BATCH, {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}])
-def test_a_lone_process_is_one(variables):
-    """Also in a batch job's script, and where a step has one process."""
+def test_a_single_process_is_rank_0_of_1(variables):
+    """Also in a batch job's script, and in a step of one process."""
     assert rank_info_from_env(0, variables) == RankInfo(0, 1, 0)
 
 
@@ -39,7 +41,7 @@ def test_a_launcher_of_one_process_wins_over_slurm():
     assert rank_info_from_env(0, {**STEP, "WORLD_SIZE": "1"}) == RankInfo(0, 1, 0)
 
 
-def test_mpiruns_place():
+def test_mpiruns_rank():
     assert rank_info_from_env(0, {**STEP, **MPIRUN, "MASTER_ADDR": "a"}) == RankInfo(3, 4, 1, "a", 29500)
     assert rank_info_from_env(0, {**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}) == RankInfo(3, 4, 1, "127.0.0.1", 29500)
     with pytest.raises(UserError, match="mpirun -x MASTER_ADDR=HOST"):
@@ -47,13 +49,13 @@ def test_mpiruns_place():
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
-def test_an_empty_variable_counts_as_none(name):
+def test_an_empty_variable_counts_as_missing(name):
     assert rank_info_from_env(2, {name: ""}) == RankInfo(0, 1, 2)
     assert rank_info_from_env(2, {name: " "}) == RankInfo(0, 1, 2)
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two': expected a whole number from 1"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0': expected a whole number from 1"),
@@ -69,8 +71,8 @@ def test_an_empty_variable_counts_as_none(name):
         ({**STEP, "SLURM_PROCID": ""}, "SLURM_PROCID is '': expected a whole number"),
     ],
 )
-def test_nonsense_is_named_in_a_line(variables, said):
-    with pytest.raises(UserError, match=said):
+def test_bad_variables_are_named(variables, message):
+    with pytest.raises(UserError, match=message):
         rank_info_from_env(0, variables)
 
 
@@ -84,5 +86,17 @@ def test_nonsense_is_named_in_a_line(variables, said):
         ("rack[2-3]node[04-07]-ib,n1", "rack2node04-ib"),
     ],
 )
-def test_the_first_of_slurms_node_list(nodes, first):
+def test_the_first_host_of_slurms_node_list(nodes, first):
     assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", "usage"), ("1", "")])
+def test_only_the_first_process_of_a_node_prints(monkeypatch, capsys, rank, printed):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(launcher_env, "ERROR_REPORT_GRACE_SECONDS", 0)
+    with pytest.raises(SystemExit), launcher_env.print_once_per_node():
+        parse_args(["--help"])
+    assert capsys.readouterr().out.startswith(printed)
+    with pytest.raises(SystemExit, match="2"), launcher_env.print_once_per_node():
+        parse_args(["--no-such-flag"])
+    assert bool(capsys.readouterr().err) == (rank == "0")

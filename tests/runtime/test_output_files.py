@@ -1,4 +1,4 @@
-"""Files that are replaced whole, and the lock of a run's folder."""
+"""Atomic writes, and the lock of a run's folder."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from src.runtime.output_files import LOCK, atomic_write, lock_output_folder
 from tests.helpers.launch import VARIABLES
 
 NEEDS_LOCKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is locked and no worker forked on Windows")
-# A run that holds its folder, writes a file and starts a worker, which outlives it; it waits to be killed.
+# A run that locks its folder, writes a file and forks a worker, which outlives it; it waits to be killed.
 RUN = """
 import os, signal, sys
 from pathlib import Path
@@ -32,7 +32,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_two_writers_of_one_file_both_finish_and_the_last_one_counts(tmp_path):
+def test_of_two_writers_of_one_file_the_last_to_finish_wins(tmp_path):
     with atomic_write(tmp_path / "a.json") as first:
         first.write(b"first")
         with atomic_write(tmp_path / "a.json") as second:
@@ -59,7 +59,7 @@ def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
 
 
 @NEEDS_LOCKS
-def test_a_folder_is_one_runs_until_that_is_killed_and_its_leftovers_go_with_the_next(tmp_path):
+def test_a_killed_run_frees_its_folder_and_the_next_removes_its_leftovers(tmp_path):
     line = [sys.executable, "-c", RUN, str(tmp_path)]
     with subprocess.Popen(line, stdout=subprocess.PIPE, env={**os.environ, **VARIABLES}) as run:
         worker = int(run.stdout.readline())
@@ -68,7 +68,7 @@ def test_a_folder_is_one_runs_until_that_is_killed_and_its_leftovers_go_with_the
                 UserError, match=f"^{tmp_path} is in use by another run: give this one its own --output"
             ):
                 lock_output_folder(tmp_path).__enter__()
-            assert len(names(tmp_path)) == 2  # the lock and what the other run writes
+            assert len(names(tmp_path)) == 2  # the lock and the other run's temporary file
             run.kill()
             run.wait()
             (tmp_path / ".lock.part").touch()  # no temporary file of ours
@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
         pass
 
 
-def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_refuses_no_run(tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
 
     def refuse(*_: object) -> None:

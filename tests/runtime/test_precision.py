@@ -1,3 +1,5 @@
+"""Which CPUs compute in half precision, and autocast on them."""
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ CPU = torch.device("cpu")
         ({"avx512_bf16": False, "amx_tile": True}, False),
     ],
 )
-def test_bfloat16_is_computed_in_where_the_processor_has_it(monkeypatch, capabilities, fast):
+def test_a_cpu_uses_bfloat16_if_it_has_the_arithmetic(monkeypatch, capabilities, fast):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert half_is_fast(CPU) is fast
     assert half_is_fast(torch.device("cuda"))
@@ -28,7 +30,7 @@ def test_bfloat16_is_computed_in_where_the_processor_has_it(monkeypatch, capabil
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_an_older_torch_tells_it_too(monkeypatch, fast):
+def test_an_older_torch_knows_the_capabilities_too(monkeypatch, fast):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

@@ -1,4 +1,4 @@
-"""SIGTERM: what it does at each moment of a process's life."""
+"""SIGTERM at each moment of a process's life."""
 
 import os
 import signal
@@ -33,12 +33,12 @@ def send_sigterm() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_raises_outside_the_deferred_part(shutdown):
+def test_sigterm_raises_outside_defer_sigterm(shutdown):
     with pytest.raises(SigtermReceived):
         send_sigterm()
 
 
-def test_a_second_sigterm_does_not_cut_the_cleanup_short(shutdown):
+def test_a_second_sigterm_does_not_interrupt_the_cleanup(shutdown):
     """Schedulers and launchers both send it."""
     finished = False
     with pytest.raises(SigtermReceived):
@@ -51,7 +51,7 @@ def test_a_second_sigterm_does_not_cut_the_cleanup_short(shutdown):
     assert finished
 
 
-def test_sigterm_waits_for_the_deferred_part(shutdown):
+def test_defer_sigterm_finishes_its_block_first(shutdown):
     finished = False
     with pytest.raises(SigtermReceived), shutdown.defer_sigterm():
         send_sigterm()
@@ -60,7 +60,7 @@ def test_sigterm_waits_for_the_deferred_part(shutdown):
     assert finished
 
 
-def test_an_error_in_the_deferred_part_wins_over_the_signal(shutdown):
+def test_an_error_inside_defer_sigterm_wins_over_the_signal(shutdown):
     with pytest.raises(ZeroDivisionError), shutdown.defer_sigterm():
         send_sigterm()
         raise ZeroDivisionError
@@ -113,9 +113,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def first_process() -> list[str]:
-    """The command that makes what follows the first process of a container, which lacks the default action of signals.
+    """A prefix that makes a command the first process of a container, where signals have no default action.
 
-    Empty where the system refuses; the process then has the usual default action.
+    Empty if the system refuses that; signals then have their default actions.
     """
     command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"]
     try:
