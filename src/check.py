@@ -1,6 +1,6 @@
-"""`--mode check`: reads both annotation files and every picture, and tells what is in them and what is wrong.
+"""`--mode check`: reads both annotation files and every image, and prints what they hold and what is wrong.
 
-Where nothing is wrong, it draws a training batch too.
+If nothing is wrong, it also draws a training batch.
 """
 
 import hashlib
@@ -29,19 +29,19 @@ from src.runtime.errors import DataError
 from src.runtime.output_files import make_folder
 from src.ssd.default_boxes import IMAGE_SIZE
 
-CHUNK = 16  # pictures a thread takes at a time
-NAMED = 5  # pictures that a warning names
+CHUNK = 16  # images a thread takes at a time
+NAMED = 5  # images that a warning names
 DIGEST_BYTES = 16
 
 
 class Bar(Protocol):
-    """What is used of a progress bar."""
+    """The part of a progress bar that `check_dataset` uses."""
 
     def update(self, steps: int) -> None: ...
 
 
 Progress = Callable[[int, str], AbstractContextManager[Bar]]  # of (total, name)
-TrialMaker = Callable[..., DecodeCheck | None]  # of the training annotations and num_threads
+MakeDecodeCheck = Callable[..., DecodeCheck | None]  # of the training annotations and num_threads
 
 
 def check(
@@ -50,13 +50,13 @@ def check(
     *,
     upright: bool,
     make_loader: Callable[[Annotations], TrainLoader],
-    make_decode_check: TrialMaker,
+    make_decode_check: MakeDecodeCheck,
     report: Report,
 ) -> int:
-    """Checks the data set in `folder` and draws a training batch of it into `output`; the exit status.
+    """Checks the data set in `folder` and draws one of its training batches into `output`; the exit status.
 
-    upright: see `read_annotations`.  make_loader: the training loader of the annotations.  make_decode_check:
-    `loaders.make_decode_check`.
+    upright: see `read_annotations`.  make_loader: makes the training loader of annotations.
+    make_decode_check: `loaders.make_decode_check`.
     """
     make_folder(output)
     files = [locations(folder, split) for split in ("train", "val")]
@@ -79,21 +79,21 @@ def check_dataset(
     files: Sequence[tuple[Path, Path]],
     *,
     upright: bool = False,
-    make_decode_check: TrialMaker,
+    make_decode_check: MakeDecodeCheck,
     workers: int,
     progress: Progress,
     write: Callable[[str], None],
 ) -> int:
-    """Checks annotation files and the pictures they name; the exit status, 2 where something is wrong, else 0.
+    """Checks annotation files and the images they name; the exit status: 2 if something is wrong, else 0.
 
-    files: (annotation file, image folder), the training ones first: their categories are the ones that count, and
-    their pictures are decoded as the training decodes them too.
+    files: pairs of annotation file and image folder, training first.  The training file's categories count, and its
+    images must decode in the training pipeline, too.
     upright and make_decode_check: as for `check`.  workers: threads that decode.
-    Writes each fault as one line, then a summary of each file.
+    Writes a line for each fault, then a summary of each file.
     """
     categories: tuple[Category, ...] | None = None
     faults = 0
-    seen: dict[bytes, str] = {}  # name by digest, of the pictures of the files before
+    seen: dict[bytes, str] = {}  # file names by digest, of the images of earlier annotation files
     for annotation_file, image_folder in files:
         try:
             annotations = read_annotations(
@@ -110,7 +110,7 @@ def check_dataset(
         faults += checked.faults
         for line in summary(annotations):
             write(line)
-        warnings = [*_repeated_boxes(annotations), *_known_pictures(annotations, checked.digests, seen)]
+        warnings = [*_repeated_boxes(annotations), *_repeated_images(annotations, checked.digests, seen)]
         for line in warnings:
             write(f"  warning: {line}")
         seen |= {digest: annotations.file_name(index) for index, digest in checked.digests.items()}
@@ -121,11 +121,11 @@ def check_dataset(
 
 
 class _Checked(NamedTuple):
-    """What reading the pictures of an annotation file gave."""
+    """The result of reading the images of an annotation file."""
 
     faults: int
-    damaged: int  # JPEG files that can be read and have damaged data
-    digests: dict[int, bytes]  # of the files that can be read, by index
+    damaged: int  # JPEG files with damaged data that can still be read
+    digests: dict[int, bytes]  # of the readable files, by image index
 
 
 def _check_images(
@@ -136,15 +136,15 @@ def _check_images(
     progress: Progress,
     write: Callable[[str], None],
 ) -> _Checked:
-    """Reads every picture and writes a line for each that is missing, broken, damaged or of another size."""
+    """Reads every image and writes a line for each that is missing, broken, damaged or of another size."""
     total = len(annotations)
-    if not os.path.isdir(annotations.image_folder):  # Path.is_dir raises where a folder may not be entered
+    if not os.path.isdir(annotations.image_folder):  # Path.is_dir raises for a folder that may not be entered
         folder = annotations.image_folder.absolute()
         write(f"{folder}: no such folder, or it may not be entered: {annotations.path} names {total} images in it")
         return _Checked(total, 0, {})
     faults = damaged = 0
     digests: dict[int, bytes] = {}
-    # Threads suffice: simplejpeg and Pillow release Python's lock while they decode.
+    # Threads suffice: simplejpeg and Pillow release the GIL while they decode.
     with progress(total, "images") as bar, ThreadPoolExecutor(workers) as pool:
         chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
         try:
@@ -170,7 +170,7 @@ def _check_images(
 
 
 class _Chunk(NamedTuple):
-    """What reading some pictures gave; by index where it is a dict."""
+    """The result of reading a few images; the keys are image indices."""
 
     faults: dict[int, DataError]
     damage: list[str]
@@ -195,34 +195,36 @@ def _read_chunk(annotations: Annotations, chunk: range) -> _Chunk:
 
 
 def _repeated_boxes(annotations: Annotations) -> list[str]:
-    """A line where boxes equal an earlier one of their image and category: only one can be detected."""
-    owners = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
-    rows = np.column_stack((owners, annotations.labels, annotations.boxes))
+    """A line about boxes that repeat another of their image and category: a detector can find only one of them."""
+    image_index = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
+    rows = np.column_stack((image_index, annotations.labels, annotations.boxes))
     rows = rows[np.lexsort(rows.T)]
     repeated = rows[1:][(rows[1:] == rows[:-1]).all(axis=1), 0].astype(np.int64)
     if not len(repeated):
         return []
     images = np.unique(repeated)
-    names = _listed([annotations.file_name(index) for index in images[:NAMED].tolist()], len(images))
+    names = _list_names([annotations.file_name(index) for index in images[:NAMED].tolist()], len(images))
     return [f"{len(repeated)} boxes repeat another of the same category on {len(images)} images: {names}"]
 
 
-def _known_pictures(annotations: Annotations, digests: dict[int, bytes], seen: dict[bytes, str]) -> list[str]:
-    """A line where pictures are those of an earlier annotation file, byte for byte."""
-    known = [index for index, digest in digests.items() if digest in seen]
-    if not known:
+def _repeated_images(annotations: Annotations, digests: dict[int, bytes], seen: dict[bytes, str]) -> list[str]:
+    """A line about image files that an earlier annotation file has too, byte for byte."""
+    repeated = [index for index, digest in digests.items() if digest in seen]
+    if not repeated:
         return []
-    names = [f"{annotations.file_name(index)} = {seen[digests[index]]}" for index in known[:NAMED]]
-    return [f"{len(known)} validation pictures are training pictures, byte for byte: {_listed(names, len(known))}"]
+    names = [f"{annotations.file_name(index)} = {seen[digests[index]]}" for index in repeated[:NAMED]]
+    return [
+        f"{len(repeated)} validation pictures are training pictures, byte for byte: {_list_names(names, len(repeated))}"
+    ]
 
 
-def _listed(names: list[str], total: int) -> str:
+def _list_names(names: list[str], total: int) -> str:
     more = f" and {total - len(names)} more" if total > len(names) else ""
     return ", ".join(names) + more
 
 
 def summary(annotations: Annotations) -> list[str]:
-    """What is in an annotation file and what was left out of it, a line each."""
+    """Lines that say what an annotation file holds, and what was left out of it."""
     counts = np.diff(annotations.first_box)
     categories = len(annotations.categories)
     lines = [
@@ -246,7 +248,7 @@ def _spread(values: np.ndarray) -> str:
 
 
 def draw_training_batch(batch: Batch, categories: tuple[Category, ...], output: Path) -> Path:
-    """Draws the images of a batch as the network sees them, with the boxes matched to default boxes, into batch.png."""
+    """Draws a batch into batch.png as the network sees it, with the boxes that are matched to default boxes."""
     make_folder(output)
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     images = (batch.images.float().cpu() * deviation + mean) * 255
@@ -254,7 +256,7 @@ def draw_training_batch(batch: Batch, categories: tuple[Category, ...], output: 
     for matched, labels in zip(batch.boxes.cpu(), batch.labels.cpu(), strict=True):
         positive = labels > 0
         rows = torch.cat((box_convert(matched[positive], "cxcywh", "xyxy"), labels[positive, None]), dim=1)
-        rows = rows.unique(dim=0)  # a box is matched to many default boxes
+        rows = rows.unique(dim=0)  # a box matches many default boxes
         boxes.append((rows[:, :4] * IMAGE_SIZE).numpy())
         names.append([categories[int(label) - 1].name for label in rows[:, 4]])
     path = output / BATCH

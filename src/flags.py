@@ -145,7 +145,7 @@ def _add_documented(parser: argparse.ArgumentParser) -> None:
     add("--local_rank", "--local-rank", type=_count, default=0,
         help="set by the launcher; the LOCAL_RANK variable wins")  # fmt: skip
     add("--data_pipeline", "--data-pipeline", choices=PIPELINES, default="dali",
-        help="who prepares the training images: NVIDIA DALI or torchvision")  # fmt: skip
+        help="what prepares the training images: NVIDIA DALI or torchvision")  # fmt: skip
 
 
 def _add_modes(add: Add) -> None:
@@ -153,22 +153,22 @@ def _add_modes(add: Add) -> None:
         "--mode", choices=MODES, default="training",
         help="evaluation: score a checkpoint. prediction: --data is an image or a folder of images. check: read every "
         "image and annotation and report what is wrong. benchmark: time training steps and print images/s. export: "
-        "write a checkpoint as files that other programs run, and how far they are from it on some images of --data "
-        "(an image, a folder or a data set)",
+        "write a checkpoint as files that other programs run, and print how much they differ from it on some images of "
+        "--data (an image, a folder or a data set)",
     )  # fmt: skip
     add("--target", type=_fraction, default=None, metavar="MAP", help="exit status 1 when the final mAP is below it")
     add(
         "--score", type=_score, default=None, metavar="{S,best}",
-        help="prediction: draw and list detections of this score or more, best: of each category's best F1; left out: "
-        "draw from 0.3, list from 0.05",
+        help="prediction: draw and list detections of this score or more; best: the score at which each category has "
+        "its best F1; left out: draw from 0.3, list from 0.05",
     )  # fmt: skip
 
 
 def _add_input(add: Add) -> None:
     add(
         "--orientation", choices=ORIENTATIONS, default="stored",
-        help="the pictures that sizes and boxes in the annotation files are of: as stored, or turned upright by their "
-        "EXIF orientation tags",
+        help="the images that the annotation files describe: as stored, or turned upright by their EXIF orientation "
+        "tags",
     )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def _add_weights(add: Add) -> None:
     )  # fmt: skip
     add(
         "--freeze-backbone", action="store_true",
-        help="keep the backbone's weights and batch-norm statistics as they are; for a few hundred pictures or fewer",
+        help="keep the backbone's weights and batch-norm statistics as they are; for a few hundred images or fewer",
     )  # fmt: skip
     add(
         "--checkpoint", type=_path, default=None, metavar="FILE",
@@ -189,15 +189,15 @@ def _add_weights(add: Add) -> None:
     )  # fmt: skip
     add(
         "--resume", nargs="?", type=_path, const=True, default=None, metavar="FILE",
-        help="continue a run exactly where FILE stopped; without FILE from last.pt in --output, or afresh where there "
-        "is none",
+        help="continue a run exactly where FILE stopped; without FILE, continue from last.pt in --output, or start a "
+        "new run if there is no last.pt",
     )  # fmt: skip
 
 
 def _add_speed(add: Add) -> None:
     add(
         "--compile", action="store_true",
-        help="train through torch.compile, which fuses what lies between the convolutions; a minute longer to start",
+        help="train through torch.compile, which fuses the operations between the convolutions; starts a minute later",
     )  # fmt: skip
 
 
