@@ -17,7 +17,7 @@ from torchvision.ops import box_convert
 
 from src.data.annotations.coco import Annotations, Category, locations, read_annotations
 from src.data.annotations.dataset import NO_VALIDATION
-from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
+from src.data.pipelines.batch import Batch, denormalise
 from src.data.pipelines.image_reader import read_image
 from src.data.pipelines.loaders import DecodeCheck, TrainLoader
 from src.report.exit_status import BAD_INPUT, DONE
@@ -250,8 +250,7 @@ def _spread(values: np.ndarray) -> str:
 def draw_training_batch(batch: Batch, categories: tuple[Category, ...], output: Path) -> Path:
     """Draws a batch into batch.png as the network sees it, with the boxes that are matched to default boxes."""
     make_folder(output)
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    images = (batch.images.float().cpu() * deviation + mean) * 255
+    images = denormalise(batch.images.float().cpu())
     boxes, names = [], []
     for matched, labels in zip(batch.boxes.cpu(), batch.labels.cpu(), strict=True):
         positive = labels > 0

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from src.data.annotations.coco import Category
 from src.data.images.decode import resize
-from src.data.images.formats import Images, decode_any, decode_thumbnail, find_images, size_of
+from src.data.images.formats import ImageFiles, decode_any, decode_thumbnail, find_images, read_size
 from src.data.pipelines.batch import normalise
 from src.evaluation.evaluate import EvaluationConfig, detect_batch, evaluating, log_non_finite, prepare_for_inference
 from src.evaluation.results import DECIMALS, in_pixels, write_json_list
@@ -145,7 +145,7 @@ def _output_folder(data: Path, output: Path) -> Path:
 
 def predict(
     model: nn.Module,
-    images: Images,
+    images: ImageFiles,
     categories: Sequence[Category],
     config: EvaluationConfig,
     context: RunContext,
@@ -249,7 +249,7 @@ def _read_batches(
 
 def _read(path: Path, budget: PixelBudget) -> _Image | UserError:
     """The image as the network takes it, or the reason why it cannot be read."""
-    width, height = size_of(path)
+    width, height = read_size(path)
     with budget.reserve(width * height):
         try:
             image = decode_any(path)

@@ -33,9 +33,9 @@ class ValidationLoss:
         sizes = self.annotations.sizes[indices]
         boxes = np.concatenate([truth[row][0] / np.tile(sizes[row], 2) for row in rows]).astype(np.float32)
         labels = np.concatenate([truth[row][1] for row in rows])
-        owners = np.repeat(np.arange(len(rows)), [len(truth[row][0]) for row in rows])
-        truth_boxes, truth_labels, images = map(self._to_device, (boxes, labels, owners))
-        matched = self._matcher.targets(truth_boxes, truth_labels, images, len(rows))
+        image_index = np.repeat(np.arange(len(rows)), [len(truth[row][0]) for row in rows])
+        truth_boxes, truth_labels, truth_images = map(self._to_device, (boxes, labels, image_index))
+        matched = self._matcher.targets(truth_boxes, truth_labels, truth_images, len(rows))
         if len(rows) < len(indices):
             offsets, logits = offsets[rows], logits[rows]
         parts = self._criterion.parts(offsets, logits, *matched)  # means over these images

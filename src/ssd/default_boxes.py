@@ -51,28 +51,29 @@ def _shapes(k: int) -> list[tuple[float, float]]:
 
 
 def match(
-    boxes: Tensor, owners: Tensor, images: int, defaults_ltrb: Tensor, threshold: float = MATCH_THRESHOLD
+    boxes: Tensor, image_index: Tensor, num_images: int, defaults_ltrb: Tensor, threshold: float = MATCH_THRESHOLD
 ) -> Tensor:
     """Index of the ground-truth box matched to each default box of each image, -1 for background; [N, A] int64.
 
-    boxes [T, 4] ltrb in 0..1 of all images, owners [T] int64: the image that each belongs to, images: N;
+    boxes [T, 4] ltrb in 0..1 of all images, image_index [T] int64: the image of each box, num_images: N;
     defaults_ltrb [A, 4].  A default box takes the box it overlaps most, if by more than `threshold`.  Each ground-truth
     box also claims the default box that overlaps it most (the first of equals); where several claim the same one,
     the last of them gets it.
     """
-    total, places = len(boxes), len(defaults_ltrb)
-    background = torch.full((images, places), -1, device=boxes.device)
+    total, num_default_boxes = len(boxes), len(defaults_ltrb)
+    shape = (num_images, num_default_boxes)
+    background = torch.full(shape, -1, device=boxes.device)
     if total == 0:
         return background
     overlap = _iou(boxes, defaults_ltrb)  # [T, A]
     number = torch.arange(total, dtype=torch.int32, device=boxes.device)
-    owner = owners[:, None].expand_as(overlap)  # [T, A]
-    best = overlap.new_zeros(images, places).scatter_reduce_(0, owner, overlap, "amax")  # [N, A]
-    numbers = torch.where(overlap == best[owners], number[:, None], total)  # [T, A]
-    first = number.new_full((images, places), total).scatter_reduce_(0, owner, numbers, "amin")  # [N, A], of equals
+    row = image_index[:, None].expand_as(overlap)  # [T, A]
+    best = overlap.new_zeros(shape).scatter_reduce_(0, row, overlap, "amax")  # [N, A]
+    numbers = torch.where(overlap == best[image_index], number[:, None], total)  # [T, A]
+    first = number.new_full(shape, total).scatter_reduce_(0, row, numbers, "amin")  # [N, A], of equals
     matched = torch.where(best > threshold, first, -1).long()
-    claimed = owners * places + overlap.argmax(dim=1)  # [T], in the flattened default boxes
-    claims = background.flatten().scatter_reduce(0, claimed, number.long(), "amax").view(images, places)
+    claimed = image_index * num_default_boxes + overlap.argmax(dim=1)  # [T], in the flattened default boxes
+    claims = background.flatten().scatter_reduce(0, claimed, number.long(), "amax").view(shape)
     return torch.where(claims >= 0, claims, matched)
 
 

@@ -13,7 +13,7 @@ import torch
 import main
 from src.benchmark import WARM_UP, benchmark
 from src.data.annotations.coco import Annotations, Category, locations, read_annotations
-from src.data.images.formats import Images
+from src.data.images.formats import ImageFiles
 from src.data.pipelines.batch import BatchMaker, HostBatch
 from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EvaluationLoader, TorchTrainLoader
@@ -327,7 +327,7 @@ def test_a_batch_and_a_step_are_of_so_many_operators(half):
 def test_predictions_are_the_cpus(data, tmp_path):
     categories = [Category(1, "square"), Category(2, "disc")]
     files = sorted((data / "val2017").iterdir())[:3]
-    images = Images(data / "val2017", files, 0, [])
+    images = ImageFiles(data / "val2017", files, 0, [])
     config = EvaluationConfig(batch_size=2, num_workers=0, amp=False)
     listed = {}
     for device in (CPU, GPU):

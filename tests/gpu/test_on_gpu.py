@@ -16,7 +16,7 @@ import main
 from src.benchmark import endless, random_batch
 from src.data.images.decode import decode, resize
 from src.data.pipelines.augment import colour_matrix
-from src.data.pipelines.batch import coloured
+from src.data.pipelines.batch import colour_and_normalise
 from src.data.pipelines.dali_graph import OUTPUTS
 from src.runtime import distributed
 from src.runtime.precision import image_dtype
@@ -79,7 +79,7 @@ def test_dalis_windows_flips_and_colours_are_those_that_it_drew(tmp_path, device
         shown = torch.from_numpy(images[number]).permute(2, 0, 1)
         assert (shown.float() - window.float()).abs().mean() < 1.5, number
     matrices = torch.from_numpy(colour_matrix(*colours.T))
-    expected = coloured(torch.from_numpy(images).permute(0, 3, 1, 2), matrices)
+    expected = colour_and_normalise(torch.from_numpy(images).permute(0, 3, 1, 2), matrices)
     assert (on_host(batch.images) - expected).abs().max() < 0.01
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from src.data.annotations.coco import Category
-from src.data.images.formats import Images
+from src.data.images.formats import ImageFiles
 from src.evaluation.evaluate import EvaluationConfig
 from src.evaluation.predict import Prediction, predict
 from src.report.report import Report, RunContext
@@ -51,7 +51,7 @@ def predict_files(
 ) -> Prediction | None:
     """`predict` of files in one folder, or in and below `folder`."""
     processes = processes or Processes.single(torch.device("cpu"))
-    images = Images(folder or files[0].parent, list(files), 0, [])
+    images = ImageFiles(folder or files[0].parent, list(files), 0, [])
     config = EvaluationConfig(batch_size=batch_size, num_workers=0, amp=False)
     return predict(
         model or FindsOneDisc(), images, CATEGORIES, config, RunContext(processes, Report.disabled(), output)

@@ -37,8 +37,8 @@ def assert_matches(cases: dict, batch_size: int) -> None:
     for start in range(0, len(ids), batch_size):
         chosen = ids[start : start + batch_size]
         boxes = [torch.from_numpy(cases[f"{one}_boxes_ltrb"]) for one in chosen]
-        owners = torch.cat([torch.full((len(one),), image) for image, one in enumerate(boxes)])
-        indices = match(torch.cat(boxes), owners, len(boxes), default_boxes_ltrb())
+        image_index = torch.cat([torch.full((len(one),), image) for image, one in enumerate(boxes)])
+        indices = match(torch.cat(boxes), image_index, len(boxes), default_boxes_ltrb())
         for image, (one, box, index) in enumerate(zip(chosen, boxes, indices, strict=True)):
             (positive,) = (index >= 0).numpy().nonzero()
             index = index - sum(len(earlier) for earlier in boxes[:image])

@@ -1,7 +1,7 @@
 """Decodes image files; the only module that calls an image decoder.
 
-simplejpeg decodes sound JPEG files, to the pixels of torchvision and Pillow: it takes 0.93 of torchvision's time and
-Pillow 1.15 (176 photographs of COCO).  Pillow decodes the rest: other formats, CMYK, and JPEG files with damaged data.
+simplejpeg decodes undamaged JPEG files to the same pixels as torchvision and Pillow, in 0.93 of torchvision's time;
+Pillow takes 1.15 (176 photographs of COCO).  Pillow decodes other formats, CMYK, and JPEG files with damaged data.
 """
 
 import io
@@ -26,13 +26,14 @@ from src.data.images import png
 from src.runtime.errors import DataError
 from src.ssd.default_boxes import IMAGE_SIZE
 
-# Larger pictures are refused by their header.  One of 300 megapixels takes 2.1 GB while Pillow decodes it: 4 bytes a
-# pixel, and 3 in the tensor.  Photographs of 12,000 x 9,000 are read, and panoramas of 30,000 x 10,000.
+# Headers that announce more pixels are refused.  Pillow decodes 300 megapixels in 2.1 GB: 4 bytes a pixel, and 3 in the
+# tensor.  Photographs of 12,000 x 9,000 and panoramas of 30,000 x 10,000 stay below the limit.
 MAX_PIXELS = 300_000_000
-# How files begin, by format in Pillow's words, whatever their names.  Pillow itself tells the formats of whole headers
-# only, and HEIC not at all; a damaged image is to be named, not passed over.
+JPEG_START, JPEG_SCAN, JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"  # markers: SOI, SOS, EOI
+# Regular expressions of a file's first bytes, by Pillow's name of the format.  Pillow itself detects a format only if
+# the whole header is undamaged, and never HEIC; but a damaged image has to be reported, not skipped.
 MAGIC_BYTES = {
-    "JPEG": rb"\xff\xd8\xff",
+    "JPEG": JPEG_START + b"\xff",
     "PNG": rb"\x89PNG",
     "WEBP": rb"RIFF....WEBP",
     "GIF": rb"GIF8",
@@ -41,29 +42,27 @@ MAGIC_BYTES = {
     "AVIF": rb"....ftypavi[fs]",
     "HEIC": rb"....ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)",
 }
-HEADER_BYTES = 12  # the longest of them
-DATASET_FORMATS = ("JPEG", "PNG", "WEBP")  # which both pipelines read
-JPEG_END = b"\xff\xd9"
-JPEG_SCAN = b"\xff\xda"
-DAMAGE = (  # what Pillow raises for damaged files
+HEADER_BYTES = 12  # of a file, enough for every pattern above
+DATASET_FORMATS = ("JPEG", "PNG", "WEBP")  # that both pipelines read
+DAMAGE_ERRORS = (  # what Pillow raises for damaged files
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, MemoryError, OverflowError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 
 
 class UnreadableError(Exception):
-    """Why a file cannot be read as an image."""
+    """A file cannot be read as an image; the message says why."""
 
 
 def decode(path: Path, *, warn: Callable[[str], None] | None = None) -> Tensor:
-    """A picture of a data set, a JPEG, PNG or WebP file, as it is stored; [3, H, W] uint8 RGB.
+    """The picture of a data set's JPEG, PNG or WebP file, not turned; [3, H, W] uint8 RGB.
 
-    warn: gets the decoder's message where data in the middle of a JPEG file are damaged.
+    warn: called with the decoder's message if data in the middle of a JPEG file are damaged.
     Raises DataError, with the full path, for a file that cannot be read.
     """
     try:
         content = read_file(path)
-        kind = image_format(content)
+        kind = detect_format(content)
         if kind is None:
             raise UnreadableError("it is no JPEG, PNG or WebP file")
         if kind not in DATASET_FORMATS:
@@ -73,8 +72,8 @@ def decode(path: Path, *, warn: Callable[[str], None] | None = None) -> Tensor:
         raise unreadable_error(path, error) from None
 
 
-def image_format(content: bytes) -> str | None:
-    """The format that a file's first HEADER_BYTES announce, a key of MAGIC_BYTES; None for another file."""
+def detect_format(content: bytes) -> str | None:
+    """The format by a file's first HEADER_BYTES, a key of MAGIC_BYTES; None if no pattern matches."""
     return next((kind for kind, magic in MAGIC_BYTES.items() if re.match(magic, content, re.DOTALL)), None)
 
 
@@ -83,29 +82,29 @@ def unreadable_error(path: Path, reason: object) -> DataError:
 
 
 def decode_content(content: bytes, kind: str, *, warn: Callable[[str], None] | None = None) -> Tensor:
-    """The first picture of a file of that format; [3, H, W] uint8 RGB.  Raises UnreadableError."""
+    """The first picture of a file in the format `kind`; [3, H, W] uint8 RGB.  Raises UnreadableError."""
     damage = None
     if kind == "JPEG":
-        image, damage = _sound_jpeg(content)
+        image, damage = _decode_undamaged_jpeg(content)
         if image is not None:
             return image
         if content.rfind(JPEG_END) < content.rfind(JPEG_SCAN):  # Pillow reads some of these files
             raise UnreadableError("it is cut off")
     with open_image(content, kind) as picture:
-        image = pixels(picture)
+        image = decode_pixels(picture)
     if damage is not None and warn is not None:
         warn(damage)
     return image
 
 
-def _sound_jpeg(content: bytes) -> tuple[Tensor | None, str | None]:
-    """The picture of a JPEG file, None where only Pillow can read it, and what is damaged, None where nothing is."""
+def _decode_undamaged_jpeg(content: bytes) -> tuple[Tensor | None, str | None]:
+    """simplejpeg's picture, None if Pillow has to read the file, and its message about damage, if any."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content, strict=False)
-    except (ValueError, KeyError):  # KeyError: it has no name for the subsampling
+    except (ValueError, KeyError):  # KeyError: a chroma subsampling that simplejpeg does not know
         return None, None
     check_size(width, height)
-    is_cmyk = colours == "CMYK"  # Pillow converts it, and simplejpeg by other rounding
+    is_cmyk = colours == "CMYK"  # simplejpeg rounds its conversion to RGB otherwise than Pillow
     try:
         decoded = simplejpeg.decode_jpeg(content, "CMYK" if is_cmyk else "RGB", strict=True)
     except (ValueError, MemoryError) as error:
@@ -114,32 +113,33 @@ def _sound_jpeg(content: bytes) -> tuple[Tensor | None, str | None]:
 
 
 def open_image(content: bytes, kind: str) -> ImageFile:
-    """Pillow's reader of the content of a file of that format, which has read the header.  Raises UnreadableError."""
+    """Pillow's image of a file in the format `kind`; only the header is decoded.  Raises UnreadableError."""
     # Pillow warns without the file's name, and its own limit of 89 megapixels is too low for photographs.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     Image.MAX_IMAGE_PIXELS = None
     try:
         if kind == "PNG":
-            content = png.needed_chunks(content)
+            content = png.keep_needed_chunks(content)
         picture = Image.open(io.BytesIO(content), formats=[kind])
     except UnidentifiedImageError:
         raise UnreadableError("its header is damaged") from None
-    except DAMAGE as error:
+    except DAMAGE_ERRORS as error:
         raise UnreadableError(str(error) or type(error).__name__) from None
     check_size(*picture.size)
     return picture
 
 
 def check_size(width: int, height: int) -> None:
+    """Raises UnreadableError for more than MAX_PIXELS."""
     if width * height > MAX_PIXELS:
         limit = f"more than the {MAX_PIXELS // 10**6} million that are read: make it smaller"
         raise UnreadableError(f"it has {width} x {height} pixels, {limit}")
 
 
-def pixels(picture: ImageFile) -> Tensor:
-    """Decodes the first picture of an opened file; [3, H, W] uint8 RGB, of 16 bits the upper 8.
+def decode_pixels(picture: ImageFile) -> Tensor:
+    """The first picture of an opened file; [3, H, W] uint8 RGB, the upper 8 bits of samples with 16.
 
-    Raises UnreadableError, also for pixels that are measurements and not colours.
+    Raises UnreadableError, also for pixels that are measurements instead of colours.
     """
     if picture.mode in ("I", "F"):
         raise UnreadableError("its pixels are numbers of 32 bits, no colours")
@@ -148,7 +148,7 @@ def pixels(picture: ImageFile) -> Tensor:
             grey = (np.asarray(picture) >> 8).astype(np.uint8)
             return torch.from_numpy(grey).expand(3, -1, -1)
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    except DAMAGE as error:
+    except DAMAGE_ERRORS as error:
         raise UnreadableError(str(error) or type(error).__name__) from None
 
 
@@ -165,7 +165,7 @@ def read_file(path: Path) -> bytes:
 
 
 def require_file(path: Path) -> None:
-    """Raises UnreadableError for what is no regular file: reading a named pipe would wait for its writer."""
+    """Raises UnreadableError unless the path is a regular file: reading a named pipe would wait for its writer."""
     if not is_text(path):
         raise UnreadableError("its path is not UTF-8 text: rename it")
     try:
@@ -179,7 +179,7 @@ def require_file(path: Path) -> None:
 
 
 def is_text(path: Path) -> bool:
-    """Whether the path's bytes are UTF-8.  DALI opens no other path."""
+    """Whether the path's bytes are UTF-8: DALI cannot open other paths."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -188,5 +188,5 @@ def is_text(path: Path) -> bool:
 
 
 def resize(image: Tensor) -> Tensor:
-    """The image [3, H, W] at 300 x 300, by the antialiased triangular filter that DALI uses too."""
+    """The image [3, H, W] at 300 x 300, resized by the same antialiased triangular filter as DALI's."""
     return F.resize(image, [IMAGE_SIZE, IMAGE_SIZE], antialias=True)

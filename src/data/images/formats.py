@@ -1,4 +1,4 @@
-"""Images without annotations: finds them, reads them upright, and reads them no larger than they are drawn."""
+"""Images without annotations, of any format: finds them, and reads them upright and scaled down."""
 
 import os
 from collections.abc import Iterator
@@ -9,63 +9,64 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from src.data.images.decode import (
-    DAMAGE,
+    DAMAGE_ERRORS,
     HEADER_BYTES,
     UnreadableError,
     decode,
     decode_content,
-    image_format,
+    decode_pixels,
+    detect_format,
     open_image,
-    pixels,
     read_file,
     unreadable_error,
 )
-from src.data.images.exif import STORED, apply_orientation, picture_orientation, read_orientation
+from src.data.images.exif import STORED, apply_orientation, pillow_orientation, read_orientation
 from src.runtime.errors import DataError, UserError
 
-REFUSED = ("AVIF", "HEIC")
+UNSUPPORTED = ("AVIF", "HEIC")
 SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff"),
     ".webp",
 )
-SUBFILE_TYPE, REDUCED = 254, 1  # TIFF 6.0, section 8: the picture is a smaller version of another one in the file
+# TIFF 6.0, section 8: the tag, and its value for a picture that is a smaller version of another one in the file.
+SUBFILE_TYPE, REDUCED_IMAGE = 254, 1
 
 
-class Images(NamedTuple):
-    """What there is in a folder and the folders below it."""
+class ImageFiles(NamedTuple):
+    """What `find_images` found in a folder and the folders below it."""
 
     folder: Path
-    files: list[Path]  # images, and whatever has an image's suffix: broken links and named pipes too; sorted
-    others: int  # files that are neither
-    unreadable: list[UserError]  # one for each folder that cannot be listed and each link that may have led to one
-    marked: int = 0  # folders that hold the file `marker`, left out
+    files: list[Path]  # images, and everything with an image's suffix, broken links and named pipes too; sorted
+    others: int  # number of other files
+    unreadable: list[UserError]  # for each folder that cannot be listed and each broken link that may lead to one
+    marked: int = 0  # number of folders left out because they hold the file `marker`
 
 
-def find_images(path: Path, *, leave_out: Path | None = None, marker: str | None = None) -> Images:
-    """The image at `path`, whatever its name, or all images in the folder at `path` and the folders below it.
+def find_images(path: Path, *, leave_out: Path | None = None, marker: str | None = None) -> ImageFiles:
+    """The file `path`, whatever its name, or all images in the folder `path` and the folders below it.
 
-    Leaves out hidden files and folders, whose names begin with a dot, and the folder `leave_out`.  Counts and leaves
-    out folders below `path` with a file named `marker`.  Raises UserError where there is no image.
+    Leaves out files and folders whose names begin with a dot, and the folder `leave_out`.  Counts and leaves out
+    folders below `path` that hold a file named `marker`.  Raises UserError if there is no image.
     """
-    # os.path gives False where Path.is_file raises, before Python 3.14: in folders that may not be entered.
+    # In a folder that may not be entered, os.path returns False; Path.is_file raises before Python 3.14.
     if os.path.isfile(path):
-        return Images(path.parent, [path], 0, [])
+        return ImageFiles(path.parent, [path], 0, [])
     if not os.path.isdir(path):
         raise UserError(f"{path.absolute()}: no such image or folder")
     walk = _Walk(path, leave_out, marker)
     files = list(walk.files())
-    images = sorted(file for file in files if file.suffix.lower() in SUFFIXES or format_of(file))
+    images = sorted(file for file in files if file.suffix.lower() in SUFFIXES or read_format(file))
     if not images:
         others = f"{len(files)} other files"
         if walk.marked:
             others += f" and {walk.marked} folders that hold {marker}"
         errors = "".join(f"; {error}" for error in walk.unreadable)
         raise UserError(f"{path.absolute()}: no image in this folder or below it, but {others}{errors}")
-    return Images(path, images, len(files) - len(images), walk.unreadable, walk.marked)
+    return ImageFiles(path, images, len(files) - len(images), walk.unreadable, walk.marked)
 
 
 class _Walk:
-    """Lists the files below a folder, each folder once whatever links lead to it."""
+    """Lists the files below a folder; visits each folder once, however many links lead to it."""
 
     def __init__(self, folder: Path, leave_out: Path | None, marker: str | None) -> None:
         self.folder = folder
@@ -75,9 +76,9 @@ class _Walk:
         self.marked = 0
 
     def files(self) -> Iterator[Path]:
-        """All that is no folder: files, named pipes, and links that lead to nothing or where one may not enter."""
+        """Everything but folders: files, named pipes, broken links, and links into folders that may not be entered."""
         seen = {os.path.realpath(self.folder)} | ({os.path.realpath(self.leave_out)} if self.leave_out else set())
-        for place, folders, names in os.walk(self.folder, followlinks=True, onerror=self._note):
+        for place, folders, names in os.walk(self.folder, followlinks=True, onerror=self._record_error):
             if place != str(self.folder) and self.marker in names:
                 self.marked += 1
                 folders.clear()
@@ -90,56 +91,56 @@ class _Walk:
                 try:
                     path.stat()
                 except OSError as error:
-                    if not path.suffix:  # a link that may have led to a folder of images
-                        self._note(error)
+                    if not path.suffix:  # a broken link, perhaps to a folder of images
+                        self._record_error(error)
                         continue
                 yield path
 
-    def _note(self, error: OSError) -> None:
+    def _record_error(self, error: OSError) -> None:
         self.unreadable.append(DataError(f"{Path(error.filename).absolute()}: {error.strerror}"))
 
 
-def format_of(path: Path) -> str | None:
-    """The format that a file's first bytes announce; None for another file and one that cannot be opened."""
+def read_format(path: Path) -> str | None:
+    """The format by a file's first bytes; None if no pattern matches or the file cannot be opened."""
     if not os.path.isfile(path):  # opening a named pipe waits for its writer
         return None
     try:
         with path.open("rb") as file:
-            return image_format(file.read(HEADER_BYTES))
+            return detect_format(file.read(HEADER_BYTES))
     except OSError:
         return None
 
 
 def decode_any(path: Path) -> Tensor:
-    """The picture in a file, the first of several, turned upright by its orientation tag; [3, H, W] uint8 RGB.
+    """The first picture in a file, turned upright by its orientation tag; [3, H, W] uint8 RGB.
 
     Raises DataError, with the full path, for a file that cannot be read.
     """
     try:
         content = read_file(path)
-        kind = image_format(content)
-        if kind in REFUSED:
+        kind = detect_format(content)
+        if kind in UNSUPPORTED:
             raise DataError(f"{path.absolute()}: is a picture in {kind} format, which cannot be read: store it as JPEG")
         if kind is None:
             raise UnreadableError("it is no JPEG, PNG, WebP, GIF, BMP or TIFF file")
         image = decode_content(content, kind) if kind == "JPEG" else None
         with open_image(content, kind) as picture:
-            if getattr(picture, "tag_v2", {}).get(SUBFILE_TYPE) == REDUCED:
+            if getattr(picture, "tag_v2", {}).get(SUBFILE_TYPE) == REDUCED_IMAGE:
                 raise UnreadableError("of the camera's raw data only a small preview can be read: store it as JPEG")
-            image = pixels(picture) if image is None else image
-            return apply_orientation(image, picture_orientation(picture))
+            image = decode_pixels(picture) if image is None else image
+            return apply_orientation(image, pillow_orientation(picture))
     except UnreadableError as error:
         raise unreadable_error(path, error) from None
 
 
 def decode_thumbnail(path: Path, longest: int, *, any_format: bool, upright: bool = False) -> Tensor:
-    """The picture in a file, scaled down where a side is longer than `longest` pixels; [3, H, W] uint8 RGB.
+    """The picture in a file, scaled down to at most `longest` pixels a side; [3, H, W] uint8 RGB.
 
-    any_format: as `decode_any` reads it; otherwise as `decode` does, turned only where `upright` says so.
-    A JPEG is scaled down while it is decoded, in a fraction of the time and the memory.  Raises DataError.
+    any_format: read by `decode_any`, else by `decode` and turned only if `upright`.  libjpeg scales a JPEG while it
+    decodes it, in a fraction of the time and the memory.  Raises DataError.
     """
     upright = upright or any_format
-    smaller = _smaller_jpeg(path, longest, upright=upright) if format_of(path) == "JPEG" else None
+    smaller = _smaller_jpeg(path, longest, upright=upright) if read_format(path) == "JPEG" else None
     if smaller is not None:
         return smaller
     if any_format:
@@ -154,22 +155,22 @@ def decode_thumbnail(path: Path, longest: int, *, any_format: bool, upright: boo
 
 
 def _smaller_jpeg(path: Path, longest: int, *, upright: bool) -> Tensor | None:
-    """None for a picture that is small enough already, and for a damaged one, which `decode` judges."""
+    """The JPEG scaled down; None if it is small enough already, or damaged: `decode` raises the error."""
     try:
         with open_image(read_file(path), "JPEG") as picture:
             if max(picture.size) <= longest:
                 return None
             picture.thumbnail((longest, longest))
-            return apply_orientation(pixels(picture), picture_orientation(picture) if upright else STORED)
-    except (UnreadableError, *DAMAGE):
+            return apply_orientation(decode_pixels(picture), pillow_orientation(picture) if upright else STORED)
+    except (UnreadableError, *DAMAGE_ERRORS):
         return None
 
 
-def size_of(path: Path) -> tuple[int, int]:
-    """Width and height that an image file's header tells; (0, 0) where it cannot be read."""
+def read_size(path: Path) -> tuple[int, int]:
+    """Width and height by an image file's header; (0, 0) if it cannot be read."""
     try:
-        kind = format_of(path)
-        if kind is None or kind in REFUSED:
+        kind = read_format(path)
+        if kind is None or kind in UNSUPPORTED:
             return 0, 0
         with open_image(read_file(path), kind) as picture:
             return picture.size

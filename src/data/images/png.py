@@ -1,29 +1,29 @@
 """Checks PNG files and strips them to the chunks that a picture needs.
 
-Pillow alone would do neither: `Image.verify` refuses files whose texts have a wrong checksum or are long, which every
-other reader passes over, and without it Pillow ignores the checksums of the pixels.
+Pillow does not: `Image.verify` refuses files for the checksum or the length of a text, which other readers ignore;
+without `verify`, Pillow ignores the checksums of the pixels.
 """
 
 import struct
 import zlib
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-FRAME_BYTES = 12  # of a chunk beside its data: length, name, checksum
+FRAME_BYTES = 12  # of a chunk: length, name and checksum, without the data
 ANCILLARY = 0x20  # this bit of a name's first letter marks chunks that a picture does not need
 ORIENTATION = b"eXIf"
-COLOUR_TYPE, PALETTE = 25, 3  # position of the colour type in a file; its value where pixels are indices of colours
-# What may have a wrong checksum, as for libpng.  Of any other name one bit may have changed: PLTE becomes pLTE, and
-# Pillow shows a picture without its palette black.
+COLOUR_TYPE, PALETTE = 25, 3  # position of the colour type in a file; its value if pixels are indices of a palette
+# Only these chunks may have a wrong checksum, as in libpng.  Another name may itself be damaged: one wrong bit makes
+# PLTE pLTE, and Pillow decodes a picture without its palette as black.
 UNNEEDED = (
     *(b"bKGD", b"cHRM", b"cICP", b"cLLI", b"gAMA", b"hIST", b"iCCP", b"iTXt", b"mDCV", b"pHYs", b"sBIT", b"sPLT"),
     *(b"sRGB", b"tEXt", b"tIME", b"tRNS", b"zTXt"),
 )
 
 
-def needed_chunks(content: bytes) -> bytes:
-    """The PNG file without texts, profiles and whatever follows the picture.
+def keep_needed_chunks(content: bytes) -> bytes:
+    """The PNG file without texts, profiles and bytes after the picture.
 
-    Raises ValueError where a chunk is cut off or has a wrong checksum, and where the palette is missing.
+    Raises ValueError if a chunk is cut off or has a wrong checksum, and if the palette is missing.
     """
     if not content.startswith(SIGNATURE):
         raise ValueError("its first bytes are damaged")

@@ -1,7 +1,7 @@
-"""SSD's augmentation: its constants, once for both pipelines, and its random choices for the pipeline without DALI.
+"""SSD's augmentation: the constants of both pipelines, and the random choices of the one without DALI.
 
-Boxes are NumPy arrays: for the few of an image, torch's and torchvision's transforms cost more than the arithmetic.
-Sources: Liu et al. 2016, section 2.2 (the crop); the colour formula is that of DALI's `hsv` and `brightness_contrast`.
+Boxes are NumPy arrays: an image has few, for which calling torch or torchvision costs more than the arithmetic.
+Sources: Liu et al. 2016, section 2.2 (the crop); DALI's `hsv` and `brightness_contrast` (the colours).
 """
 
 import math
@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 NO_CROP = None
-# One is picked with equal chance: the whole image, or a window whose IoU with every box exceeds the number.
+# One is chosen with equal probability: no crop, or a window whose IoU with every box exceeds the number.
 CROP_MIN_IOU = (NO_CROP, 0.1, 0.3, 0.5, 0.7, 0.9, -math.inf)
-CROP_SIDE = (0.3, 1.0)  # a window's sides, as fractions of the image's
+CROP_SIDE = (0.3, 1.0)  # a window's width and height, as fractions of the image's
 CROP_ASPECT = (0.5, 2.0)  # the ratio of those fractions
 FLIP_PROBABILITY = 0.5
 BRIGHTNESS = (0.875, 1.125)  # factor
@@ -20,7 +20,7 @@ CONTRAST = (0.5, 1.5)  # factor, about CONTRAST_CENTRE
 CONTRAST_CENTRE = 128.0  # of 0..255
 SATURATION = (0.5, 1.5)  # factor
 HUE = (-18.0, 18.0)  # degrees
-COLOUR = (BRIGHTNESS, CONTRAST, SATURATION, HUE)  # what `colour_matrix` takes, each drawn evenly from its range
+COLOUR = (BRIGHTNESS, CONTRAST, SATURATION, HUE)  # ranges of `colour_matrix`'s arguments, each drawn uniformly
 NO_COLOUR = np.eye(3, 4, dtype=np.float32)  # the matrix that changes nothing
 
 RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
@@ -33,10 +33,10 @@ def colour_matrix(
     saturation: float | np.ndarray,
     hue: float | np.ndarray,
 ) -> np.ndarray:
-    """The colour step as one affine map of RGB in 0..255: [3, 4] float32, the last column is added.
+    """The change of colours as one affine map of RGB in 0..255: [3, 4] float32, whose last column is added.
 
-    Hue (degrees) and saturation (factor) act in YIQ, then brightness x (contrast x (v - 128) + 128).  Of parameters [N]
-    each it gives [N, 3, 4].
+    Hue (degrees) and saturation (factor) act in YIQ, then brightness x (contrast x (v - 128) + 128).  For arguments of
+    shape [N] the result is [N, 3, 4].
     """
     angle = np.radians(hue, dtype=np.float64)
     cosine, sine = saturation * np.cos(angle), saturation * np.sin(angle)
@@ -58,9 +58,9 @@ def random_colour_matrix(random: np.random.Generator) -> np.ndarray:
 def random_crop(
     image: Tensor, boxes: np.ndarray, labels: np.ndarray, random: np.random.Generator
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Crops a random window in which objects stay recognisable, or nothing; boxes are kept by their centres.
+    """The image, boxes and labels cropped to a random window, or unchanged; boxes whose centre is outside are dropped.
 
-    image [3, H, W]; boxes [G, 4] ltrb in pixels, G at least 1, at least one of which remains; labels [G].
+    image [3, H, W]; boxes [G, 4] ltrb in pixels, labels [G], G at least 1; at least one box remains.
     """
     height, width = image.shape[1:]
     window, kept = draw_window(boxes, width, height, random)
@@ -75,9 +75,9 @@ def random_crop(
 def draw_window(
     boxes: np.ndarray, width: int, height: int, random: np.random.Generator
 ) -> tuple[tuple[int, int, int, int] | None, np.ndarray | None]:
-    """A random window (left, top, right, bottom) in pixels and the boxes it keeps, [G] bool; (None, None): no crop.
+    """A random window (left, top, right, bottom) in pixels and which boxes it keeps, [G] bool; (None, None): no crop.
 
-    boxes [G, 4] ltrb in pixels.  A condition is picked, one window tried for it, and another picked until one fits.
+    boxes [G, 4] ltrb in pixels.  Chooses a condition and draws one window; repeats both until the window satisfies it.
     """
     left, top, right, bottom = (boxes / (width, height, width, height)).T  # [G] each
     area = (right - left) * (bottom - top)
@@ -92,12 +92,12 @@ def draw_window(
         x, y = random.uniform(0, 1 - sides[0]), random.uniform(0, 1 - sides[1])
         far_x, far_y = x + sides[0], y + sides[1]
         if min_iou >= 0:
-            shared_width = np.minimum(right, far_x) - np.maximum(left, x)
-            shared_height = np.minimum(bottom, far_y) - np.maximum(top, y)
-            shared = shared_width.clip(0) * shared_height.clip(0)
-            if not (shared > min_iou * (area + sides[0] * sides[1] - shared)).all():
+            overlap_width = np.minimum(right, far_x) - np.maximum(left, x)
+            overlap_height = np.minimum(bottom, far_y) - np.maximum(top, y)
+            overlap = overlap_width.clip(0) * overlap_height.clip(0)
+            if not (overlap > min_iou * (area + sides[0] * sides[1] - overlap)).all():
                 continue
-        # Of the window in whole pixels: a small box beyond its edge would be clipped to nothing.
+        # Test the centres against whole pixels: clipping would leave nothing of a small box beyond the rounded edge.
         window = _in_pixels((x, y, far_x, far_y), width, height)
         kept = ((window[:2] < centres) & (centres < window[2:])).all(axis=1)
         if kept.any():

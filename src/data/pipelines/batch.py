@@ -1,4 +1,4 @@
-"""A training batch, and the half of its making that works on a whole batch at once, on the device.
+"""A training batch, and its last steps for the whole batch on the device: colours, normalisation, matching.
 
 Shapes: N images, A = 8,732 default boxes, T ground-truth boxes of all images.
 """
@@ -15,11 +15,11 @@ from src.ssd.default_boxes import default_boxes, default_boxes_ltrb, match
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of 0..1, red, green, blue
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PIXELS_PER_MATMUL = 10  # changed by one product of matrices: those of one pixel, 3 x 3, are too small to be fast
+PIXELS_PER_MATMUL = 10  # the 3 x 3 matrices of single pixels are too small to be multiplied fast
 
 
 class Batch(NamedTuple):
-    """What the network trains on, on the device, whichever pipeline made it."""
+    """A training batch on the device, the same from both pipelines."""
 
     images: Tensor  # [N, 3, 300, 300] normalised, channels last; float32 or float16
     boxes: Tensor  # [N, A, 4] cxcywh in 0..1: the ground truth matched to each default box, else the default box
@@ -27,13 +27,13 @@ class Batch(NamedTuple):
 
 
 class HostBatch(NamedTuple):
-    """What the workers hand over: cropped, resized and flipped, in the host's memory."""
+    """A batch as the workers make it: cropped, resized and flipped, in the host's memory."""
 
     images: Tensor  # [N, 3, 300, 300] uint8
-    colour: Tensor  # [N, 3, 4] float32, one affine map of RGB in 0..255 an image
+    colour: Tensor  # [N, 3, 4] float32, an affine map of RGB in 0..255 for each image
     boxes: Tensor  # [T, 4] float32 ltrb in 0..1, of all images
     labels: Tensor  # [T] int64, 1..K
-    owners: Tensor  # [T] int64: the image that each box belongs to
+    image_index: Tensor  # [T] int64: the image in 0..N-1 of each box
 
 
 class BatchMaker(nn.Module):
@@ -43,7 +43,7 @@ class BatchMaker(nn.Module):
     defaults_ltrb: Tensor  # [A, 4]
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        """dtype: of the images that it gives."""
+        """dtype: of the batch's images."""
         super().__init__()
         self.dtype = dtype
         self.register_buffer("defaults", default_boxes().clone(), persistent=False)
@@ -52,13 +52,16 @@ class BatchMaker(nn.Module):
     @torch.no_grad()
     def forward(self, host: HostBatch) -> Batch:
         host = HostBatch(*(part.to(self.defaults.device, non_blocking=True) for part in host))
-        images = coloured(host.images, host.colour, self.dtype)
-        return Batch(images, *self.targets(host.boxes, host.labels, host.owners, len(images)))
+        images = colour_and_normalise(host.images, host.colour, self.dtype)
+        return Batch(images, *self.targets(host.boxes, host.labels, host.image_index, len(images)))
 
-    def targets(self, boxes: Tensor, labels: Tensor, owners: Tensor, images: int) -> tuple[Tensor, Tensor]:
-        """Boxes [N, A, 4] cxcywh and labels [N, A] for every default box, from the ground truth of N images."""
-        index = match(boxes, owners, images, self.defaults_ltrb)  # [N, A]
-        # A default box that is matched to nothing takes itself from behind the ground truth, with label 0.
+    def targets(self, boxes: Tensor, labels: Tensor, image_index: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
+        """Boxes [N, A, 4] cxcywh and labels [N, A] of every default box, for the ground truth of N images.
+
+        boxes [T, 4] ltrb in 0..1, labels [T], image_index [T].  An unmatched default box gets itself and label 0.
+        """
+        index = match(boxes, image_index, num_images, self.defaults_ltrb)  # [N, A]
+        # The default boxes follow the ground truth below, so that one indexing gives both.
         itself = torch.arange(len(boxes), len(boxes) + len(self.defaults), device=index.device)
         index = torch.where(index < 0, itself, index)
         boxes = torch.cat((box_convert(boxes, "xyxy", "cxcywh"), self.defaults))
@@ -66,12 +69,11 @@ class BatchMaker(nn.Module):
         return boxes[index], labels[index]
 
 
-def coloured(images: Tensor, colour: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Images after the colour step, normalised with ImageNet's mean and deviation; [N, 3, H, W], channels last.
+def colour_and_normalise(images: Tensor, colour: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images with changed colours, normalised with ImageNet's mean and deviation; [N, 3, H, W], channels last.
 
-    images [N, 3, H, W] in 0..255, H x W a multiple of PIXELS_TOGETHER; colour [N, 3, 4]: an affine map of RGB, whose
-    results are clipped to 0..255, once.  Both steps are one affine map here, and 0 and 255 are clipped to where
-    normalisation takes them.
+    images [N, 3, H, W] in 0..255, H x W a multiple of PIXELS_PER_MATMUL; colour [N, 3, 4]: an affine map of RGB, whose
+    results are clipped to 0..255.  Both steps are one affine map here, followed by clipping to normalised 0 and 255.
     """
     mean, deviation = _statistics(colour.device)
     affine = colour / (255 * deviation[:, None])  # [N, 3, 4]
@@ -82,7 +84,7 @@ def coloured(images: Tensor, colour: Tensor, dtype: torch.dtype = torch.float32)
 
     pixels = images.permute(0, 2, 3, 1).reshape(number, -1, channels * PIXELS_PER_MATMUL)
     result = torch.empty_like(pixels, dtype=torch.float32)
-    # A CPU's cache holds one image; a GPU wants all at once.
+    # An image fits a CPU's cache; on a GPU a chunk costs kernel launches.
     chunk = 1 if images.device.type == "cpu" else number
     parts = zip(*(x.split(chunk) for x in (result, pixels, matrices, offsets)), strict=True)
     with full_float32_products():  # TF32 would change pixels by 0.002 of a deviation
@@ -93,24 +95,30 @@ def coloured(images: Tensor, colour: Tensor, dtype: torch.dtype = torch.float32)
 
 
 def black_and_white(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A black and a white row of a normalised picture, to clip to; [3 x width] each, pixel after pixel."""
+    """A black and a white row of a normalised picture, the limits of clipping; [width x 3] each, pixel by pixel."""
     mean, deviation = _statistics(device)
     return (-mean / deviation).repeat(width), ((1 - mean) / deviation).repeat(width)
 
 
 @lru_cache
 def _statistics(device: torch.device) -> Tensor:
-    """ImageNet's mean and deviation, [2, 3]; copied to a GPU once, because that waits for it."""
+    """ImageNet's mean and deviation, [2, 3]; cached, because copying them to a GPU waits for it."""
     return torch.tensor((IMAGENET_MEAN, IMAGENET_STD), device=device)
 
 
 def _block_diagonal(matrices: Tensor, times: int) -> Tensor:
-    """Each matrix [I, O] of [N, I, O] repeated along the diagonal of one that is zero elsewhere; [N, x I, x O]."""
+    """Each matrix of [N, I, O] repeated along the diagonal of a larger one; [N, times x I, times x O]."""
     number, rows, columns = matrices.shape
     blocks = torch.eye(times, device=matrices.device)[:, None, :, None] * matrices[:, None, :, None, :]
     return blocks.reshape(number, times * rows, times * columns)
 
 
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Images in 0..255 with ImageNet's mean taken away and divided by its deviation; [N, 3, H, W], channels last."""
-    return coloured(images, torch.eye(3, 4, device=images.device).expand(len(images), -1, -1), dtype)
+    """Images in 0..255 normalised with ImageNet's mean and deviation; [N, 3, H, W], channels last."""
+    return colour_and_normalise(images, torch.eye(3, 4, device=images.device).expand(len(images), -1, -1), dtype)
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """Normalised images as RGB in 0..255, the inverse of `normalise`; [N, 3, H, W]."""
+    mean, deviation = _statistics(images.device)[..., None, None]  # [3, 1, 1] each
+    return (images * deviation + mean) * 255

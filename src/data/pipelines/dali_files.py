@@ -1,4 +1,4 @@
-"""The cleaned annotations as DALI's reader takes them: files of plain numbers, or a COCO file where those cannot do.
+"""The cleaned annotations in files for DALI's reader: arrays, or a COCO file if a file name has white space.
 
 Shapes: I images, B boxes.
 """
@@ -13,25 +13,26 @@ import numpy as np
 
 from src.data.annotations.coco import Annotations
 
-BLOCK = 2**16  # entries that are written together
-WHITE_SPACE = np.frombuffer(b" \t\n\v\f\r", np.uint8)  # ends a name in `filenames.dat`
+ENTRIES_PER_WRITE = 2**16
+WHITE_SPACE = np.frombuffer(b" \t\n\v\f\r", np.uint8)  # separates the names in `filenames.dat`
 
 
 def write_reader_files(annotations: Annotations, order: np.ndarray, folder: Path) -> bool:
-    """Writes what the reader's `preprocessed_annotations` takes, the images in the given order; whether it can be done.
+    """Writes files for the reader's `preprocessed_annotations`, the images in the given order; False if it cannot.
 
-    order: indices of images that have boxes, perhaps repeated.  An image's id is its position in `with_boxes()`.
-    The files are those that the reader's `save_preprocessed_annotations` writes for ltrb and ratio.
+    It cannot write file names with white space.  order: indices of images that have boxes, perhaps repeated.  An
+    image's id is its position in `with_boxes()`.  The reader's `save_preprocessed_annotations` writes the same files
+    for ltrb and ratio.
     """
     if np.isin(annotations.names, WHITE_SPACE).any():
         return False
     counts = np.diff(annotations.first_box)[order]
     offsets = np.cumsum(counts) - counts
-    chosen = np.repeat(annotations.first_box[order] - offsets, counts)  # the boxes, an image after another
+    chosen = np.repeat(annotations.first_box[order] - offsets, counts)  # of the boxes, image by image
     chosen += np.arange(len(chosen))
     with (folder / "filenames.dat").open("wb") as file:
-        for start in range(0, len(order), BLOCK):
-            file.write(annotations.packed_names(order[start : start + BLOCK], b"\n"))
+        for start in range(0, len(order), ENTRIES_PER_WRITE):
+            file.write(annotations.packed_names(order[start : start + ENTRIES_PER_WRITE], b"\n"))
     ids = np.searchsorted(annotations.with_boxes(), order)
     for name, values in (("offsets", offsets), ("counts", counts), ("original_ids", ids)):
         _write(folder / f"{name}.dat", values, np.int32)
@@ -43,8 +44,8 @@ def write_reader_files(annotations: Annotations, order: np.ndarray, folder: Path
 def _fractions(annotations: Annotations, image_index: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """The chosen boxes as fractions of their images; float32 [B, 4] ltrb.
 
-    From a COCO file the reader computes right and bottom as left + width and top + height, in float32.  So do these
-    files: of coco128's 939 boxes, 14 would differ in their last bit otherwise.
+    Right and bottom are left + width and top + height in float32, as the reader computes them from a COCO file.
+    Otherwise 14 of coco128's 939 boxes would differ from that file's in their last bit.
     """
     boxes = annotations.boxes[chosen]
     low, high = boxes[:, :2], boxes[:, 2:]
@@ -74,13 +75,13 @@ class _CleanAnnotation(msgspec.Struct, gc=False):
     category_id: int
     bbox: list[float]
     area: float
-    iscrowd: int = 0  # crowds are trained as ordinary boxes
+    iscrowd: int = 0  # training treats crowds as ordinary boxes
 
 
 def write_clean_file(annotations: Annotations, path: Path | str) -> None:
-    """Writes a COCO file of the images that have boxes, for a parser that need not cope with anything.
+    """Writes a COCO file of the images that have boxes, with cleaned values only.
 
-    An image's id is its position in `with_boxes()`, a category's the label.
+    An image's id is its position in `with_boxes()`, a category's id the label.
     """
     chosen = annotations.with_boxes()
     categories = [{"id": k, "name": category.name} for k, category in enumerate(annotations.categories, 1)]
@@ -94,8 +95,8 @@ def write_clean_file(annotations: Annotations, path: Path | str) -> None:
 
 def _write_list(file: BinaryIO, entries: Iterator[msgspec.Struct]) -> None:
     comma = b""
-    while block := list(islice(entries, BLOCK)):
-        file.write(comma + msgspec.json.encode(block)[1:-1])
+    while chunk := list(islice(entries, ENTRIES_PER_WRITE)):
+        file.write(comma + msgspec.json.encode(chunk)[1:-1])
         comma = b","
 
 
@@ -105,11 +106,11 @@ def _clean_images(annotations: Annotations, chosen: np.ndarray) -> Iterator[_Cle
 
 
 def _clean_annotations(annotations: Annotations, chosen: np.ndarray) -> Iterator[_CleanAnnotation]:
-    owners = np.repeat(np.arange(len(chosen)), np.diff(annotations.first_box)[chosen])
-    for start in range(0, len(owners), BLOCK):
-        block = slice(start, start + BLOCK)
-        boxes = annotations.boxes[block].astype(np.float64)  # so that left + width is right again in float32
+    image_index = np.repeat(np.arange(len(chosen)), np.diff(annotations.first_box)[chosen])
+    for start in range(0, len(image_index), ENTRIES_PER_WRITE):
+        chunk = slice(start, start + ENTRIES_PER_WRITE)
+        boxes = annotations.boxes[chunk].astype(np.float64)  # left + width in float32 must give right
         boxes[:, 2:] -= boxes[:, :2]
         numbers = np.arange(start + 1, start + 1 + len(boxes))
-        columns = (numbers, owners[block], annotations.labels[block], boxes, boxes[:, 2] * boxes[:, 3])
+        columns = (numbers, image_index[chunk], annotations.labels[chunk], boxes, boxes[:, 2] * boxes[:, 3])
         yield from map(_CleanAnnotation, *(column.tolist() for column in columns))

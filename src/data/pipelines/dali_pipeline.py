@@ -1,7 +1,7 @@
 """The DALI training pipeline (`--data_pipeline dali`): the loader around the graph of dali_graph.py.
 
-The graph gets the cleaned annotations in files of our own. DALI keeps its own generators, so the position
-of this pipeline is DALI's checkpoint, kept beside the settings for which alone it is valid.
+The graph reads the cleaned annotations from temporary files.  DALI has its own random generators, so the state of this
+pipeline is a DALI checkpoint, stored with the settings for which it is valid.
 """
 
 import gc
@@ -18,42 +18,41 @@ import torch
 from torch import Tensor
 
 from src.data.annotations.coco import Annotations
-from src.data.images.decode import is_text
+from src.data.images.decode import JPEG_END, JPEG_START, is_text
 from src.data.pipelines.augment import colour_matrix
-from src.data.pipelines.batch import Batch, coloured, normalise
-from src.data.pipelines.dali_decode_check import DaliDecodeCheck, wrong_size
+from src.data.pipelines.batch import Batch, colour_and_normalise, normalise
+from src.data.pipelines.dali_decode_check import DaliDecodeCheck, size_error
 from src.data.pipelines.dali_files import write_clean_file, write_reader_files
 from src.data.pipelines.dali_graph import (
-    AUGMENTED,
-    ON_GPU,
+    AUGMENTATION_OUTPUTS,
+    GPU_OUTPUTS,
     OUTPUTS,
     PREFETCH,
     VERSIONS,
     Settings,
-    cause,
     dali,
     device_index,
     make_pipeline,
+    short_reason,
 )
 from src.data.pipelines.image_reader import read_image
 from src.data.pipelines.loader_config import LoaderConfig
 from src.runtime.errors import UserError
 from src.runtime.output_files import convert_write_errors
 
-SEARCH_LIMIT = 60  # seconds of looking for the image on which DALI has failed; other processes wait for twice as long
-JPEG = (0xFF, 0xD8), (0xFF, 0xD9)  # how such a file begins and ends
+SEARCH_SECONDS = 60  # to find the image on which DALI failed; other processes wait for twice as long
 
 
 class DaliTrainLoader:
-    """The training loader of `--data_pipeline dali`; see design: train loader.
+    """The training loader of `--data_pipeline dali`; see `loaders.TrainLoader`.
 
-    One DALI pipeline runs on from epoch to epoch; it is built when first needed. `warnings` has a line for each state
-    that could not be taken over.
+    One DALI pipeline, built when first needed, runs for all epochs.  `warnings` has a line for each state that could
+    not be restored.
     """
 
     def __init__(self, annotations: Annotations, config: LoaderConfig, *, augment: bool = True) -> None:
         self.annotations = annotations
-        self.images = annotations.with_boxes()  # the graph's image id -> index in the annotations
+        self.images = annotations.with_boxes()  # index in the annotations, by the graph's image id
         self.num_images = len(self.images)
         self.batch_size = config.batch_size
         self.device = config.device
@@ -63,22 +62,26 @@ class DaliTrainLoader:
         self.num_threads = max(1, config.num_workers)
         self.augment = augment
         self.warnings: list[str] = []
-        self._outputs = (*OUTPUTS, *(AUGMENTED if augment else ()), *(ON_GPU if config.device.type == "cuda" else ()))
-        self._whole: set[int] = set()  # images whose files end in an odd way and were read to their end
+        self._outputs: tuple[str, ...] = OUTPUTS
+        if augment:
+            self._outputs += AUGMENTATION_OUTPUTS
+        if config.device.type == "cuda":
+            self._outputs += GPU_OUTPUTS
+        self._complete_files: set[int] = set()  # images without JPEG's end marker that were decoded as a whole
         self._pipeline: dali.Pipeline | None = None
-        self._first_epoch = 0  # where the pipeline started
-        self._position = 0  # batches handed out since
+        self._first_epoch = 0  # that the pipeline ran
+        self._position = 0  # batches that the pipeline has returned
 
     def __len__(self) -> int:
-        """Iterations an epoch, the same on every process."""
+        """Iterations per epoch, the same on every process."""
         share = -(-self.num_images // self.world_size)
         return -(-share // self.batch_size)
 
     def set_epoch(self, epoch: int, start_iteration: int = 0) -> None:
-        """The next pass is that of `epoch` from its iteration `start_iteration` on.
+        """Has the next pass start at `start_iteration` of `epoch`.
 
-        Where the pipeline does not stand there, another is started, which depends on seed, epoch and rank alone, and
-        the iterations before are passed over.
+        If the pipeline is at another position, starts a new one, which depends on seed, epoch and rank only, and skips
+        the iterations before.
         """
         if self._pipeline is not None and self._position == self._position_of(epoch, start_iteration):
             return
@@ -87,25 +90,25 @@ class DaliTrainLoader:
             self._run()
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches from the present position to the end of its epoch."""
-        self._started()
+        """The batches from the current position to the end of its epoch."""
+        self._ensure_started()
         for _ in range(len(self) - self._position % len(self)):
             yield self._next_batch()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch handed out: DALI's checkpoint and what it is valid for."""
+        """The state after the last batch: DALI's checkpoint, and the settings for which it is valid."""
         return {
-            "checkpoint": self._started().checkpoint(),
+            "checkpoint": self._ensure_started().checkpoint(),
             "first_epoch": self._first_epoch,
             "position": self._position,
             "fingerprint": self.fingerprint(),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, epoch: int, iteration: int) -> None:
-        """Continues where `state` was taken, which was in `epoch` after `iteration` of its iterations.
+        """Restores `state`, taken in `epoch` after `iteration` iterations.
 
-        Raises UserError where the state is of other settings or of another pipeline and the epoch had begun; between
-        epochs `warnings` tells of it and the next pass starts afresh.
+        A state of other settings or of the other pipeline raises UserError inside an epoch.  Between epochs it causes a
+        line in `warnings`, and the next pass starts a new pipeline.
         """
         differences = self._differences(state)
         if not differences:
@@ -123,7 +126,7 @@ class DaliTrainLoader:
         self.warnings.append(f"the checkpoint was written with {differences}: the DALI pipeline starts afresh")
 
     def fingerprint(self) -> dict[str, Any]:
-        """The settings that a state is valid for; plain values."""
+        """The settings for which a state is valid, as plain values."""
         return {
             "seed": self.seed,
             "batch size": self.batch_size,
@@ -139,14 +142,14 @@ class DaliTrainLoader:
         }
 
     def close(self) -> None:
-        """Ends the pipeline's threads and frees its memory; a later pass starts another."""
+        """Ends the pipeline's threads and frees its memory; a later pass starts a new pipeline."""
         self._pipeline = None
         gc.collect()  # DALI's pipeline objects are parts of reference cycles
 
     def build(self, outputs: tuple[str, ...], checkpoint: bytes | None = None) -> dali.Pipeline:
-        """A pipeline of this loader's settings that gives these nodes of the graph; see `make_pipeline`."""
+        """A pipeline with this loader's settings and these outputs; see `make_pipeline`."""
         if not is_text(self.annotations.image_folder):
-            read_image(self.annotations, int(self.images[0]))  # raises: DALI would not name the path
+            read_image(self.annotations, int(self.images[0]))  # raises UserError: DALI would not name the path
         with tempfile.TemporaryDirectory(prefix="ssd300-") as folder:
             annotations, names = self._write_annotations(Path(folder))
             try:
@@ -159,7 +162,7 @@ class DaliTrainLoader:
                     checkpoint=checkpoint,
                 )
             except RuntimeError as error:
-                too_large = re.search("batch size|memory|alloc", reason := cause(error), re.IGNORECASE)
+                too_large = re.search("batch size|memory|alloc", reason := short_reason(error), re.IGNORECASE)
                 remedy = "lower --batch-size" if too_large else "use --data_pipeline no_dali"
                 raise UserError(f"DALI cannot start ({reason}): {remedy}") from None
 
@@ -177,7 +180,7 @@ class DaliTrainLoader:
         )
 
     def _write_annotations(self, folder: Path) -> tuple[Path, list[str] | None]:
-        """What the graph reads, written into the folder, and the file names where it must be told of their order."""
+        """Writes the annotations into the folder; the arguments `annotations` and `file_names` of `make_pipeline`."""
         order = self._first_order()
         with convert_write_errors(folder):
             if write_reader_files(self.annotations, order, folder):
@@ -187,14 +190,14 @@ class DaliTrainLoader:
         return annotation_file, [self.annotations.file_name(index) for index in order.tolist()]
 
     def _first_order(self) -> np.ndarray:
-        """The images in the order of the first pass; at least one a process, which is what DALI wants."""
+        """The images in the order of the first epoch, repeated to at least one per process, as DALI requires."""
         order = np.random.default_rng([self.seed, self._first_epoch]).permutation(self.images)
         return np.resize(order, max(len(order), self.world_size))
 
     def _position_of(self, epoch: int, iteration: int) -> int:
         return (epoch - self._first_epoch) * len(self) + iteration
 
-    def _started(self) -> dali.Pipeline:
+    def _ensure_started(self) -> dali.Pipeline:
         return self._start(self._first_epoch) if self._pipeline is None else self._pipeline
 
     def _start(self, epoch: int, checkpoint: bytes | None = None) -> dali.Pipeline:
@@ -204,20 +207,20 @@ class DaliTrainLoader:
         return self._pipeline
 
     def _differences(self, state: dict[str, Any]) -> str:
-        """How the settings that a state was taken under differ from these, in words."""
+        """The settings in which a state differs from this loader, for a message; empty if none."""
         if "fingerprint" not in state:
             return "--data_pipeline no_dali"
-        theirs, ours = {"orientation": "stored"} | state["fingerprint"], self.fingerprint()  # older ones do not say it
+        theirs, ours = {"orientation": "stored"} | state["fingerprint"], self.fingerprint()  # older states lack it
         changed = [key for key in ours if theirs.get(key) != ours[key]]
         return ", ".join(f"{key} {theirs.get(key)} (now {ours[key]})" for key in changed)
 
     def _run(self) -> dict[str, Tensor]:
-        """The pipeline's next outputs by name, in memory that it shares with them."""
+        """The pipeline's next outputs by name; they share the pipeline's memory."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
-            outputs = self._started().run(stream)
+            outputs = self._ensure_started().run(stream)
         except RuntimeError as error:
-            raise self._explained(cause(error)) from None
+            raise self._find_broken_image(short_reason(error)) from None
         self._position += 1
         tensors = [torch.from_dlpack(output.as_tensor()) for output in outputs]
         return dict(zip(self._outputs, tensors, strict=True))
@@ -225,52 +228,55 @@ class DaliTrainLoader:
     def _next_batch(self) -> Batch:
         outputs = self._run()
         indices = self.images[outputs["ids"].flatten().numpy()]
-        wrong = (outputs["sizes"][:, [1, 0]].numpy() != self.annotations.sizes[indices]).any(axis=1)
-        for index in indices[wrong]:  # boxes were scaled by the annotation file's sizes
+        # Boxes were scaled by the annotation file's sizes.
+        differ = (outputs["sizes"][:, [1, 0]].numpy() != self.annotations.sizes[indices]).any(axis=1)
+        for index in indices[differ]:
             read_image(self.annotations, index)
-            raise wrong_size(self.annotations, index)
-        if "ends" in outputs:
-            self._check_ends(indices, outputs["ends"].numpy())
+            raise size_error(self.annotations, index)
+        if "first_and_last_bytes" in outputs:
+            self._check_complete(indices, outputs["first_and_last_bytes"].numpy())
         images = outputs["images"].permute(0, 3, 1, 2)
         if self.augment:
-            images = coloured(images, self._on_device(colour_matrix(*outputs["colour"].numpy().T)), self.dtype)
+            images = colour_and_normalise(
+                images, self._on_device(colour_matrix(*outputs["colour"].numpy().T)), self.dtype
+            )
         else:
             images = normalise(images, self.dtype)
         # The graph matches to the default boxes in reverse order.
         return Batch(images, outputs["boxes"].flip(1), outputs["labels"].flip(1))
 
-    def _check_ends(self, indices: np.ndarray, ends: np.ndarray) -> None:
-        """Raises DataError for a JPEG file that was cut short, by `ends`, the first and last two bytes of each, [N, 4].
+    def _check_complete(self, indices: np.ndarray, first_and_last_bytes: np.ndarray) -> None:
+        """Raises DataError for a JPEG file that was cut short, judged by first_and_last_bytes [N, 4].
 
-        A file with something behind its picture ends like one that was cut short, and is read once to tell.
+        A complete file with bytes after the picture looks the same, so files without the end marker are decoded once.
         """
-        start, end = JPEG
-        odd = (ends[:, :2] == start).all(axis=1) & (ends[:, 2:] != end).any(axis=1)
-        for index in indices[odd].tolist():
-            if index not in self._whole:
+        is_jpeg = (first_and_last_bytes[:, :2] == list(JPEG_START)).all(axis=1)
+        lacks_end = (first_and_last_bytes[:, 2:] != list(JPEG_END)).any(axis=1)
+        for index in indices[is_jpeg & lacks_end].tolist():
+            if index not in self._complete_files:
                 read_image(self.annotations, index)
-                self._whole.add(index)
+                self._complete_files.add(index)
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":  # which copies without holding up the host from pinned memory alone
+        if self.device.type == "cuda":  # only copies from pinned memory do not block the host
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
     # --- a broken image ---
 
-    def _explained(self, reason: str) -> UserError:
-        """The error to raise for one of DALI's, which often do not say which image could not be read."""
+    def _find_broken_image(self, reason: str) -> UserError:
+        """The error that names the image on which DALI failed: DALI's own messages often do not."""
         position = self._position
         self.close()
         suspects = []
         try:
-            self._open_all()
+            self._require_files()
             suspects = self._images_after(position)
             for index in suspects:
                 read_image(self.annotations, index)
-            trial = DaliDecodeCheck(self.annotations, device=self.device, num_threads=self.num_threads)
-            for fault in trial.faults(suspects):
+            decode_check = DaliDecodeCheck(self.annotations, device=self.device, num_threads=self.num_threads)
+            for fault in decode_check.faults(suspects):
                 return fault
         except UserError as error:
             return error
@@ -278,20 +284,20 @@ class DaliTrainLoader:
         where = f", perhaps on one of {names}: try" if names else ": have the images looked at (--mode check), or try"
         return UserError(f"DALI failed ({reason}){where} --data_pipeline no_dali")
 
-    def _open_all(self) -> None:
-        """Raises DataError for the first image whose file is not there, empty or not to be opened."""
+    def _require_files(self) -> None:
+        """Raises DataError for the first image whose file is missing, empty or not readable."""
         for index in self.images:
             path = self.annotations.image_path(index)
             if not os.access(path, os.R_OK) or path.stat().st_size == 0:
                 read_image(self.annotations, index)
 
     def _images_after(self, position: int) -> list[int]:
-        """The images of the batches that were being prepared, from a graph that reads as before and decodes nothing.
+        """The images of the batches that were being prepared, from a graph that repeats the order and decodes nothing.
 
-        Empty where that takes so long that the other processes would give this one up, and tell of that instead.
+        Empty after SEARCH_SECONDS: other processes would time out and report that instead of the image.
         """
         reader = self.build(("ids",))
-        deadline = time.monotonic() + SEARCH_LIMIT
+        deadline = time.monotonic() + SEARCH_SECONDS
         for _ in range(position):
             reader.run()
             if time.monotonic() > deadline:
@@ -301,5 +307,5 @@ class DaliTrainLoader:
 
 
 def _derived_seed(*parts: int) -> int:
-    """A seed that other parts give another of; DALI's are signed."""
+    """A seed that differs whenever a part does; 63 bits, because DALI's seeds are signed."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)

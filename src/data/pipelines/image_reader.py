@@ -1,4 +1,4 @@
-"""Reads an image of an annotation file, and refuses what the two pipelines would read differently."""
+"""Reads an image of an annotation file, and refuses images that the two pipelines would read differently."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +12,14 @@ from src.data.images.decode import MAX_PIXELS, UnreadableError, check_size, deco
 from src.data.images.exif import STORED, TRANSPOSED, apply_orientation, read_orientation
 from src.runtime.errors import DataError
 
-READERS = 16  # threads that read tags: on a network's disk they mostly wait
-BLOCK = 1024  # tags that a thread reads together
+TAG_THREADS = 16  # that read orientation tags: on a network file system they mostly wait
+TAGS_PER_TASK = 1024
 
 
 def read_image(annotations: Annotations, index: int, *, warn: Callable[[str], None] | None = None) -> Tensor:
-    """An image of the annotation file, turned as its boxes are; [3, H, W] uint8 RGB.  warn: as for `decode`.
+    """An image of the annotation file, in the orientation of its boxes; [3, H, W] uint8 RGB.  warn: as for `decode`.
 
-    Raises DataError for a file that cannot be read, and for a picture whose size is not that of its entry.
+    Raises DataError for a file that cannot be read, and for a picture whose size differs from its entry's.
     """
     path = annotations.image_path(index)
     orientation = read_orientation(path) if annotations.upright else STORED
@@ -34,7 +34,7 @@ def read_image(annotations: Annotations, index: int, *, warn: Callable[[str], No
 
 
 def _size_hint(annotations: Annotations, index: int, image: Tensor) -> str:
-    """What to do about a picture [3, H, W] whose size is not the annotation file's."""
+    """What to do about a picture [3, H, W] whose size differs from the annotation file's."""
     if tuple(image.shape[1:]) == tuple(annotations.sizes[index]) and _is_transposed(annotations.image_path(index)):
         if annotations.upright:
             return "it is the stored picture's size, which --orientation stored reads"
@@ -52,8 +52,8 @@ def _is_transposed(path: Path) -> bool:
 def check_headers(annotations: Annotations, images: np.ndarray | range) -> None:
     """Raises DataError for the first of these images that is too large or has an unusual orientation tag.
 
-    The sizes are the annotation file's.  The tags are read only where pictures are turned by them, once, because DALI
-    and Pillow disagree about unusual ones.
+    Takes the sizes from the annotation file.  Reads the tags only if pictures are turned by them: DALI and Pillow turn
+    a picture with an unusual tag differently.
     """
     images = np.asarray(images, np.int64)  # a rank may have none
     too_large = images[annotations.sizes[images].astype(np.int64).prod(axis=1) > MAX_PIXELS]
@@ -63,9 +63,9 @@ def check_headers(annotations: Annotations, images: np.ndarray | range) -> None:
         except UnreadableError as error:
             raise unreadable_error(annotations.image_path(too_large[0]), error) from None
     if annotations.upright:
-        blocks = [images[start : start + BLOCK] for start in range(0, len(images), BLOCK)]
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(lambda block: _read_orientations(annotations, block), blocks))  # raises their first error
+        tasks = [images[start : start + TAGS_PER_TASK] for start in range(0, len(images), TAGS_PER_TASK)]
+        with ThreadPoolExecutor(TAG_THREADS) as pool:
+            list(pool.map(lambda task: _read_orientations(annotations, task), tasks))  # raises the first error
 
 
 def _read_orientations(annotations: Annotations, images: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""What a loader is configured by."""
+"""The configuration of a data loader."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ ALL_IMAGES = Shard(0, 1)
 class LoaderConfig:
     """How a process loads images, for training and for evaluation."""
 
-    batch_size: int  # images an iteration of this process
+    batch_size: int  # images per iteration of this process
     num_workers: int  # worker processes (no_dali and evaluation) or threads (dali)
-    device: torch.device  # on which the batches arrive
-    amp: bool = False  # half precision
-    seed: int = 0  # of everything random; an evaluation has nothing random
-    shard: Shard = ALL_IMAGES  # this process's part of the images
+    device: torch.device  # of the batches
+    amp: bool = False  # automatic mixed precision (--fp16)
+    seed: int = 0  # of order and augmentation; an evaluation has neither
+    shard: Shard = ALL_IMAGES  # the part of the images that this process loads
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of a training batch's images."""
+        """Of a training batch's images."""
         return image_dtype(self.device, self.amp)

@@ -1,4 +1,4 @@
-"""The one place that picks a pipeline."""
+"""Makes the loaders of `--data_pipeline`; imports DALI only if that pipeline is chosen."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -17,10 +17,10 @@ PIPELINES = ("dali", "no_dali")
 
 
 class TrainLoader(Protocol):
-    """What training needs of a pipeline; both have it."""
+    """The interface of both pipelines' training loaders."""
 
-    num_images: int  # trained on, by all processes
-    warnings: list[str]  # what `load_state_dict` found odd
+    num_images: int  # in an epoch, of all processes together
+    warnings: list[str]  # of `load_state_dict`
 
     def __len__(self) -> int: ...
 
@@ -36,9 +36,9 @@ class TrainLoader(Protocol):
 
 
 class DecodeCheck(Protocol):
-    """Decodes pictures as a pipeline does."""
+    """Finds pictures that a pipeline cannot decode, by decoding them with it."""
 
-    messages: list[str]  # what the decoder printed, with the file's name
+    messages: list[str]  # printed by the decoder; each begins with the file's path
 
     def faults(self, indices: Sequence[int]) -> list[DataError]: ...
 
@@ -46,7 +46,7 @@ class DecodeCheck(Protocol):
 def make_decode_check(
     pipeline: str, annotations: Annotations, *, device: torch.device, num_threads: int
 ) -> DecodeCheck | None:
-    """Tries whether `--data_pipeline` can train on pictures that `read_image` reads; None where it reads by that."""
+    """The check of the pipeline's decoder; None if the pipeline decodes by `read_image`, which the caller checks."""
     if pipeline == "no_dali":
         return None
     from src.data.pipelines.dali_decode_check import DaliDecodeCheck
@@ -57,15 +57,13 @@ def make_decode_check(
 def make_train_loader(pipeline: str, annotations: Annotations, config: LoaderConfig) -> TrainLoader:
     """The training loader of `--data_pipeline`.
 
-    Raises UserError for images that the pipelines would read differently, and where DALI cannot be used.
+    Raises UserError for images that the pipelines would read differently, and if DALI cannot be used.
     """
     check_headers(annotations, annotations.with_boxes()[config.shard.rank :: config.shard.world_size])
     if pipeline == "no_dali":
         return TorchTrainLoader(annotations, config)
-    allow_open_files(config.num_workers)  # the evaluation's worker processes come later
-    from src.data.pipelines.dali_pipeline import (
-        DaliTrainLoader,  # here, because DALI is a heavy import that no_dali must not need
-    )
+    allow_open_files(config.num_workers)  # now, although only the evaluation later starts so many worker processes
+    from src.data.pipelines.dali_pipeline import DaliTrainLoader
 
     return DaliTrainLoader(annotations, config)
 

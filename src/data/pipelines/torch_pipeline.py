@@ -1,8 +1,8 @@
 """DataLoader pipelines: training without DALI (`--data_pipeline no_dali`) and evaluation.
 
-A worker reads, decodes, crops, resizes and flips (uint8 out); the device does what needs the whole batch.
-Everything random follows from (seed, epoch, position in the epoch), so it does not depend on the number of workers,
-and a run is continued from its position alone.
+A worker reads, decodes, crops, resizes and flips (uint8 out); the device does the rest for the whole batch.
+All random numbers derive from (seed, epoch, position in the epoch): they do not depend on the number of workers, and a
+resumed run needs only its position.
 """
 
 from collections.abc import Iterator
@@ -25,22 +25,22 @@ from src.runtime.errors import UserError
 
 
 class Sample(NamedTuple):
-    """Where a training sample stands and which image it shows."""
+    """A training sample: its place in the epoch, and its image."""
 
     epoch: int
-    position: int  # in the epoch, over all processes
-    image: int  # its index in the annotations
+    position: int  # in the epoch, counted over all processes
+    image: int  # index in the annotations
 
 
 def epoch_order(images: np.ndarray, *, seed: int, epoch: int, total: int) -> np.ndarray:
-    """An epoch's images in their order, lengthened to `total` by its own beginning; the same on every process."""
+    """An epoch's images in shuffled order, repeated from the start up to `total`; the same on every process."""
     return np.resize(np.random.default_rng([seed, epoch]).permutation(images), total)
 
 
 class EpochSampler:
     """This process's batches of an epoch: lists of Sample, every batch full.
 
-    The epoch's order is shuffled over all processes, lengthened by its own beginning to whole batches, and dealt out.
+    All processes shuffle the images alike, repeat them from the start up to full batches, and take every n-th.
     """
 
     def __init__(self, images: np.ndarray, *, batch_size: int, seed: int, shard: Shard) -> None:
@@ -49,7 +49,7 @@ class EpochSampler:
         self.seed = seed
         self.shard = shard
         self.epoch = 0
-        self.start = 0  # the first iteration to give
+        self.start = 0  # the first iteration
 
     def __len__(self) -> int:
         return -(-len(self.images) // (self.batch_size * self.shard.world_size))
@@ -63,7 +63,7 @@ class EpochSampler:
 
 
 class TrainingSet(Dataset):
-    """Augmented samples; reads only arrays, so that worker processes do not copy the annotations."""
+    """Augmented samples, from arrays only: forked workers would copy Python objects page by page."""
 
     def __init__(self, annotations: Annotations, *, seed: int, augment: bool) -> None:
         self.annotations = annotations
@@ -73,7 +73,7 @@ class TrainingSet(Dataset):
     def __getitem__(self, sample: Sample) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray] | UserError:
         """Image [3, 300, 300] uint8, colour [3, 4], boxes [G, 4] ltrb in 0..1, labels [G].
 
-        A user's error is returned, not raised: DataLoader would bury it in the worker's traceback.
+        Returns a UserError instead of raising it: DataLoader would put it inside the worker's traceback.
         """
         try:
             image = read_image(self.annotations, sample.image)
@@ -96,7 +96,7 @@ class TrainingSet(Dataset):
 
 
 def collate_training(samples: list) -> HostBatch | UserError:
-    """Samples of TrainingSet as one HostBatch; the first error where there is one."""
+    """A HostBatch of samples of TrainingSet; the first UserError among them, if any."""
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
@@ -107,13 +107,13 @@ def collate_training(samples: list) -> HostBatch | UserError:
         colour=torch.from_numpy(np.stack(colour)),
         boxes=torch.from_numpy(np.concatenate(boxes)),
         labels=torch.from_numpy(np.concatenate(labels)),
-        owners=torch.arange(len(samples)).repeat_interleave(counts),
+        image_index=torch.arange(len(samples)).repeat_interleave(counts),
     )
     return share(batch)
 
 
 def _stack(images: tuple[Tensor, ...]) -> Tensor:
-    """Images [3, 300, 300] of any memory layout as [N, 3, 300, 300], channels last."""
+    """Images [3, 300, 300] in any memory format, stacked to [N, 3, 300, 300], channels last."""
     stacked = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, memory_format=torch.channels_last)
     for slot, image in zip(stacked, images, strict=True):
         slot.copy_(image)
@@ -121,7 +121,7 @@ def _stack(images: tuple[Tensor, ...]) -> Tensor:
 
 
 class TorchTrainLoader:
-    """The training loader of `--data_pipeline no_dali`; see design: train loader."""
+    """The training loader of `--data_pipeline no_dali`; see `loaders.TrainLoader`."""
 
     def __init__(self, annotations: Annotations, config: LoaderConfig, *, augment: bool = True) -> None:
         self.warnings: list[str] = []
@@ -139,7 +139,7 @@ class TorchTrainLoader:
         return len(self.sampler)
 
     def set_epoch(self, epoch: int, start_iteration: int = 0) -> None:
-        """The next pass is that of `epoch` from its iteration `start_iteration` on; nothing before is decoded."""
+        """Has the next pass start at `start_iteration` of `epoch`, without decoding earlier images."""
         self.sampler.epoch = epoch
         self.sampler.start = start_iteration
 
@@ -148,11 +148,11 @@ class TorchTrainLoader:
             yield self.make_batch(host)
 
     def state_dict(self) -> dict:
-        """Empty: the position in the run is all that this pipeline needs."""
+        """Empty: `set_epoch` suffices to resume."""
         return {}
 
     def load_state_dict(self, state: dict, *, epoch: int, iteration: int) -> None:
-        """Nothing to take over: `set_epoch` continues anywhere."""
+        """Does nothing: `set_epoch` suffices to resume."""
 
     def close(self) -> None:
         """Ends the worker processes."""
@@ -173,7 +173,7 @@ class EvaluationSet(Dataset):
 
 
 def collate_evaluation(samples: list) -> tuple[Tensor, Tensor] | UserError:
-    """Images [N, 3, 300, 300] uint8 and indices [N] int64; the first error where there is one."""
+    """Images [N, 3, 300, 300] uint8 and indices [N] int64; the first UserError among the samples, if any."""
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
@@ -182,17 +182,18 @@ def collate_evaluation(samples: list) -> tuple[Tensor, Tensor] | UserError:
 
 
 class EvaluationLoader:
-    """This process's share of the images, each exactly once: (images [N, 3, 300, 300] normalised, indices [N]).
+    """Batches of this process's images, each exactly once: (images [N, 3, 300, 300], indices [N] in the annotations).
 
-    With `normalised` off the images are uint8.  Its workers stay for the next pass, until `close`.
+    The images are normalised, or uint8 with `normalised` off.  The workers stay for the next pass, until `close`.
     """
 
     def __init__(self, annotations: Annotations, config: LoaderConfig, *, normalised: bool = True) -> None:
         self.device = config.device
         self.normalised = normalised
-        own = range(config.shard.rank, len(annotations), config.shard.world_size)
-        check_headers(annotations, own)
-        batches = [list(own[start : start + config.batch_size]) for start in range(0, len(own), config.batch_size)]
+        indices = range(config.shard.rank, len(annotations), config.shard.world_size)
+        check_headers(annotations, indices)
+        starts = range(0, len(indices), config.batch_size)
+        batches = [list(indices[start : start + config.batch_size]) for start in starts]
         workers = min(config.num_workers, len(batches))
         dataset = EvaluationSet(annotations)
         self.loader = data_loader(dataset, collate_evaluation, workers, config.device, batch_sampler=batches)

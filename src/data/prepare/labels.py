@@ -10,7 +10,7 @@ from unicodedata import normalize
 
 from src.data.images.decode import DATASET_FORMATS, is_text
 from src.data.images.exif import TRANSPOSED, read_orientation
-from src.data.images.formats import format_of, size_of
+from src.data.images.formats import read_format, read_size
 from src.runtime.errors import DataError, UserError, escape_control_characters
 
 Part = Literal["train", "val", "test"]
@@ -84,8 +84,8 @@ class Checker:
         return self._sizes[path]
 
     def _read_size(self, path: Path) -> tuple[int, int, int]:
-        kind = format_of(path)
-        width, height = size_of(path)
+        kind = read_format(path)
+        width, height = read_size(path)
         if not is_text(path):
             self.fault(path, "the file name is not UTF-8; rename it")
         elif kind is not None and kind not in DATASET_FORMATS:

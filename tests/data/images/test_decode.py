@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from src.data.images import decode as decode_module
 from src.data.images.decode import decode
-from src.data.images.formats import decode_any, size_of
+from src.data.images.formats import decode_any, read_size
 from src.runtime.errors import DataError
 
 # --- good files ------------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_too_many_pixels_are_refused_by_the_header(tmp_path, picture, monkeypatc
     monkeypatch.setattr(decode_module, "MAX_PIXELS", 80 * 60)
     assert decode_any(path).shape == (3, 60, 80)
     monkeypatch.setattr(decode_module, "MAX_PIXELS", 80 * 60 - 1)
-    monkeypatch.setattr(decode_module, "pixels", lambda _: pytest.fail("it was decoded"))
+    monkeypatch.setattr(decode_module, "decode_pixels", lambda _: pytest.fail("it was decoded"))
     with pytest.raises(DataError, match=rf"^{path}: .*has 80 x 60 pixels, more than the .* are read: make it smaller"):
         decode_any(path)
 
@@ -314,7 +314,7 @@ def test_of_many_frames_the_first_alone_is_decoded(tmp_path, picture):
     first = decode_any(path)
     path.write_bytes(content[: len(alone) + 200])
     assert (decode_any(path).int() - first).abs().max() == 0
-    assert size_of(path) == (80, 60)
+    assert read_size(path) == (80, 60)
 
 
 # --- files that cannot be opened -------------------------------------------------------------------------------------

@@ -256,10 +256,10 @@ def test_all_decoders_turn_a_usual_tag_alike(tmp_path, form):
     picture = apply_orientation(decode(path), orientation)
     assert (picture.int() - pillows(path)).abs().max() <= 2
     pytest.importorskip("nvidia.dali")
-    from src.data.pipelines.dali_graph import FILES, make_decoder
+    from src.data.pipelines.dali_graph import DECODER_INPUT, make_decoder
 
     decoder = make_decoder(batch_size=1, device_id=None, upright=True)
-    decoder.feed_input(FILES, [np.frombuffer(content, np.uint8)])
+    decoder.feed_input(DECODER_INPUT, [np.frombuffer(content, np.uint8)])
     sizes, images = decoder.run()
     assert sizes.as_array()[0].tolist() == [*picture.shape[1:], 3]
     assert (picture.permute(1, 2, 0).int() - torch.from_numpy(np.array(images.at(0)))).abs().max() <= 2

@@ -16,7 +16,7 @@ from torchvision.ops import box_convert
 
 import main
 from src.data.annotations.coco import read_annotations
-from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD
+from src.data.pipelines.batch import denormalise
 from src.runtime.errors import UserError
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, encode
 from tests.evaluation.test_scoring import plain_scorer
@@ -205,9 +205,8 @@ def test_every_kind_of_picture_is_the_same_in_both_pipelines(tmp_path, device, d
         "categories": [{"id": i, "name": name} for i, name in names.items()],
     }
     write_annotations(tmp_path, content)
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     seen = [
-        {names[int(batch.labels.max())]: (batch.images[0].cpu() * deviation + mean) * 255 for batch in loader}
+        {names[int(batch.labels.max())]: denormalise(batch.images.cpu())[0] for batch in loader}
         for loader in (
             train_loader("no_dali", read(tmp_path)),
             train_loader("dali", read(tmp_path), device=torch.device(device)),

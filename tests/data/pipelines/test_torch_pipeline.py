@@ -7,7 +7,7 @@ from PIL import Image
 
 from src.data.annotations.coco import read_annotations
 from src.data.images.decode import decode
-from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
+from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD, Batch, denormalise
 from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EpochSampler, EvaluationLoader, TorchTrainLoader
 from src.runtime.distributed import Shard
@@ -120,8 +120,7 @@ def test_unaugmented_image_is_pillows(tmp_path):
     batch = next(iter(make_loader(annotations, augment=False)))
     with Image.open(annotations.image_path(0)) as picture:
         expected = np.asarray(picture.resize((300, 300), Image.Resampling.BILINEAR), np.float64)
-    mean, deviation = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
-    actual = (batch.images[0].permute(1, 2, 0).double().numpy() * deviation + mean) * 255
+    actual = denormalise(batch.images.double())[0].permute(1, 2, 0).numpy()
     assert np.abs(actual - expected).mean() < 0.5
     assert np.abs(actual - expected).max() <= 2
 
