@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import table
 from src.data.annotations.coco import Annotations, read_annotations
-from src.evaluation.evaluate import RankPart, score_distributed
+from src.evaluation.evaluate import RankResults, score_distributed
 from src.evaluation.results import Results
 from src.evaluation.scoring import score
 from src.runtime import process_group
@@ -92,7 +92,7 @@ def _score(folder: Path, annotation_file: str) -> None:
         own = annotations.image_ids[processes.rank :: processes.world_size]
         results = Results(*(column[np.isin(results.image_ids, own)] for column in results))
         processes.all_reduce_max(0)  # all begin together
-        found = score_distributed(processes, annotations, RankPart(results, 0, None), {})
+        found = score_distributed(processes, annotations, RankResults(results, 0, None), {})
         if processes.is_main:
             seconds = found.seconds["gathering"] + found.seconds["scoring"]
             outcome = {"figures": found.scores.metrics, "scoring": seconds, "waiting": found.seconds["waiting"]}

@@ -1,6 +1,6 @@
 """The files of an evaluation: detections.json and the pictures.
 
-No import here loads torch: that keeps the start of `src.evaluation.write_artifacts`, which draws in the background, at
+Nothing here imports torch at module level, so that `src.evaluation.write_artifacts`, a process of its own, starts in
 1 s of a core instead of 6 s.
 """
 
@@ -12,9 +12,15 @@ from typing import NamedTuple
 import numpy as np
 
 from src.data.annotations.coco import Annotations
-from src.evaluation.confusion import GroundTruth, confusion_matrix, ground_truth, min_scores, write_confusion
+from src.evaluation.confusion import (
+    TruthBoxes,
+    collect_truth_boxes,
+    confusion_matrix,
+    min_scores_by_category,
+    write_confusion,
+)
 from src.evaluation.results import Results, write_results
-from src.evaluation.scoring import IOU_THRESHOLDS, RECALLS
+from src.evaluation.scoring import IOU_THRESHOLDS, RECALLS, Scores
 from src.evaluation.thresholds import SCORES, Thresholds
 from src.report.confusion_plot import draw_confusion
 from src.report.drawing import PANEL_SIDE
@@ -29,42 +35,41 @@ NUM_EXAMPLES = 8  # validation images in detections.png
 
 
 class ArtifactInputs(NamedTuple):
-    """Everything that the files of an evaluation are made from."""
+    """The content of an evaluation's files, before any file is drawn or written."""
 
     results: Results
     precision: np.ndarray  # [T, R, K], see Scores
     thresholds: Thresholds
-    truth: GroundTruth
+    truth: TruthBoxes
     names: list[str]  # of the K categories
     examples: list[Example]  # the images of detections.png
     metrics_file: Path | None  # metrics.jsonl of a training run, for training.png
     metrics_size: int  # bytes of it to read: later lines belong to the next picture
 
 
-def artifact_inputs(
+def collect_artifact_inputs(
     results: Results,
-    precision: np.ndarray,
-    thresholds: Thresholds,
+    scores: Scores,
     validation: Annotations,
     *,
     metrics_file: Path | None = None,
     metrics_size: int = 0,
 ) -> ArtifactInputs:
-    """Reads the example images and collects everything else.  Raises DataError where an image cannot be read."""
+    """The inputs of `write_artifacts`; reads the example images.  Raises DataError if one of them cannot be read."""
     return ArtifactInputs(
         results=results,
-        precision=precision,
-        thresholds=thresholds,
-        truth=ground_truth(validation),
+        precision=scores.precision,
+        thresholds=scores.thresholds,
+        truth=collect_truth_boxes(validation),
         names=[category.name for category in validation.categories],
-        examples=[_example(validation, results, index) for index in _example_indices(validation)],
+        examples=[_make_example(validation, results, index) for index in _example_indices(validation)],
         metrics_file=metrics_file,
         metrics_size=metrics_size,
     )
 
 
 def write_artifacts(inputs: ArtifactInputs, output: Path) -> list[str]:
-    """Writes the files into `output`; gives a line for each that cannot be written."""
+    """Writes the files into `output`; returns an error line for each file that cannot be written."""
     writers: list[Callable[[], object]] = [
         partial(write_results, output / DETECTIONS, inputs.results),
         partial(
@@ -91,20 +96,20 @@ def write_artifacts(inputs: ArtifactInputs, output: Path) -> list[str]:
 
 
 def _write_confusion(inputs: ArtifactInputs, output: Path) -> None:
-    least = min_scores(inputs.thresholds)
-    matrix = confusion_matrix(inputs.results, inputs.truth, least)
-    write_confusion(output / CONFUSION, matrix, inputs.names, least)
+    min_scores = min_scores_by_category(inputs.thresholds)
+    matrix = confusion_matrix(inputs.results, inputs.truth, min_scores)
+    write_confusion(output / CONFUSION, matrix, inputs.names, min_scores)
     draw_confusion(matrix, inputs.names, output / CONFUSION_PICTURE)
 
 
 def _example_indices(validation: Annotations) -> np.ndarray:
-    """Indices of the images to show: spread evenly over those with boxes, the same in every evaluation."""
+    """Indices of the example images, spread evenly over the images with boxes; the same in every evaluation."""
     candidates = validation.with_boxes() if len(validation.boxes) else np.arange(len(validation))
     return candidates[np.linspace(0, len(candidates) - 1, min(NUM_EXAMPLES, len(candidates))).round().astype(int)]
 
 
-def _example(validation: Annotations, results: Results, index: int) -> Example:
-    """An image at the size it is shown with, its boxes and its detections in pixels of that size."""
+def _make_example(validation: Annotations, results: Results, index: int) -> Example:
+    """The image at its size in detections.png, with boxes and detections in pixels of that size."""
     from src.data.images.formats import decode_thumbnail  # here, because it imports torch
 
     names = {category.id: category.name for category in validation.categories}

@@ -1,7 +1,7 @@
-"""The files of an evaluation, written by a process of low priority while training goes on.
+"""The files of an evaluation, written by a process of low priority while training continues.
 
-A fresh Python instead of a fork, which is unsafe beside a GPU and threads, and instead of multiprocessing, which would
-import main.py and torch: that takes 6 s of a core.
+The process is a fresh Python.  A fork would be unsafe with a GPU and threads, and multiprocessing would import main.py
+and torch, which takes 6 s of a core.
 """
 
 import json
@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from src.data.annotations.coco import Annotations
-from src.evaluation.artifacts import ARTIFACTS, artifact_inputs
+from src.evaluation.artifacts import ARTIFACTS, collect_artifact_inputs
 from src.evaluation.evaluate import Evaluation
 from src.report.report import Report
 from src.report.run_folder import METRICS
@@ -22,20 +22,20 @@ from src.runtime.errors import SigtermReceived, UserError
 from src.runtime.output_files import make_folder
 
 PROGRAM = "src.evaluation.write_artifacts"
-ROOT = Path(__file__).parents[2]  # where PROGRAM is found
-SIGTERM_WAIT = 10  # seconds that a run which got SIGTERM waits for the files: launchers kill 30 s after SIGTERM
-STOP_WAIT = 5  # seconds that the process may take to remove half a file when it is stopped
+ROOT = Path(__file__).parents[2]  # the folder from which `python -m` finds PROGRAM
+SIGTERM_WAIT = 10  # seconds that a run waits for the files after SIGTERM: launchers kill 30 s after SIGTERM
+STOP_WAIT = 5  # seconds in which a stopped process may remove an unfinished file
 
 
 class WriterDiedError(RuntimeError):
-    """The process ended before all files were written; the message says how."""
+    """The writing process ended before all files were written; the message says how."""
 
 
 class BackgroundFiles:
-    """Has the files of one evaluation at a time written by another process; a failure there becomes a warning.
+    """Starts a process that writes the files of an evaluation, one evaluation at a time; its errors become warnings.
 
-    A context.  Its end waits for the files.  A run that fails or is interrupted stops the process; files that are not
-    complete by then stay as they were.
+    A context manager: its end waits for the files.  If the run fails or is interrupted, it stops the process; files
+    that are unfinished then stay as they were.
     """
 
     def __init__(self, output: Path, report: Report) -> None:
@@ -51,7 +51,7 @@ class BackgroundFiles:
         metrics_file = make_folder(self.output) / METRICS
         try:
             metrics_size = metrics_file.stat().st_size
-            # A session of its own: Ctrl-C at the terminal reaches this process alone, which then stops that one.
+            # In a session of its own, Ctrl-C at the terminal does not reach it; `stop` ends it.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", PROGRAM, str(self.output.absolute())],
                 cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
@@ -67,23 +67,18 @@ class BackgroundFiles:
     def _write(
         self, process: subprocess.Popen, evaluation: Evaluation, validation: Annotations, metrics: Path, size: int
     ) -> list[str]:
-        """In the thread, because reading the example images and sending 637,000 detections take a second."""
+        """Runs in the thread, because reading the example images and sending 637,000 detections takes a second."""
         assert evaluation.results is not None and process.stdin is not None and process.stdout is not None
-        inputs = artifact_inputs(
-            evaluation.results,
-            evaluation.scores.precision,
-            evaluation.scores.thresholds,
-            validation,
-            metrics_file=metrics,
-            metrics_size=size,
+        inputs = collect_artifact_inputs(
+            evaluation.results, evaluation.scores, validation, metrics_file=metrics, metrics_size=size
         )
-        with suppress(BrokenPipeError):  # the status below says more
+        with suppress(BrokenPipeError):  # the exit status below says why
             pickle.dump(inputs, process.stdin, pickle.HIGHEST_PROTOCOL)
             process.stdin.flush()
         self._inputs_sent = True
         with process.stdout:
             answer = process.stdout.read()
-        status = process.wait()  # before standard input is closed, which would interrupt the end of the process
+        status = process.wait()  # before standard input is closed, which interrupts the process
         if status:
             how = f"was killed by signal: {signal.strsignal(-status)}" if status < 0 else f"ended with status {status}"
             raise WriterDiedError(f"the process that writes them {how}")
@@ -112,7 +107,7 @@ class BackgroundFiles:
             return
         assert process.stdin is not None and process.stdout is not None
         if not self._inputs_sent:
-            process.kill()  # it has begun no file, and closing its input would wait until it reads
+            process.kill()  # it has opened no file yet, and closing its input would block until it reads
         with suppress(BrokenPipeError):
             process.stdin.close()
         try:

@@ -32,9 +32,9 @@ Progress = Callable[[int, str], AbstractContextManager[Bar | NullBar]]  # `Repor
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How a process runs the network over images."""
+    """How each process runs the network over images."""
 
-    batch_size: int  # images a step of this process
+    batch_size: int  # of one process
     num_workers: int  # worker processes
     amp: bool  # half precision
 
@@ -58,12 +58,12 @@ def evaluate(
     amp: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Detects objects in every image of every rank's loader; each rank scores some of the categories.
+    """The scores of the model's detections on the images of all ranks' loaders.
 
-    model: without DDP's wrapper; its batch-norm buffers must be the same on all ranks.
-    loader: gives images [N, 3, 300, 300] as `detect_batch` takes them, and their indices [N] in the annotations.
+    model: without DDP's wrapper; its batch-norm buffers must be equal on all ranks.
+    loader: yields images [N, 3, 300, 300] as `detect_batch` takes them, and their indices [N] in the annotations.
     amp: autocast, as in training.
-    All ranks must call this; all get the same scores.
+    All ranks must call this.  Each detects on its own images and scores some of the categories; all get all scores.
     """
     seconds: dict[str, float] = {}
     bar_context = progress(len(loader), "Evaluation") if progress else NullBar()
@@ -82,8 +82,8 @@ def evaluate(
             bar.update()
         total = time.perf_counter() - start
     seconds["loading"] = total - seconds.get("network", 0.0) - seconds.get("detections", 0.0)
-    part = RankPart(join_results(batches, annotations), non_finite, loss.sums() if loss else None)
-    return score_distributed(processes, annotations, part, seconds)
+    own = RankResults(join_results(batches, annotations), non_finite, loss.sums() if loss else None)
+    return score_distributed(processes, annotations, own, seconds)
 
 
 @torch.no_grad()
@@ -97,10 +97,10 @@ def detect_batch(
 ) -> tuple[list[Detections], int]:
     """The detections in each image, and the number of default boxes whose outputs were not finite.
 
-    model: a network, which takes normalised images [N, 3, 300, 300], or an EndToEndDetector, which takes uint8 images;
-    all outputs of that one count as finite, because it gives detections alone.
-    seconds: the time of "network" and "detections" is added to these.
-    observe: gets the network's offsets and logits; its time counts as "detections".
+    model: a network, which takes normalised images [N, 3, 300, 300], or an EndToEndDetector, which takes uint8 images
+    and returns detections alone, so that all its outputs count as finite.
+    seconds: the time is added to its entries "network" and "detections".
+    observe: is called with the network's offsets and logits; its time counts as "detections".
     """
     seconds = {} if seconds is None else seconds
     with timed(seconds, "network"):
@@ -109,7 +109,7 @@ def detect_batch(
         with autocast(images.device, amp):
             offsets, logits = model(images)
         valid = finite_boxes(offsets, logits)
-        non_finite = int((~valid).sum())  # waits for the GPU; without that its time would count as "detections"
+        non_finite = int((~valid).sum())  # waits for the GPU, so that its time counts as "network"
     with timed(seconds, "detections"):
         if observe:
             observe(offsets, logits)
@@ -119,13 +119,13 @@ def detect_batch(
 def prepare_for_inference(model: nn.Module, *, device: torch.device, amp: bool) -> nn.Module:
     """The model with its batch-norms folded into the convolutions, which is faster.
 
-    Not in half precision: rounding the folded weights to float16 would move detections.
+    In half precision it is the model itself, because rounding folded weights to float16 would move detections.
     """
     return model if amp and half_is_fast(device) else fold_batch_norms(model)
 
 
 def to_results(detections: list[Detections], indices: np.ndarray, annotations: Annotations) -> Results:
-    """Results of the images at `indices` [N] of the annotations, best first within an image."""
+    """The detections as results, best first within an image.  indices: [N], of the images in the annotations."""
     counts = [len(image.scores) for image in detections]
     image = np.repeat(indices, counts)  # [D]
     boxes, labels, scores = (torch.cat(parts).cpu().numpy() for parts in zip(*detections, strict=True))
@@ -137,8 +137,8 @@ def to_results(detections: list[Detections], indices: np.ndarray, annotations: A
     )
 
 
-class RankPart(NamedTuple):
-    """What one rank has found on its images."""
+class RankResults(NamedTuple):
+    """One rank's results on its images."""
 
     results: Results
     non_finite: int
@@ -146,11 +146,11 @@ class RankPart(NamedTuple):
 
 
 def score_distributed(
-    processes: Processes, annotations: Annotations, part: RankPart, seconds: dict[str, float]
+    processes: Processes, annotations: Annotations, own: RankResults, seconds: dict[str, float]
 ) -> Evaluation:
-    """Scores the detections of all ranks; part, seconds: this rank's.  All ranks must call this."""
+    """Scores the detections of all ranks.  own, seconds: this rank's.  All ranks must call this."""
     with timed(seconds, "gathering"):
-        gathered = processes.gather(tuple(part), long_timeout=True)
+        gathered = processes.gather(tuple(own), long_timeout=True)
     shards = None
     if gathered is not None:  # on rank 0
         with timed(seconds, "scoring"):
@@ -175,7 +175,7 @@ def score_distributed(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; at the end every module gets its own mode back."""
+    """Inside, the model is in evaluation mode; the end restores the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

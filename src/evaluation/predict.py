@@ -1,6 +1,6 @@
-"""Detections on images without annotations: a picture of each, and a list of all detections.
+"""`--mode prediction`: detections on images without annotations, drawn on each image and listed in one file.
 
-Shapes: D detections of an image.
+Shapes: D detections of an image, K categories.
 """
 
 import hashlib
@@ -33,19 +33,19 @@ from src.ssd.detect import Detections, EndToEndDetector
 from src.weights.detector import known_categories
 from src.weights.exported import load_trained, trained_detector
 
-SUBFOLDER = "predictions"  # for predictions, in an --output that holds a run
-PICTURE_SUFFIX = ".png"  # added to the image's name
+SUBFOLDER = "predictions"  # in an --output that holds a run
+PICTURE_SUFFIX = ".png"  # appended to the image's name
 MAX_NAME_BYTES = 255  # of a file name on most file systems
-MAX_NAMED_ERRORS = 20  # unreadable images that the error names; it counts the rest
+MAX_NAMED_ERRORS = 20  # unreadable images and folders that the error names; it counts the others
 MAX_SIDE = 2000  # pixels of a drawn picture; larger images are scaled down
-PIXEL_BUDGET = 100_000_000  # pixels decoded at the same time in all threads; a larger image is decoded alone
+PIXEL_BUDGET = 100_000_000  # pixels that all threads decode at the same time; a larger image is decoded alone
 
 
 class DetectionRecord(msgspec.Struct):
-    """A detection in detections.json: COCO's result format, and names for people to read."""
+    """A detection in detections.json: COCO's results format with names in addition."""
 
-    file_name: str  # relative to the images' folder
-    image_id: int  # index of the image, from 0
+    file_name: str  # relative to --data
+    image_id: int  # index of the image in --data, from 0
     category_id: int
     category: str
     bbox: list[float]  # left, top, width, height in pixels, inside the image
@@ -70,16 +70,15 @@ def predict_folder(
     context: RunContext,
     score: float | str | None = None,
 ) -> None:
-    """`--mode prediction`: draws and lists what a checkpoint's network detects in an image or a folder of images.
+    """Draws and lists the detections of a checkpoint's network in an image or a folder of images.
 
-    backbone: used where the checkpoint does not name its own.  score: see `min_scores_of`.
-    Each rank draws its share of the images, rank 0 lists
-    all.  Raises UserError at the end, on rank 0, where images could not be read.
+    backbone: for a checkpoint that names none.  score: see `resolve_min_scores`.
+    Each rank draws some of the images, rank 0 lists all.  At the end rank 0 raises UserError if images were unreadable.
     """
     processes, report, output = context.processes, context.report, context.output
     state = processes.broadcast_object(load_trained(checkpoint) if processes.is_main else None)
     categories = known_categories(state)
-    min_scores = min_scores_of(state, score, len(categories), source=checkpoint)
+    min_scores = resolve_min_scores(state, score, len(categories), source=checkpoint)
     folder, images = processes.broadcast_object(
         (_output_folder(data, output), find_images(data, leave_out=output, marker=DETECTIONS))
         if processes.is_main
@@ -99,16 +98,15 @@ def predict_folder(
     if images.marked:
         report.note(f"Folders with {DETECTIONS} left out, as earlier results: {images.marked}")
     log_non_finite(report, prediction.non_finite)
-    unreadable = images.unreadable + prediction.unreadable
-    if unreadable:
-        raise unreadable_images_error(unreadable, prediction.images)
+    if prediction.unreadable or images.unreadable:
+        raise unreadable_error(prediction.unreadable, prediction.images, folders=images.unreadable)
 
 
-def min_scores_of(state: dict, score: float | str | None, num_categories: int, *, source: Path) -> Tensor | None:
-    """The least score of each category's detections, [K]; None without --score.
+def resolve_min_scores(state: dict, score: float | str | None, num_categories: int, *, source: Path) -> Tensor | None:
+    """The lowest score of each category's detections, [K]; None without --score.
 
-    score: for all categories; or "best": each category's own as the checkpoint has it, where that is not defined the
-    one of all.  Raises UserError for a checkpoint without them.
+    score: the value for all categories, or "best": each category's threshold in the checkpoint, or the one of all
+    categories if its own is not defined.  Raises UserError if the checkpoint has no thresholds.
     """
     if score is None:
         return None
@@ -123,19 +121,20 @@ def min_scores_of(state: dict, score: float | str | None, num_categories: int, *
     return torch.tensor([thresholds["all"] if own is None else own for own in thresholds["by_label"]])
 
 
-def unreadable_images_error(unreadable: Sequence[UserError], images: int) -> UserError:
-    """One line for all images that could not be read.  images: their number, with those that could."""
-    named = "; ".join(map(str, unreadable[:MAX_NAMED_ERRORS]))
-    more = len(unreadable) - MAX_NAMED_ERRORS
-    return UserError(
-        f"{len(unreadable)} of {images} images left out: {named}{f'; and {more} more' if more > 0 else ''}"
-    )
+def unreadable_error(unreadable: Sequence[UserError], images: int, *, folders: Sequence[UserError]) -> UserError:
+    """One line for all unreadable images and folders.  images: the number of all images, readable or not."""
+    errors = [*folders, *unreadable]
+    named = "; ".join(map(str, errors[:MAX_NAMED_ERRORS]))
+    more = len(errors) - MAX_NAMED_ERRORS
+    left_out = f"{len(unreadable)} of {images} images left out"
+    left_out += f", unreadable folders: {len(folders)}" if folders else ""
+    return UserError(f"{left_out}: {named}{f'; and {more} more' if more > 0 else ''}")
 
 
 def _output_folder(data: Path, output: Path) -> Path:
-    """Where predictions on `data` go: `output`, or a folder in it where that holds a run or an evaluation.
+    """Makes and returns the folder of the predictions: `output`, or SUBFOLDER in it if it holds a run or an evaluation.
 
-    Makes the folder.  Raises UserError where it is the folder of the images.
+    Raises UserError if that is the folder of the images.
     """
     for folder in (output, output / SUBFOLDER) if holds_run(make_folder(output)) else (output,):
         if os.path.isdir(data) and data.samefile(make_folder(folder)):
@@ -153,9 +152,9 @@ def predict(
 ) -> Prediction | None:
     """Draws each image's detections into `context.output` (a.jpg gives a.jpg.png) and lists them in detections.json.
 
-    model: as for `detect_batch`.  categories: the k-th belongs to label k.  min_scores: of `min_scores_of`.
-    An image that cannot be read is left out.  All ranks must call this with the same images; each takes its shard.
-    Gives None on all ranks but 0.
+    model: as for `detect_batch`.  categories: the k-th has label k.  min_scores: [K], see `resolve_min_scores`.
+    Unreadable images are left out.  All ranks must call this with the same images; each takes its shard.  Rank 0 gets
+    the outcome, the others None.
     """
     processes, output = context.processes, make_folder(context.output)
     records: list[DetectionRecord] = []
@@ -176,12 +175,12 @@ def predict(
                 for (index, image), found in zip(readable, detections, strict=True):
                     path, found = images.files[index], clip_to_image(found)
                     if min_scores is not None:
-                        found = _above(found, min_scores)
+                        found = _filter_by_score(found, min_scores)
                     name = path.relative_to(images.folder)
                     picture = make_folder((output / name).parent) / picture_name(path.name)
-                    drawn_from = MIN_SCORE if min_scores is None else 0.0
-                    _draw(path, found, categories, picture, min_score=drawn_from)
-                    records += _records(name.as_posix(), index, image.size, found, categories)
+                    drawn_score = MIN_SCORE if min_scores is None else 0.0
+                    _draw_picture(path, found, categories, picture, min_score=drawn_score)
+                    records += _to_records(name.as_posix(), index, image.size, found, categories)
             bar.update(len(batch))
     gathered = processes.gather((records, unreadable, non_finite), long_timeout=True)
     if gathered is None:
@@ -194,16 +193,16 @@ def predict(
 
 
 def clip_to_image(detections: Detections) -> Detections:
-    """The detections with their boxes cut off at the image's edges; without those that lie outside."""
+    """The detections with their boxes clipped to the image, without boxes that lie outside it."""
     boxes = detections.boxes.clamp(0, 1)
     inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     return Detections(boxes[inside], detections.labels[inside], detections.scores[inside])
 
 
 class _Image(NamedTuple):
-    """What is kept of an image until its batch is complete.  Its own pixels would take too much memory."""
+    """An image of a batch.  It keeps no pixels of the original, which would take too much memory."""
 
-    size: tuple[int, int]  # width, height in pixels
+    size: tuple[int, int]  # width and height of the original in pixels
     resized: Tensor  # [3, 300, 300] uint8
 
 
@@ -216,7 +215,7 @@ class PixelBudget:
 
     @contextmanager
     def reserve(self, pixels: int) -> Iterator[None]:
-        """Waits until that many pixels are free; they are taken inside the block."""
+        """Waits until that many pixels are free; inside the block they are in use."""
         pixels = min(pixels, self._total)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= pixels)
@@ -232,13 +231,13 @@ class PixelBudget:
 def _read_batches(
     files: Sequence[Path], shard: range, batch_size: int
 ) -> Iterator[tuple[range, list[_Image | UserError]]]:
-    """The indices of a batch and what `_read` gives for each; threads read the next batch at the same time."""
+    """Batches as indices and the outcomes of `_read_image`; threads read the next batch at the same time."""
     budget = PixelBudget(PIXEL_BUDGET)
     batches = [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)]
     with ThreadPoolExecutor() as pool:
 
         def start_reading(indices: range) -> Iterator[_Image | UserError]:
-            return pool.map(lambda index: _read(files[index], budget), indices)
+            return pool.map(lambda index: _read_image(files[index], budget), indices)
 
         reading = start_reading(shard[:batch_size])
         for indices, following in zip(batches, [*batches[1:], range(0)], strict=False):
@@ -247,8 +246,8 @@ def _read_batches(
             yield indices, batch
 
 
-def _read(path: Path, budget: PixelBudget) -> _Image | UserError:
-    """The image as the network takes it, or the reason why it cannot be read."""
+def _read_image(path: Path, budget: PixelBudget) -> _Image | UserError:
+    """The image, resized for the network, or the error that names why it is unreadable."""
     width, height = read_size(path)
     with budget.reserve(width * height):
         try:
@@ -258,16 +257,16 @@ def _read(path: Path, budget: PixelBudget) -> _Image | UserError:
         return _Image((image.shape[2], image.shape[1]), resize(image))
 
 
-def _above(detections: Detections, min_scores: Tensor) -> Detections:
-    """The detections with the least score of their category or more; min_scores [K]."""
+def _filter_by_score(detections: Detections, min_scores: Tensor) -> Detections:
+    """The detections that reach the score of their category.  min_scores: [K]."""
     kept = detections.scores >= min_scores.to(detections.scores.device)[detections.labels - 1]
     return Detections(*(each[kept] for each in detections))
 
 
-def _draw(
+def _draw_picture(
     path: Path, detections: Detections, categories: Sequence[Category], picture: Path, *, min_score: float
 ) -> None:
-    """Draws an image's detections on it, scaled down to MAX_SIDE."""
+    """Draws the detections on the image, which is scaled down to MAX_SIDE, and writes the picture."""
     image = decode_thumbnail(path, MAX_SIDE, any_format=True).permute(1, 2, 0).numpy()
     boxes = in_pixels(detections.boxes.cpu().numpy(), image.shape[1::-1])
     names = [categories[label - 1].name for label in detections.labels.tolist()]
@@ -276,17 +275,18 @@ def _draw(
 
 def picture_name(name: str) -> str:
     """The name of an image's picture: a.jpg.png for a.jpg; a name that gets too long is cut and gets a digest."""
-    whole = os.fsencode(name)
-    if len(whole) + len(PICTURE_SUFFIX) <= MAX_NAME_BYTES:
+    encoded = os.fsencode(name)
+    if len(encoded) + len(PICTURE_SUFFIX) <= MAX_NAME_BYTES:
         return name + PICTURE_SUFFIX
-    return f"{name[:MAX_KEPT_CHARACTERS]}.{hashlib.sha256(whole).hexdigest()[:16]}{PICTURE_SUFFIX}"
+    return f"{name[:MAX_KEPT_CHARACTERS]}.{hashlib.sha256(encoded).hexdigest()[:16]}{PICTURE_SUFFIX}"
 
 
-def _records(
+def _to_records(
     name: str, index: int, size: tuple[int, int], detections: Detections, categories: Sequence[Category]
 ) -> list[DetectionRecord]:
-    """One image's detections as detections.json lists them."""
-    boxes = in_pixels(detections.boxes.cpu().numpy(), size).round(DECIMALS)  # corners first: they stay in the image
+    """An image's detections as records.  name: its path relative to --data.  index: its image_id."""
+    # Corners are rounded before they become width and height, so that boxes stay inside the image.
+    boxes = in_pixels(detections.boxes.cpu().numpy(), size).round(DECIMALS)
     boxes[:, 2:] -= boxes[:, :2]
     detected = [categories[label - 1] for label in detections.labels.tolist()]
     rows = zip(detected, boxes.round(DECIMALS).tolist(), detections.scores.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""Detections in COCO's result format: plain arrays, and the JSON file that any COCO scorer reads.
+"""Detections in COCO's results format: as arrays, and as the JSON file that every COCO scorer reads.
 
 Shapes: D detections.
 """
@@ -16,29 +16,29 @@ from numpy.typing import ArrayLike
 from src.data.annotations.coco import Annotations
 from src.runtime.output_files import atomic_write
 
-DECIMALS = 3  # of a pixel, rounded before scoring: what is written is what is scored
+DECIMALS = 3  # of boxes in pixels; they are rounded before scoring, so that files and scores agree
 ROWS_PER_WRITE = 50_000
 
 
 class Results(NamedTuple):
     """Detections of any number of images."""
 
-    image_ids: np.ndarray  # int64 [D], the file's
-    category_ids: np.ndarray  # int64 [D], the file's
+    image_ids: np.ndarray  # int64 [D] of the annotation file
+    category_ids: np.ndarray  # int64 [D] of the annotation file
     boxes: np.ndarray  # float64 [D, 4] left, top, width, height in pixels of the original image
     scores: np.ndarray  # float64 [D] in 0..1
 
 
 def join_results(parts: Iterable[Results], annotations: Annotations) -> Results:
-    """All parts in one, in the order of the annotation file's images."""
-    nothing = Results(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
-    joined = Results(*(np.concatenate(columns) for columns in zip(nothing, *parts, strict=True)))
+    """All parts concatenated, in the order of the annotation file's images."""
+    empty = Results(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
+    joined = Results(*(np.concatenate(columns) for columns in zip(empty, *parts, strict=True)))
     order = np.argsort(index_of(joined.image_ids, annotations.image_ids), kind="stable")
     return Results(*(column[order] for column in joined))
 
 
 def index_of(values: ArrayLike, among: ArrayLike) -> np.ndarray:
-    """The index of each value in `among`, whose values are unique; -1 where it is missing.  [D] int64."""
+    """The index of each value in `among`, int64 [D]; -1: missing.  The values of `among` must be unique."""
     values, among = np.asarray(values, np.int64), np.asarray(among, np.int64)
     order = np.argsort(among)
     nearest = order[np.searchsorted(among, values, sorter=order).clip(max=len(among) - 1)]
@@ -69,10 +69,7 @@ def _chunks(results: Results) -> Iterator[list[_Result]]:
 
 
 def write_json_list(path: Path, chunks: Iterable[Sequence[msgspec.Struct]]) -> None:
-    """Writes a JSON list with an object on each line; an older file stays complete until it is replaced.
-
-    Raises UserError where it cannot be written.
-    """
+    """Writes a JSON list with one object a line, in place of an older file.  Raises UserError."""
     encoder = msgspec.json.Encoder()
     with atomic_write(path) as file, garbage_collector_paused():
         before = b"["
@@ -84,7 +81,7 @@ def write_json_list(path: Path, chunks: Iterable[Sequence[msgspec.Struct]]) -> N
 
 @contextmanager
 def garbage_collector_paused() -> Iterator[None]:
-    """Inside, Python does not search the million new objects for garbage again and again."""
+    """Inside, Python collects no garbage: searching millions of new objects again and again takes long."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

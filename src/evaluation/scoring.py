@@ -2,8 +2,8 @@
 
 A category's precision and recall depend on its own boxes alone, so ranks score different categories (a CategoryShard
 each) and the merged scores equal those of one process bit for bit.
-Shapes: B boxes, K categories, I images of the annotation file; T = 10 IoU thresholds, R = 101 recalls, A = 4 ranges of
-area, M = 3 limits of detections.
+Shapes: B boxes, I images and K categories of the annotation file (K' of a shard), T = 10 IoU thresholds, R = 101
+recalls, A = 4 area ranges, M = 3 limits of detections an image.
 """
 
 import heapq
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from src.data.annotations.coco import Annotations
 from src.evaluation.results import Results, garbage_collector_paused, index_of
-from src.evaluation.thresholds import Thresholds, best_thresholds
+from src.evaluation.thresholds import Thresholds, find_best_thresholds
 
 METRIC_NAMES = (
     "mAP",
@@ -35,20 +35,21 @@ METRIC_NAMES = (
 )
 IOU_THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10).round(2).tolist())
 RECALLS = tuple(np.linspace(0, 1, 101).round(2).tolist())
-COST_PER_IMAGE = 0.1  # of evaluating one category on an image without detections, in units of one detection
+# Cost of evaluating one category on an image without detections, in units of one detection.
+COST_PER_IMAGE = 0.1
 
 
 class Scores(NamedTuple):
-    """How good detections are.  None: not defined, because there is no ground truth."""
+    """COCO's scores of detections.  None: not defined, because there is no ground truth."""
 
     metrics: dict[str, float | None]  # the keys are METRIC_NAMES
     precision: np.ndarray  # [T, R, K], all areas, at most 100 detections an image; -1: not defined
-    category_ap: dict[str, float | None]  # by name, in the order of `categories`; a shared name gets the id
+    category_ap: dict[str, float | None]  # by name, in the order of the labels; equal names get their ids
     thresholds: Thresholds
 
 
 def score(annotations: Annotations, results: Results) -> Scores:
-    """COCO's 12 metrics.  Without detections they are 0."""
+    """The scores, computed by this process alone.  Without detections the metrics are 0."""
     (shard,) = shard_categories(annotations, results, 1)
     return merge_shards(annotations, [score_shard(shard)])
 
@@ -68,31 +69,31 @@ class ShardMetrics(NamedTuple):
     labels: np.ndarray  # the shard's, [K']
     precision: np.ndarray  # float64 [T, R, K', A, M]
     recall: np.ndarray  # float64 [T, K', A, M]
-    scores: np.ndarray  # float64 [R, K'] of the detection that reaches a recall at IoU 0.5; 0: not reached
-    num_truth: np.ndarray  # int64 [K'] boxes to find, crowds left out
+    scores: np.ndarray  # float64 [R, K'] of the first detection that reaches a recall at IoU 0.5; 0: none does
+    num_truth: np.ndarray  # int64 [K'] boxes without crowds
 
 
 class BoxColumns(NamedTuple):
-    """What the scorer needs of boxes, ground truth or detections, each [B]; boxes [B, 4] left, top, width, height."""
+    """Boxes of the ground truth or of detections as the scorer takes them, each column [B]."""
 
     images: np.ndarray  # 1..I in the order of the image ids
     labels: np.ndarray  # 1..K
-    boxes: np.ndarray
+    boxes: np.ndarray  # [B, 4] left, top, width, height in pixels
     areas: np.ndarray
-    crowd: np.ndarray
+    crowd: np.ndarray  # 0 or 1
     scores: np.ndarray
 
     def of_shard(self, shard: int, shard_of: np.ndarray) -> "BoxColumns":
-        """The boxes of a shard's categories, in the same order; shard_of [K]."""
+        """The boxes of a shard's categories, in the same order.  shard_of: [K], the shard of each category."""
         own = shard_of[self.labels - 1] == shard
         return BoxColumns(*(column[own] for column in self))
 
 
 def shard_categories(annotations: Annotations, results: Results, count: int) -> list[CategoryShard]:
-    """All categories in `count` shards of about equal work; with fewer categories some shards are empty.
+    """All categories, divided into `count` shards of about equal work; with fewer categories some shards are empty.
 
-    The scorer stores ids as float64, so images and categories are numbered from 1 instead.  Images are numbered in the
-    order of their ids, as by a scorer that reads the files: equal scores then rank the same.
+    The scorer stores ids as float64, which rounds large ones, so images and categories are numbered from 1.  Images are
+    numbered in the order of their ids, as by a scorer that reads the files, so that equal scores rank the same.
     """
     numbers = np.argsort(np.argsort(annotations.image_ids)) + 1  # [I]
     truth = load_ground_truth(annotations, numbers)
@@ -120,7 +121,7 @@ def shard_categories(annotations: Annotations, results: Results, count: int) -> 
 def _assign_categories(detections: np.ndarray, num_images: int, count: int) -> np.ndarray:
     """The shard of each category, [K]: the largest category first, each to the shard with the least work so far.
 
-    detections [K]: their number in each category.
+    detections: [K], the number of detections of each category.
     """
     shard_of = np.zeros(len(detections), np.int64)
     loads = [(0.0, shard) for shard in range(count)]
@@ -138,7 +139,7 @@ def score_shard(shard: CategoryShard) -> ShardMetrics:
         precision, recall = np.zeros((levels, recalls, 0, 4, 3)), np.zeros((levels, 0, 4, 3))
         return ShardMetrics(shard.labels, precision, recall, np.zeros((recalls, 0)), np.zeros(0, np.int64))
     with garbage_collector_paused():
-        truth, detections = (_coco(boxes, shard.num_images, shard.labels) for boxes in (shard.truth, shard.detections))
+        truth, detections = (_to_coco(each, shard.num_images, shard.labels) for each in (shard.truth, shard.detections))
         scorer = COCOeval_faster(truth, detections, "bbox")
         scorer.evaluate()
         scorer.accumulate()
@@ -153,7 +154,7 @@ def score_shard(shard: CategoryShard) -> ShardMetrics:
 
 
 def merge_shards(annotations: Annotations, shards: Sequence[ShardMetrics]) -> Scores:
-    """The scores of all categories; each category is in one of the shards."""
+    """The scores of all categories; every category must be in one of the shards."""
     order = np.argsort(np.concatenate([shard.labels for shard in shards]))
     precision = np.concatenate([shard.precision for shard in shards], axis=2)[:, :, order]  # [T, R, K, A, M]
     recall = np.concatenate([shard.recall for shard in shards], axis=1)[:, order]  # [T, K, A, M]
@@ -165,22 +166,22 @@ def merge_shards(annotations: Annotations, shards: Sequence[ShardMetrics]) -> Sc
     overall = precision[:, :, :, 0, -1]  # all areas, 100 detections
     by_category = zip(_unique_names(annotations), np.moveaxis(overall, 2, 0), strict=True)
     return Scores(
-        metrics={name: _defined(value) for name, value in zip(METRIC_NAMES, scorer.stats, strict=True)},
+        metrics={name: _none_if_negative(value) for name, value in zip(METRIC_NAMES, scorer.stats, strict=True)},
         precision=overall,
-        category_ap={name: _defined(precision.mean()) for name, precision in by_category},
-        thresholds=best_thresholds(overall[0], scores, num_truth),
+        category_ap={name: _none_if_negative(precision.mean()) for name, precision in by_category},
+        thresholds=find_best_thresholds(overall[0], scores, num_truth),
     )
 
 
 def _unique_names(annotations: Annotations) -> Iterator[str]:
-    """The categories' names; those that share a name get their ids."""
+    """The categories' names; equal names get their ids."""
     counts = Counter(category.name for category in annotations.categories)
     for category in annotations.categories:
         yield category.name if counts[category.name] == 1 else f"{category.name} (id {category.id})"
 
 
 def load_ground_truth(annotations: Annotations, numbers: np.ndarray) -> BoxColumns:
-    """The file's boxes as they stood there when it was read: those that training drops or clips count here."""
+    """The boxes as the file gives them, neither dropped nor clipped as for training.  numbers: [I], of the images."""
     assert annotations.ground_truth is not None, "read_annotations(..., for_scoring=True)"
     image_index, labels, boxes, areas, crowd = annotations.ground_truth
     return BoxColumns(
@@ -194,12 +195,12 @@ def load_ground_truth(annotations: Annotations, numbers: np.ndarray) -> BoxColum
 
 
 def _labels(category_ids: ArrayLike, annotations: Annotations) -> np.ndarray:
-    """Labels 1..K of category ids; [B]."""
+    """The labels 1..K of category ids, [B]."""
     return index_of(category_ids, [category.id for category in annotations.categories]) + 1
 
 
-def _coco(boxes: BoxColumns, num_images: int, labels: np.ndarray) -> COCO:
-    # Not by loadRes: it makes a polygon of each box, which takes longer than everything else here.
+def _to_coco(boxes: BoxColumns, num_images: int, labels: np.ndarray) -> COCO:
+    # loadRes would make a polygon of each box, which takes longer than everything else here.
     rows = zip(*(column.tolist() for column in boxes), strict=True)
     return COCO(
         {
@@ -221,5 +222,5 @@ def _coco(boxes: BoxColumns, num_images: int, labels: np.ndarray) -> COCO:
     )
 
 
-def _defined(value: float) -> float | None:
+def _none_if_negative(value: float) -> float | None:
     return None if value < 0 else float(value)

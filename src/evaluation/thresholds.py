@@ -1,18 +1,19 @@
-"""From which score on detections are worth believing: where F1 at IoU 0.5 is best.
+"""Score thresholds: the score with the best F1 at IoU 0.5, for each category and for all together.
 
-F1 is the harmonic mean of precision and recall.  Shapes: K categories, R = 101 recalls, S = 101 scores.
+F1 is the harmonic mean of precision and recall.  Shapes: K categories, R = 101 recalls, S = 101 scores, P points of a
+category's curve.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-SCORES = np.linspace(0, 1, 101)  # [S] at which the F1 curves are drawn, and among which that of all is chosen
-SCORE_DECIMALS = 4  # rounded down, so that the detection of that score still counts
+SCORES = np.linspace(0, 1, 101)  # [S] of the F1 curves; the threshold of all categories is one of these
+SCORE_DECIMALS = 4  # rounded down, so that the detection with the best F1 still reaches the threshold
 
 
 class Threshold(NamedTuple):
-    """A score, and what holds for the detections of that score or more."""
+    """A score, and F1, precision and recall of the detections with that score or more."""
 
     score: float
     f1: float
@@ -21,35 +22,36 @@ class Threshold(NamedTuple):
 
 
 class Thresholds(NamedTuple):
-    """The score of the best F1.  None: not defined, because nothing right was detected or there is no ground truth."""
+    """The scores with the best F1.  None: not defined, because no detection is right or there is no ground truth."""
 
-    overall: Threshold | None  # one score for all categories; figures are means over those with ground truth
+    overall: Threshold | None  # one score for all categories; F1 etc. are means over categories with ground truth
     by_category: list[Threshold | None]  # [K]
-    f1: np.ndarray  # [S, K] from each score on; NaN without ground truth
+    f1: np.ndarray  # [S, K] of the detections with each score or more; NaN without ground truth
 
     def as_record(self, names: list[str]) -> dict[str, Any]:
-        """For metrics.jsonl: plain numbers by name."""
+        """The thresholds by category name, for metrics.jsonl."""
         named = zip(names, self.by_category, strict=True)
-        return {"all": _plain(self.overall), "by category": {name: _plain(value) for name, value in named}}
+        return {"all": _to_dict(self.overall), "by category": {name: _to_dict(value) for name, value in named}}
 
     def as_state(self) -> dict[str, Any]:
-        """For checkpoints and exported files: scores alone, in the order of the labels."""
+        """The scores alone, in the order of the labels, for checkpoints and exported files."""
         return {
             "all": self.overall.score if self.overall else None,
             "by_label": [value.score if value else None for value in self.by_category],
         }
 
 
-def best_thresholds(precision: np.ndarray, scores: np.ndarray, num_truth: np.ndarray) -> Thresholds:
-    """The thresholds of all categories, of the curves that COCO's scorer gives at IoU 0.5.
+def find_best_thresholds(precision: np.ndarray, scores: np.ndarray, num_truth: np.ndarray) -> Thresholds:
+    """The thresholds of all categories.
 
-    precision, scores [R, K]: at each recall, -1 where not defined; the score 0 marks a recall that is not reached.
-    num_truth [K]: boxes to find, crowds left out.
+    precision, scores: [R, K], the curves of COCO's scorer at IoU 0.5.  Precision -1: not defined.  Score 0: no
+    detection reaches that recall.  num_truth: [K], boxes without crowds.
 
-    The scorer's precision is the highest at that recall or beyond, and the best F1 lies where both are equal.  So the
-    result is exact for up to 100 boxes of a category, and for more the recall is coarse by 1%.
+    The scorer's precision at a recall is the highest at that recall or beyond.  The best F1 lies at a point where it is
+    the actual precision, so the result is exact for up to 100 boxes of a category; with more boxes the recall is off by
+    at most 1%.
     """
-    categories = [_curve(*columns) for columns in zip(precision.T, scores.T, num_truth.tolist(), strict=True)]
+    categories = [_f1_curve(*columns) for columns in zip(precision.T, scores.T, num_truth.tolist(), strict=True)]
     columns = [[_at_scores(curve, row) for curve in categories] for row in (1, 2, 3)]
     f1, at_precision, at_recall = (np.stack(column, axis=1) for column in columns)
     defined = num_truth > 0
@@ -57,35 +59,36 @@ def best_thresholds(precision: np.ndarray, scores: np.ndarray, num_truth: np.nda
     overall = None
     if f1[:, defined].any():
         means = f1[:, defined].mean(axis=1)
-        best = int(np.flatnonzero(means == means.max())[-1])  # of equal ones the highest score: it leaves out the most
-        figures = (at_precision[best, defined].mean(), at_recall[best, defined].mean())
-        overall = Threshold(float(SCORES[best]), float(means[best]), *map(float, figures))
-    return Thresholds(overall, [_best(curve) for curve in categories], f1)
+        # Of equal F1 take the highest score: it leaves out the most detections.
+        best = int(np.flatnonzero(means == means.max())[-1])
+        rates = (at_precision[best, defined].mean(), at_recall[best, defined].mean())
+        overall = Threshold(float(SCORES[best]), float(means[best]), *map(float, rates))
+    return Thresholds(overall, [_best_point(curve) for curve in categories], f1)
 
 
-def _curve(precision: np.ndarray, scores: np.ndarray, num_truth: int) -> np.ndarray:
-    """Score, F1, precision and recall of a category at the recalls that it reaches, [4, P], scores falling."""
+def _f1_curve(precision: np.ndarray, scores: np.ndarray, num_truth: int) -> np.ndarray:
+    """A category's score, F1, precision and recall at the P recalls that it reaches, [4, P]; scores fall."""
     steps = np.flatnonzero(scores > 0)
-    steps = steps[steps > 0]  # at recall 0 nothing needs to be found
-    # The scorer's entry for a recall is the first detection that reaches it, which may reach more.
+    steps = steps[steps > 0]  # recall 0 needs no detection
+    # The scorer's entry for a recall is the first detection that reaches it; its own recall may be higher.
     recall = np.ceil(np.round(steps / 100 * num_truth, 6)) / max(1, num_truth)
     at = precision[steps]
     return np.stack([scores[steps], 2 * at * recall / (at + recall), at, recall])
 
 
 def _at_scores(curve: np.ndarray, row: int) -> np.ndarray:
-    """A row of the curve for the detections from each of SCORES on, 0 where there are none; [S]."""
-    found = np.searchsorted(-curve[0], -SCORES, side="right")  # points of that score or more
-    return np.concatenate([[0.0], curve[row]])[found]
+    """The curve's row for the detections with each of SCORES or more; 0 if no detection has that score.  [S]."""
+    points = np.searchsorted(-curve[0], -SCORES, side="right")  # number of points with that score or more
+    return np.concatenate([[0.0], curve[row]])[points]
 
 
-def _best(curve: np.ndarray) -> Threshold | None:
+def _best_point(curve: np.ndarray) -> Threshold | None:
     if not curve.shape[1]:
         return None
-    score, *figures = curve[:, curve[1].argmax()].tolist()
+    score, *rates = curve[:, curve[1].argmax()].tolist()
     scale = 10**SCORE_DECIMALS
-    return Threshold(np.floor(score * scale).item() / scale, *figures)
+    return Threshold(np.floor(score * scale).item() / scale, *rates)
 
 
-def _plain(value: Threshold | None) -> dict[str, float] | None:
+def _to_dict(value: Threshold | None) -> dict[str, float] | None:
     return value._asdict() if value else None

@@ -1,32 +1,32 @@
-"""Where the time of an evaluation goes."""
+"""The time of an evaluation by phase."""
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-OWN_WORK = ("loading", "network", "detections", "scoring")  # what a rank does without waiting for others
-PARTS = (*OWN_WORK, "gathering")
+WORK_PHASES = ("loading", "network", "detections", "scoring")  # in these a rank does not wait for others
+PHASES = (*WORK_PHASES, "gathering")
 
 
 @contextmanager
-def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Adds the seconds that the block takes to those of the part."""
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Adds the duration of the block to the seconds of the phase."""
     start = time.perf_counter()
     try:
         yield
     finally:
-        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def summarise_ranks(ranks: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Seconds of an evaluation by part: of the rank that took longest.  ranks: seconds of the PARTS, rank 0 first.
+    """Seconds of an evaluation by phase, of the rank that took longest in each.
 
-    gathering: rank 0's, which includes its waiting for slower ranks.  waiting: the longest time that another rank had
-    nothing to do between rank 0's start and end.
+    ranks: each rank's seconds by phase, rank 0 first.
+    gathering: of rank 0; it includes waiting for slower ranks.  waiting: the longest idle time of another rank.
     """
-    seconds = {part: max(rank.get(part, 0.0) for rank in ranks) for part in OWN_WORK}
+    seconds = {phase: max(rank.get(phase, 0.0) for rank in ranks) for phase in WORK_PHASES}
     seconds["gathering"] = ranks[0].get("gathering", 0.0)
-    total = sum(ranks[0].get(part, 0.0) for part in PARTS)
-    idle = [total - sum(rank.get(part, 0.0) for part in OWN_WORK) for rank in ranks[1:]]
+    total = sum(ranks[0].get(phase, 0.0) for phase in PHASES)
+    idle = [total - sum(rank.get(phase, 0.0) for phase in WORK_PHASES) for rank in ranks[1:]]
     seconds["waiting"] = max(idle, default=0.0)
     return seconds

@@ -9,7 +9,7 @@ from torch import nn
 
 from src.data.annotations.coco import Annotations, check_images_exist, locations
 from src.data.pipelines.loaders import EvaluationLoader, LoaderConfig
-from src.evaluation.artifacts import artifact_inputs, write_artifacts
+from src.evaluation.artifacts import collect_artifact_inputs, write_artifacts
 from src.evaluation.background_files import BackgroundFiles
 from src.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate, log_non_finite
 from src.evaluation.scoring import Scores
@@ -26,11 +26,10 @@ from src.weights.exported import load_trained, trained_detector
 def make_evaluation(
     model: nn.Module, validation: Annotations, config: EvaluationConfig, context: RunContext
 ) -> Iterator[Callable[[int], tuple[float | None, dict[str, Any]]]]:
-    """A function of the epoch that evaluates the network on all ranks, reports the metrics and writes the files.
+    """A function that evaluates the network after an epoch: on all ranks, with metrics in the report and files.
 
-    It gives mAP (None: not defined) and what belongs to the network in its checkpoint.
-
-    The files are written while training goes on; the next evaluation and the end wait for them.
+    It takes the epoch and returns mAP (None: not defined) and entries for the network's checkpoint.  The files are
+    written while training continues; the next evaluation and the end of the context wait for them.
     """
     report = context.report
     with (
@@ -57,10 +56,9 @@ def make_evaluation(
 def score_checkpoint(
     checkpoint: Path, data: Path, *, upright: bool, backbone: str, config: EvaluationConfig, context: RunContext
 ) -> float | None:
-    """Reports the 12 metrics of a checkpoint and mAP by category, and writes the files; gives mAP, None: not defined.
+    """`--mode evaluation`: prints the 12 metrics and mAP by category, writes the files; mAP, None: not defined.
 
-    checkpoint: or an exported file.  upright: see `read_annotations`.
-    backbone: used where the checkpoint does not name its own.
+    checkpoint: may be an exported file.  upright: see `read_annotations`.  backbone: for a checkpoint that names none.
     """
     processes, report = context.processes, context.report
     state = processes.broadcast_object(load_trained(checkpoint) if processes.is_main else None)
@@ -72,7 +70,7 @@ def score_checkpoint(
 
     validation = processes.on_all_ranks(read_validation)
     compare_data(processes, validation=validation)
-    make_folder(context.output)  # before the work: an output that cannot be written is an error now
+    make_folder(context.output)  # first, so that an unwritable --output is an error before the work
     log_data_warnings(report, validation, amp=config.amp, device=processes.device)
     model = trained_detector(
         state, backbone=backbone, num_categories=len(validation.categories), source=checkpoint, device=processes.device
@@ -85,9 +83,7 @@ def score_checkpoint(
     if processes.is_main:
         assert evaluation.results is not None
         log_evaluation_warnings(report, evaluation)
-        inputs = artifact_inputs(
-            evaluation.results, evaluation.scores.precision, evaluation.scores.thresholds, validation
-        )
+        inputs = collect_artifact_inputs(evaluation.results, evaluation.scores, validation)
         failures = write_artifacts(inputs, make_folder(context.output))
         if failures:
             raise UserError("; ".join(failures))
@@ -98,7 +94,7 @@ def score_checkpoint(
 def _evaluator(
     model: nn.Module, validation: Annotations, config: EvaluationConfig, context: RunContext
 ) -> Iterator[Callable[[], Evaluation]]:
-    """A function that evaluates the model as it is then; the loader's worker processes stay between two calls."""
+    """A function that evaluates the model's current weights; the loader's worker processes stay between calls."""
     processes = context.processes
     loader_config = LoaderConfig(
         batch_size=config.batch_size,
@@ -114,7 +110,7 @@ def _evaluator(
 
 
 def log_evaluation_warnings(report: Report, evaluation: Evaluation) -> None:
-    """Warns of outputs that are NaN or infinite, and notes an evaluation without detections; on rank 0."""
+    """Warns of outputs that are NaN or infinite, and prints a line if nothing was detected; call it on rank 0."""
     assert evaluation.results is not None
     log_non_finite(report, evaluation.non_finite)
     if not len(evaluation.results.scores):
@@ -122,7 +118,7 @@ def log_evaluation_warnings(report: Report, evaluation: Evaluation) -> None:
 
 
 def log_metrics(report: Report, scores: Scores) -> None:
-    """COCO's 12 metrics, the average precision of each category and the scores to believe, a line each."""
+    """Prints COCO's 12 metrics, each category's mAP and the score thresholds, a line each."""
     for name, value in scores.metrics.items():
         report.note(f"{name:<9} {_metric_text(value)}")
     category_ap = {escape_control_characters(name): value for name, value in scores.category_ap.items()}

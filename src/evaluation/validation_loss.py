@@ -1,4 +1,4 @@
-"""The loss on the validation images, from the outputs that an evaluation computes anyway."""
+"""The loss on the validation images, computed from the network outputs of an evaluation."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ LOSS_NAMES = ("validation_loss", "validation_localisation_loss", "validation_lab
 
 
 class ValidationLoss:
-    """Sums both parts of the loss over images; images without boxes have none."""
+    """Sums both parts of the loss over images with boxes; images without boxes have no loss."""
 
     def __init__(self, annotations: Annotations, device: torch.device) -> None:
         self.annotations = annotations
@@ -25,7 +25,7 @@ class ValidationLoss:
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # localisation and label part
 
     def add(self, offsets: Tensor, logits: Tensor, indices: np.ndarray) -> None:
-        """Adds the losses of images by their outputs (see `MultiBoxLoss.parts`) and indices in the annotations."""
+        """Adds the losses of a batch.  offsets, logits: see `MultiBoxLoss.parts`.  indices: [N], in the annotations."""
         truth = [self.annotations.of_image(index) for index in indices.tolist()]
         rows = [row for row, (boxes, _) in enumerate(truth) if len(boxes)]
         if not rows:
@@ -45,14 +45,14 @@ class ValidationLoss:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def sums(self) -> list[float]:
-        """Of both parts; waits for the device."""
+        """The sums of the localisation and the label part; waits for the device."""
         return self._sums.tolist()
 
 
 def mean_losses(sums: Sequence[Sequence[float] | None], annotations: Annotations) -> dict[str, float | None] | None:
-    """The losses by name, means over all images with boxes; None: not finite.
+    """The losses by name, means over all images with boxes.  A value of None: not finite.
 
-    sums: of each rank, None of a model that gives detections alone, which has no losses.
+    sums: of each rank; None for a model that returns detections alone.  The result is then None, as without boxes.
     """
     images = len(annotations.with_boxes())
     known = [each for each in sums if each is not None]

@@ -1,7 +1,7 @@
-"""Writes the files of an evaluation in a process of its own: `python -m src.evaluation.write_artifacts OUTPUT`.
+"""The process that writes the files of an evaluation: `python -m src.evaluation.write_artifacts OUTPUT`.
 
-Standard input holds a pickled ArtifactInputs.  Standard output gets a JSON list with a line for each file that cannot
-be written.  The process ends when standard input closes, so it never outlives the training run, whatever ends that.
+It reads a pickled ArtifactInputs from standard input and writes a JSON list to standard output, with an error line for
+each file that cannot be written.  It ends when standard input closes, so it never outlives the training run.
 """
 
 import json
@@ -16,24 +16,26 @@ from pathlib import Path
 
 from src.evaluation.artifacts import write_artifacts
 
-NICENESS = 10  # training goes first where cores are short
+NICENESS = 10  # lets training go first if cores are few
 
 
 def main(output: Path) -> None:
     """Writes the files into `output`."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send it to every process of a job; the parent decides
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the parent started in the background
+    # Schedulers send SIGTERM to every process of a job; the parent stops this one.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # SIGINT is ignored if a shell started the parent in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     try:
         inputs = pickle.load(sys.stdin.buffer)
         threading.Thread(target=_interrupt_at_end_of_input, daemon=True).start()
-        with redirect_stdout(sys.stderr):  # what a library prints is not the answer
+        with redirect_stdout(sys.stderr):  # keeps what libraries print out of the JSON
             failures = write_artifacts(inputs, output)
-    except (KeyboardInterrupt, EOFError, pickle.UnpicklingError):  # the parent has stopped waiting or is gone
+    except (KeyboardInterrupt, EOFError, pickle.UnpicklingError):  # the parent has stopped this process or has ended
         sys.exit(1)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt while Python ends would print a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt while Python exits would print a traceback
     json.dump(failures, sys.stdout)
 
 

@@ -73,7 +73,7 @@ def _draw_curves(axes: Axes, precision: np.ndarray, recalls: Sequence[float], io
 def _draw_f1(axes: Axes, scores: np.ndarray, f1: np.ndarray, iou_threshold: float) -> None:
     """F1 over the least score, and the score with the best mean.  scores: [N].  f1: [N, S]."""
     mean = f1.mean(axis=1)
-    best = int(np.flatnonzero(mean == mean.max())[-1])  # as in `best_thresholds`
+    best = int(np.flatnonzero(mean == mean.max())[-1])  # as in `find_best_thresholds`
     if f1.shape[1] > 1:
         axes.plot(scores, f1, color=SKY, linewidth=0.8, alpha=0.5)
     axes.plot(scores, mean, color=BLUE)

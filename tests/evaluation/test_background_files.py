@@ -1,4 +1,4 @@
-"""The files of an evaluation, written by another process while training goes on."""
+"""The files of an evaluation, written by another process while training continues."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 
 from src.data.annotations.coco import Annotations, locations, read_annotations
 from src.evaluation import background_files
-from src.evaluation.artifacts import ARTIFACTS, artifact_inputs, write_artifacts
+from src.evaluation.artifacts import ARTIFACTS, collect_artifact_inputs, write_artifacts
 from src.evaluation.background_files import ROOT, BackgroundFiles
 from src.evaluation.evaluate import Evaluation
 from src.evaluation.results import Results
@@ -44,7 +44,7 @@ def validation(tmp_path_factory) -> Annotations:
 
 @pytest.fixture(scope="module")
 def evaluation(validation) -> Evaluation:
-    """One box is found, one is missed, one is found twice."""
+    """One box is detected, one missed, one detected twice."""
     boxes = np.array([[10.0, 10, 60, 50], [70, 10, 80, 100], [60, 10, 80, 100]])
     results = Results(np.array([1, 4, 4]), np.array([1, 1, 1]), boxes, np.array([0.9, 0.8, 0.4]))
     return Evaluation(score(validation, results), results, 0, {})
@@ -52,7 +52,7 @@ def evaluation(validation) -> Evaluation:
 
 @pytest.fixture
 def report(tmp_path):
-    """Of a run that has logged an iteration and told an evaluation."""
+    """The report of a run that has logged an iteration, an epoch and an evaluation."""
     report = Report(tmp_path / "run", append=False)
     log_iteration(report, 0)
     end_epoch(report, 0)
@@ -68,43 +68,38 @@ def wait_for(condition) -> None:
         time.sleep(0.01)
 
 
-def half_written(folder: Path) -> bool:
+def has_unfinished_file(folder: Path) -> bool:
     return any(path.stat().st_size for path in folder.glob(".*.part"))
 
 
-def written(folder: Path) -> dict[str, bytes]:
-    """Content of every file but the report's own, by name."""
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The content of the evaluation's files by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".png", ".part")}
 
 
-def test_the_files_are_those_that_the_run_itself_would_write(validation, evaluation, report, tmp_path, capsys):
+def test_the_files_equal_those_written_in_the_same_process(validation, evaluation, report, tmp_path, capsys):
     expected = tmp_path / "expected"
     expected.mkdir()
-    assert (
-        write_artifacts(
-            artifact_inputs(evaluation.results, evaluation.scores.precision, evaluation.scores.thresholds, validation),
-            expected,
-        )
-        == []
-    )
+    inputs = collect_artifact_inputs(evaluation.results, evaluation.scores, validation)
+    assert write_artifacts(inputs, expected) == []
     draw_training(tmp_path / "run" / "metrics.jsonl", expected / "training.png")
     with BackgroundFiles(tmp_path / "run", report) as files:
         files.start(evaluation, validation)
-        log_iteration(report, 20)  # training goes on
+        log_iteration(report, 20)  # training continues
         files.finish()
-        assert written(tmp_path / "run") == written(expected)
-        assert written(tmp_path / "run").keys() == set(ARTIFACTS)
+        assert read_files(tmp_path / "run") == read_files(expected)
+        assert read_files(tmp_path / "run").keys() == set(ARTIFACTS)
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_that_got_sigterm_waits_for_the_files(validation, evaluation, report, tmp_path, monkeypatch):
+def test_a_run_waits_for_the_files_after_sigterm(validation, evaluation, report, tmp_path, monkeypatch):
     monkeypatch.setattr(background_files, "SIGTERM_WAIT", 600)
     with pytest.raises(SigtermReceived), BackgroundFiles(tmp_path / "run", report) as files:
         files.start(evaluation, validation)
         wait_for(lambda: files._inputs_sent)
         os.kill(files._process.pid, signal.SIGTERM)  # as schedulers send it to every process of a job
         raise SigtermReceived
-    assert written(tmp_path / "run").keys() == set(ARTIFACTS)
+    assert read_files(tmp_path / "run").keys() == set(ARTIFACTS)
 
 
 def test_a_file_that_cannot_be_written_is_a_warning_that_names_it(validation, evaluation, report, tmp_path, capfd):
@@ -124,7 +119,7 @@ def test_a_file_that_cannot_be_written_is_a_warning_that_names_it(validation, ev
     assert not list(tmp_path.glob("run/.*"))
 
 
-def test_a_folder_that_is_gone_is_a_warning(validation, evaluation, report, tmp_path, capfd):
+def test_a_removed_folder_is_a_warning(validation, evaluation, report, tmp_path, capfd):
     shutil.rmtree(tmp_path / "run")
     with BackgroundFiles(tmp_path / "run", report) as files:
         files.start(evaluation, validation)
@@ -132,7 +127,7 @@ def test_a_folder_that_is_gone_is_a_warning(validation, evaluation, report, tmp_
     assert "are not all of the last evaluation: " in line and "metrics.jsonl" in line
 
 
-def test_an_image_that_is_gone_is_a_warning(validation, evaluation, report, tmp_path, capfd):
+def test_a_removed_image_is_a_warning(validation, evaluation, report, tmp_path, capfd):
     image = validation.image_path(0)
     image.rename(tmp_path / "elsewhere")
     try:
@@ -154,38 +149,38 @@ def test_a_writer_that_is_killed_is_a_warning_that_names_all_files(validation, e
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, SigtermReceived])
-def test_a_file_that_is_not_complete_when_the_run_ends_is_removed(
+def test_an_unfinished_file_is_removed_when_the_run_ends(
     end, validation, evaluation, report, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.setattr(background_files, "SIGTERM_WAIT", 0.01)
     monkeypatch.setattr(background_files, "PROGRAM", UNFINISHED)
     with pytest.raises(end), BackgroundFiles(tmp_path / "run", report) as files:
         files.start(evaluation, validation)
-        wait_for(lambda: half_written(tmp_path / "run"))
+        wait_for(lambda: has_unfinished_file(tmp_path / "run"))
         raise end
     warned = capfd.readouterr().err
     assert warned == "" if end is KeyboardInterrupt else warned.endswith("they were not made in 0.01 s\n")
-    assert written(tmp_path / "run") == {}
+    assert read_files(tmp_path / "run") == {}
 
 
-def test_a_run_that_is_interrupted_at_once_leaves_no_process(validation, evaluation, report, tmp_path, capfd):
+def test_a_run_that_is_interrupted_early_leaves_no_process(validation, evaluation, report, tmp_path, capfd):
     with pytest.raises(KeyboardInterrupt), BackgroundFiles(tmp_path / "run", report) as files:
         files.start(evaluation, validation)
         process = files._process
         raise KeyboardInterrupt
     assert process.poll() is not None
-    assert written(tmp_path / "run") == {}
+    assert read_files(tmp_path / "run") == {}
     assert capfd.readouterr().err == ""
 
 
-def test_the_writer_ends_when_the_run_is_killed(tmp_path):
+def test_the_writing_process_ends_when_the_run_is_killed(tmp_path):
     run = subprocess.Popen([sys.executable, "-c", START_AND_WAIT, UNFINISHED, str(tmp_path)], cwd=ROOT)
-    wait_for(lambda: half_written(tmp_path))
+    wait_for(lambda: has_unfinished_file(tmp_path))
     run.kill()
     run.wait()
     wait_for(lambda: not list(tmp_path.iterdir()))
 
 
-def test_the_writer_does_not_import_torch():
+def test_the_writing_process_does_not_import_torch():
     program = f"import sys, {background_files.PROGRAM}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True) == "False\n"

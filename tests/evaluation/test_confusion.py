@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
-from src.evaluation.confusion import GroundTruth, confusion_matrix, min_scores, write_confusion
+from src.evaluation.confusion import TruthBoxes, confusion_matrix, min_scores_by_category, write_confusion
 from src.evaluation.results import Results
 from src.evaluation.thresholds import Threshold, Thresholds
 from src.report.confusion_plot import draw_confusion
@@ -17,14 +17,14 @@ CATEGORY_IDS = np.array([3, 70])
 ALL = np.array([0.3, 0.3])
 
 
-def truth(*images: list[tuple]) -> GroundTruth:
+def truth(*images: list[tuple]) -> TruthBoxes:
     """Each image has (label, left, top, width, height, is a crowd)."""
     rows = [row for image in images for row in image]
     boxes = np.array([row[1:5] for row in rows], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     first = np.cumsum([0, *map(len, images)])
     labels, crowd = np.array([row[0] for row in rows], np.int64), np.array([row[5] for row in rows], bool)
-    return GroundTruth(boxes, labels, crowd, first, np.arange(len(images)) + 10, CATEGORY_IDS)
+    return TruthBoxes(boxes, labels, crowd, first, np.arange(len(images)) + 10, CATEGORY_IDS)
 
 
 def results(*rows: tuple) -> Results:
@@ -90,16 +90,19 @@ def test_it_is_that_of_plain_loops():
 
 def test_scores_from_which_on_detections_count():
     own = Threshold(0.6, 0.5, 0.5, 0.5)
-    assert min_scores(Thresholds(own._replace(score=0.4), [own, None], np.zeros((101, 2)))).tolist() == [0.6, 0.4]
-    assert min_scores(Thresholds(None, [None, None], np.zeros((101, 2)))).tolist() == [np.inf, np.inf]
+    assert min_scores_by_category(Thresholds(own._replace(score=0.4), [own, None], np.zeros((101, 2)))).tolist() == [
+        0.6,
+        0.4,
+    ]
+    assert min_scores_by_category(Thresholds(None, [None, None], np.zeros((101, 2)))).tolist() == [np.inf, np.inf]
 
 
 @pytest.mark.parametrize("count", [1, 3, 80, 200])
 def test_file_and_picture(count, tmp_path):
     matrix = np.random.default_rng(0).poisson(0.2, (count + 1, count + 1)) + 20 * np.eye(count + 1, dtype=int)
     names = [f"$category_{number} of many words" for number in range(count)]
-    least = np.full(count, 0.4)
-    write_confusion(tmp_path / "a.json", matrix, names, least)
+    min_scores = np.full(count, 0.4)
+    write_confusion(tmp_path / "a.json", matrix, names, min_scores)
     content = json.loads((tmp_path / "a.json").read_text())
     assert content["matrix"] == matrix.tolist()
     assert content["names"] == [*names, "background"]

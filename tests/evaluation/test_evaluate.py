@@ -1,4 +1,4 @@
-"""Evaluation as a whole."""
+"""Evaluation from images to scores, on one rank and on several."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 ALONE = Processes.single(CPU)
 
 
-def test_results_have_the_files_ids_and_pixels(tmp_path):
+def test_results_have_the_annotation_files_ids_and_pixels(tmp_path):
     largest = 2**63 - 1
     images = [
         {"id": largest, "file_name": "a.png", "width": 200, "height": 100},
@@ -45,8 +45,8 @@ def test_results_have_the_files_ids_and_pixels(tmp_path):
     assert results.scores.tolist() == [0.75, 0.5, 0.25]
 
 
-class Oracle(nn.Module):
-    """Knows the ground truth: finds in each image, whose number its first pixel tells, all of its boxes."""
+class PerfectDetector(nn.Module):
+    """Detects all ground truth of each image; an image's first pixel is its index."""
 
     def __init__(self, annotations) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def annotations(tmp_path):
 
 
 def test_a_perfect_detector_scores_1_and_every_module_keeps_its_mode(annotations):
-    model = Oracle(annotations)
+    model = PerfectDetector(annotations)
     steps = []
     bar = SimpleNamespace(update=lambda: steps.append(1))
 
@@ -112,13 +112,13 @@ def test_a_perfect_detector_scores_1_and_every_module_keeps_its_mode(annotations
     assert (model.training, model.norm.training, model.frozen.training) == (True, True, False)
 
 
-class Broken(nn.Module):
+class NanDetector(nn.Module):
     def forward(self, images):
         return (torch.full_like(part, float("nan")) for part in quiet_output(len(images)))
 
 
-def test_broken_output_is_counted_and_scores_0(annotations):
-    evaluation = evaluate(Broken(), numbered_batches(range(5)), annotations, processes=ALONE)
+def test_non_finite_output_is_counted_and_scores_0(annotations):
+    evaluation = evaluate(NanDetector(), numbered_batches(range(5)), annotations, processes=ALONE)
     assert evaluation.non_finite == 5 * NUM_DEFAULT_BOXES
     assert len(evaluation.results.scores) == 0
     assert evaluation.scores.metrics["mAP"] == 0
@@ -126,14 +126,14 @@ def test_broken_output_is_counted_and_scores_0(annotations):
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_any_number_of_processes_scores_the_same_on_every_rank(annotations, world_size):
-    alone = evaluate(Oracle(annotations), numbered_batches(range(5)), annotations, processes=ALONE)
+    alone = evaluate(PerfectDetector(annotations), numbered_batches(range(5)), annotations, processes=ALONE)
     assert alone.losses["validation_loss"] > 0.1
 
-    def work(processes):
+    def evaluate_shard(processes):
         shard = numbered_batches(range(processes.rank, 5, world_size), size=1) if processes.rank < 5 else []
-        return evaluate(Oracle(annotations), shard, annotations, processes=processes)
+        return evaluate(PerfectDetector(annotations), shard, annotations, processes=processes)
 
-    evaluations = Ranks(world_size).all_do(work)
+    evaluations = Ranks(world_size).all_do(evaluate_shard)
     assert evaluations[0].seconds["waiting"] > 0
     for number, evaluation in enumerate(evaluations):
         assert evaluation.scores.metrics == alone.scores.metrics
@@ -144,7 +144,7 @@ def test_any_number_of_processes_scores_the_same_on_every_rank(annotations, worl
 
 
 @pytest.mark.parametrize(("amp", "fast", "folds"), [(False, True, True), (True, True, False), (True, False, True)])
-def test_batch_norms_are_folded_unless_it_computes_in_half_precision(monkeypatch, amp, fast, folds):
+def test_batch_norms_are_folded_except_in_half_precision(monkeypatch, amp, fast, folds):
     monkeypatch.setattr("src.evaluation.evaluate.half_is_fast", lambda device: fast)
     model = SSD300("resnet18", 3).eval()
     assert (prepare_for_inference(model, device=CPU, amp=amp) is not model) == folds

@@ -11,17 +11,19 @@ import torch
 from PIL import Image
 
 from src.data.images.formats import find_images
+from src.evaluation.predict import unreadable_error
 from src.report.image_plots import draw_prediction
+from src.runtime.errors import DataError
 from tests.helpers.datasets import CATEGORIES as DATA_CATEGORIES
 from tests.helpers.datasets import annotation, write_annotations, write_image
 from tests.helpers.launch import LIMIT
-from tests.helpers.predictions import FindsOneDisc, entries, predict_files
+from tests.helpers.predictions import OneDiscDetector, entries, predict_files
 from tests.helpers.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_images_of_all_kinds_get_a_picture_each_and_entries_in_pixels(tmp_path):
+def test_images_of_all_formats_get_a_picture_and_entries_in_pixels(tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
     sizes = {"a.jpg": (160, 120), "a.png": (100, 200), "b.JPEG": (50, 60), "c.webp": (80, 40)}
     for name, size in sizes.items():
@@ -30,7 +32,7 @@ def test_images_of_all_kinds_get_a_picture_each_and_entries_in_pixels(tmp_path):
     frames[0].save(folder / "d.gif", save_all=True, append_images=frames[1:])
     Image.fromarray(np.zeros((20, 30), np.uint8)).save(folder / "grey.png")
     (folder / "notes.txt").write_text("no image")
-    model = FindsOneDisc()
+    model = OneDiscDetector()
     images = find_images(folder).files
     result = predict_files(images, output, model=model, batch_size=4)
     assert tuple(result) == (6, [], 6, 0)
@@ -59,7 +61,7 @@ def test_a_single_image_of_any_name(tmp_path):
 
 
 @pytest.mark.parametrize("letter", ["n", "名"])
-def test_names_that_leave_no_room_for_an_ending_have_pictures_each(tmp_path, letter):
+def test_images_with_the_longest_names_get_pictures(tmp_path, letter):
     longest = letter * (255 // len(letter.encode()))
     names = [longest, longest[:-1] + "m"]
     for name in names:
@@ -71,15 +73,15 @@ def test_names_that_leave_no_room_for_an_ending_have_pictures_each(tmp_path, let
 
 def test_nothing_found_is_an_empty_list(tmp_path):
     write_image(tmp_path / "a.jpg", 90, 70)
-    quiet = FindsOneDisc(loud=False)
+    quiet = OneDiscDetector(loud=False)
     assert predict_files([tmp_path / "a.jpg"], tmp_path / "out", model=quiet).detections == 0
     assert entries(tmp_path / "out") == []
     assert (tmp_path / "out" / "a.jpg.png").exists()
 
 
-def test_a_box_that_reaches_outside_is_clipped_to_the_image(tmp_path):
+def test_a_box_over_the_edge_is_clipped_to_the_image(tmp_path):
     write_image(tmp_path / "a.jpg", 101, 67)
-    beyond = FindsOneDisc(box=torch.tensor([0.1, 0.9, 0.5, 0.6]))  # beyond the left and the lower edge
+    beyond = OneDiscDetector(box=torch.tensor([0.1, 0.9, 0.5, 0.6]))  # beyond the left and the lower edge
     predict_files([tmp_path / "a.jpg"], tmp_path / "out", model=beyond)
     (entry,) = entries(tmp_path / "out")
     assert entry["bbox"] == pytest.approx([0, 0.6 * 67, 0.35 * 101, 0.4 * 67], abs=2e-3)
@@ -89,12 +91,12 @@ def test_a_box_that_reaches_outside_is_clipped_to_the_image(tmp_path):
 
 def test_a_box_outside_the_image_is_no_detection(tmp_path):
     write_image(tmp_path / "a.jpg", 101, 67)
-    outside = FindsOneDisc(box=torch.tensor([-0.3, 0.5, 0.5, 0.6]))
+    outside = OneDiscDetector(box=torch.tensor([-0.3, 0.5, 0.5, 0.6]))
     assert predict_files([tmp_path / "a.jpg"], tmp_path / "out", model=outside).detections == 0
     assert entries(tmp_path / "out") == []
 
 
-def test_a_broken_image_is_told_of_and_the_others_are_done(tmp_path):
+def test_a_broken_image_is_named_and_the_others_are_done(tmp_path):
     for name in ("a.jpg", "c.jpg"):
         write_image(tmp_path / name, 90, 70)
     (tmp_path / "b.jpg").write_text("no image")
@@ -107,7 +109,21 @@ def test_a_broken_image_is_told_of_and_the_others_are_done(tmp_path):
         assert [(entry["file_name"], entry["image_id"]) for entry in entries(output)] == [("a.jpg", 0), ("c.jpg", 2)]
 
 
-def test_images_in_folders_below_keep_their_place(tmp_path):
+@pytest.mark.parametrize(
+    ("images", "folders", "line"),
+    [
+        (1, 0, "1 of 3 images left out: image 0"),
+        (0, 1, "0 of 3 images left out, unreadable folders: 1: folder 0"),
+        (2, 1, "2 of 3 images left out, unreadable folders: 1: folder 0; image 0; image 1"),
+    ],
+)
+def test_unreadable_images_and_folders_are_counted_separately(images, folders, line):
+    errors = [DataError(f"image {number}") for number in range(images)]
+    error = unreadable_error(errors, 3, folders=[DataError(f"folder {number}") for number in range(folders)])
+    assert str(error) == line
+
+
+def test_images_in_subfolders_keep_their_paths(tmp_path):
     for name in ("a.jpg", "sub/a.jpg"):
         write_image(tmp_path / "in" / name, 90, 70)
     images = find_images(tmp_path / "in")
@@ -117,7 +133,7 @@ def test_images_in_folders_below_keep_their_place(tmp_path):
     assert (output / "a.jpg.png").exists() and (output / "sub" / "a.jpg.png").exists()
 
 
-def test_a_large_photograph_lying_on_its_side_is_drawn_upright_and_smaller(tmp_path):
+def test_a_large_rotated_photograph_is_drawn_upright_and_smaller(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # its right side is up
     write_image(tmp_path / "a.jpg", 2400, 1200, exif=exif)
@@ -141,9 +157,9 @@ from tests.helpers.predictions import predict_files
 folder = Path(sys.argv[1])
 image = folder / "val2017" / "huge.jpg"
 annotations = read_annotations(folder / "annotations" / "instances_val2017.json", folder / "val2017")
-nothing = Results(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
+empty = Results(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
 peaks = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
-draw_detections([artifacts._example(annotations, nothing, 0)], folder / "detections.png")
+draw_detections([artifacts._make_example(annotations, empty, 0)], folder / "detections.png")
 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 predict_files([image] * 3, folder / "out", batch_size=4)
 peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -151,8 +167,8 @@ print(*(round((peak - peaks[0]) / 1024) for peak in peaks[1:]))
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what it measures has other units elsewhere")
-def test_a_picture_of_100_megapixels_is_never_there_in_several_copies(tmp_path):
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems measure peak memory in other units")
+def test_a_picture_of_100_megapixels_is_decoded_once_at_a_time(tmp_path):
     entry = {"id": 1, "file_name": "huge.jpg", "width": 12_000, "height": 9_000}
     content = {"images": [entry], "annotations": [annotation(1)], "categories": DATA_CATEGORIES}
     write_annotations(tmp_path, content, "val")
@@ -162,7 +178,7 @@ def test_a_picture_of_100_megapixels_is_never_there_in_several_copies(tmp_path):
         [sys.executable, "-c", HUGE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT
     )
     assert done.returncode == 0, done.stderr
-    drawing, prediction = map(int, done.stdout.split())  # MiB beyond what the program takes without any picture
+    drawing, prediction = map(int, done.stdout.split())  # MiB beyond the program's use without a picture
     assert drawing < 200
     assert prediction < 600  # decoded once: 309 MiB
 
@@ -176,8 +192,8 @@ def test_photographs(coco128, tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [2, 5])
-def test_any_number_of_processes_leaves_the_same(tmp_path, world_size, monkeypatch):
-    drawing = threading.Lock()  # matplotlib's settings are the process's, and the processes are threads here
+def test_any_number_of_processes_writes_the_same_files(tmp_path, world_size, monkeypatch):
+    drawing = threading.Lock()  # here ranks are threads, and matplotlib's settings belong to the process
 
     def draw(*arguments, **options):
         with drawing:
@@ -191,10 +207,10 @@ def test_any_number_of_processes_leaves_the_same(tmp_path, world_size, monkeypat
     images = find_images(folder).files
     expected = predict_files(images, tmp_path / "alone")
 
-    def work(processes):
+    def predict_on_rank(processes):
         return predict_files(images, tmp_path / "out", processes=processes)
 
-    done, *others = Ranks(world_size).all_do(work)
+    done, *others = Ranks(world_size).all_do(predict_on_rank)
     assert others == [None] * (world_size - 1)
     assert list(map(str, done.unreadable)) == list(map(str, expected.unreadable)) and len(done.unreadable) == 1
     assert (done.images, done.detections, done.non_finite) == (4, 3, 0)

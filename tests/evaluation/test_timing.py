@@ -1,11 +1,11 @@
-"""Where an evaluation's time went, of one rank and of several."""
+"""The time of an evaluation by phase, of one rank and of several."""
 
 import pytest
 
 from src.evaluation.timing import summarise_ranks, timed
 
 
-def test_a_block_adds_its_time_to_its_part(monkeypatch):
+def test_a_block_adds_its_time_to_its_phase(monkeypatch):
     times = iter([10.0, 11.0, 13.0, 16.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
     seconds = {}
@@ -15,7 +15,7 @@ def test_a_block_adds_its_time_to_its_part(monkeypatch):
     assert seconds == {"network": 4}
 
 
-def test_each_part_is_that_of_the_slowest_rank_and_the_idlest_rank_waited():
+def test_each_phase_is_the_slowest_ranks_and_waiting_is_the_idlest_ranks():
     first = {"loading": 1, "network": 2, "detections": 1, "scoring": 3, "gathering": 3}  # 10 s from start to end
     second = {"loading": 4, "network": 1, "detections": 1, "scoring": 3, "gathering": 0.5}
     third = {"loading": 1, "network": 1, "detections": 1, "scoring": 1, "gathering": 5}

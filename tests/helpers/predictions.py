@@ -19,8 +19,8 @@ CATEGORIES = (Category(3, "square"), Category(90, "disc"))
 BOX = torch.tensor([0.5, 0.4, 0.2, 0.3])  # cxcywh
 
 
-class FindsOneDisc(nn.Module):
-    """Detects one disc in each image, or nothing if `loud` is off; keeps the batch sizes it got."""
+class OneDiscDetector(nn.Module):
+    """Detects one disc in each image, or nothing without `loud`; records the batch sizes."""
 
     def __init__(self, loud: bool = True, box: torch.Tensor = BOX) -> None:
         super().__init__()
@@ -49,12 +49,12 @@ def predict_files(
     batch_size: int = 2,
     processes: Processes | None = None,
 ) -> Prediction | None:
-    """`predict` of files in one folder, or in and below `folder`."""
+    """The outcome of `predict` on files; folder: the images' folder, by default that of the first file."""
     processes = processes or Processes.single(torch.device("cpu"))
     images = ImageFiles(folder or files[0].parent, list(files), 0, [])
     config = EvaluationConfig(batch_size=batch_size, num_workers=0, amp=False)
     return predict(
-        model or FindsOneDisc(), images, CATEGORIES, config, RunContext(processes, Report.disabled(), output)
+        model or OneDiscDetector(), images, CATEGORIES, config, RunContext(processes, Report.disabled(), output)
     )
 
 
