@@ -1,4 +1,4 @@
-"""How the program ends: exit statuses, and the line that says why."""
+"""Exit statuses, and the line that says why the program ends."""
 
 import signal
 import sys
@@ -19,7 +19,7 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143  # exit sta
 
 @contextmanager
 def report_error_before_cleanup(processes: Processes) -> Iterator[None]:
-    """Prints an error before the outer contexts close, because closing may block on a GPU that hangs."""
+    """Prints an error before outer contexts close, because closing may block on a GPU that hangs."""
     try:
         yield
     except Exception as error:
@@ -28,7 +28,7 @@ def report_error_before_cleanup(processes: Processes) -> Iterator[None]:
 
 
 def fail(error: Exception, processes: Processes) -> int:
-    """Prints why this process ends, unless another rank has printed; the exit status."""
+    """The exit status of an error; prints the error unless another rank has done so."""
     if processes.world_size > 1:  # a launcher sends SIGTERM once another rank has exited, and does not wait
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if isinstance(error, ReportedElsewhereError):
@@ -65,10 +65,10 @@ def _print_error(error: Exception, processes: Processes, *, peer_lost: bool) -> 
 
 
 def _memory_shortage(error: BaseException | None) -> BaseException | None:
-    """The error itself or the one during which it was raised, if the memory of a GPU or the host was too small.
+    """The error, or the one that led to it, that says that memory of a GPU or the host is too small; else None.
 
-    torch.save turns a MemoryError into a RuntimeError that mentions it only as its context.  For the host's memory
-    torch itself raises plain RuntimeErrors.
+    torch.save turns a MemoryError into a RuntimeError with the MemoryError as its context.  For host memory torch
+    raises plain RuntimeErrors.
     """
     while error is not None:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
@@ -78,7 +78,7 @@ def _memory_shortage(error: BaseException | None) -> BaseException | None:
 
 
 def meets_target(accuracy: float | None, target: float | None, report: Report) -> int:
-    """The exit status after an evaluation that ended with `accuracy`; warns where that is below the target."""
+    """The exit status after a final mAP of `accuracy` (None: not defined); warns if it is below the target."""
     if target is None or (accuracy is not None and accuracy >= target):
         return DONE
     which = "there is no final mAP to reach" if accuracy is None else "the final mAP is below"

@@ -1,4 +1,4 @@
-"""metrics.jsonl: its values, and the file as it was at a checkpoint."""
+"""metrics.jsonl: its values, and cutting it at a checkpoint."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import NamedTuple, SupportsFloat
 
 
 class IterationMetrics(NamedTuple):
-    """What is logged of an iteration."""
+    """The values that are logged for one iteration."""
 
     loss: float
     localisation_loss: float
@@ -17,11 +17,11 @@ class IterationMetrics(NamedTuple):
     learning_rate: float
     images_per_second: float  # of all processes
     loss_scale: float = 1.0
-    skipped_steps: int = 0  # that loss scaling left out since the run's start
+    skipped_steps: int = 0  # optimizer steps that loss scaling skipped since the run's start
 
 
 def to_json_values(value: object) -> object:
-    """The value in JSON's types: numbers of any library become Python's, paths text, and NaN and infinity None."""
+    """The value in JSON's types: numbers of any library become Python's, NaN and infinity None, paths text."""
     if isinstance(value, Mapping):
         return {str(key): to_json_values(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -32,53 +32,53 @@ def to_json_values(value: object) -> object:
 
 
 def finite(value: SupportsFloat | None) -> float | None:
-    """The number, None if it is NaN or infinite."""
+    """The number; None if it is NaN or infinite."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 class RewoundMetrics(NamedTuple):
-    """A metrics.jsonl as it was at a checkpoint."""
+    """The content of a metrics.jsonl at a checkpoint."""
 
     text: str
-    epochs_over: set[int]  # whose last iteration is in it
-    warnings: list[str]  # what is wrong with the file
+    ended_epochs: set[int]  # epochs whose end is logged
+    warnings: list[str]  # faults of the file
 
 
 def rewind_metrics(path: Path, *, epoch: int, iteration: int) -> RewoundMetrics:
-    """The file without what was logged from a checkpoint's position on, and without damaged lines.
+    """The file without damaged lines and without entries from a checkpoint's position on.
 
-    epoch, iteration: the ones to continue with; iterations count from the run's start.
+    epoch, iteration: the position, where the run continues; iterations count from the run's start.
     """
     entries, damaged = [], []
     for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
-        entry = _read(line)
+        entry = _parse(line)
         if entry is None:
             damaged.append(number)
         elif _is_before(entry, epoch, iteration):
             entries.append((line, entry))
-    epochs_over = {entry["epoch"] for _, entry in entries if entry["kind"] == "epoch"}
+    ended_epochs = {entry["epoch"] for _, entry in entries if entry["kind"] == "epoch"}
     warnings = []
     if damaged:
         warnings.append(f"{path}: left out {len(damaged)} damaged lines, the first is line {damaged[0]}")
-    first = min((entry["epoch"] for _, entry in entries), default=0)  # above 0 after continuing in another folder
-    missing = sorted(set(range(first, epoch)) - epochs_over)
+    first = min((entry["epoch"] for _, entry in entries), default=0)  # above 0 if the run continued from another folder
+    missing = sorted(set(range(first, epoch)) - ended_epochs)
     if missing:
         warnings.append(f"{path}: lacks {len(missing)} of the epochs before epoch {epoch}, the first is {missing[0]}")
-    return RewoundMetrics("".join(f"{line}\n" for line, _ in entries), epochs_over, warnings)
+    return RewoundMetrics("".join(f"{line}\n" for line, _ in entries), ended_epochs, warnings)
 
 
-def _read(line: str) -> dict | None:
-    """The entry in a line, None if it is none of ours or cut off."""
+def _parse(line: str) -> dict | None:
+    """The entry of a line; None if the line is damaged."""
     try:
         entry = json.loads(line)
-        counts = [entry["epoch"], *([] if entry["kind"] == "evaluation" else [entry["iteration"]])]
+        position = [entry["epoch"], *([] if entry["kind"] == "evaluation" else [entry["iteration"]])]
     except (ValueError, TypeError, KeyError):
         return None
-    return entry if all(isinstance(count, int) for count in counts) else None
+    return entry if all(isinstance(number, int) for number in position) else None
 
 
 def _is_before(entry: dict, epoch: int, iteration: int) -> bool:
     if entry["kind"] == "evaluation":
         return entry["epoch"] < epoch
-    # An epoch's entry has the iteration that comes next.
+    # An epoch's entry has the number of the next iteration.
     return entry["iteration"] < iteration + (entry["kind"] == "epoch")

@@ -1,8 +1,8 @@
-"""mlperf.log: the run in the format of MLPerf v0.5, with the SSD tags of the package mlperf_compliance.
+"""mlperf.log: a run's log in the format of MLPerf v0.5, with the SSD tags of the package mlperf_compliance.
 
-The package is imported when a log is started.  Its import adds a console handler and opens the file that the variable
-COMPLIANCE_FILE names, its lines name their caller by full path, and it prints blank lines: here its logger gets one
-handler, on our file, and paths begin at the project's folder.
+The package is imported when a log is opened.  By itself it adds a console handler, opens the file that the variable
+COMPLIANCE_FILE names, writes full paths of callers and prints blank lines.  Here its logger gets a single handler, on
+our file, and paths begin at the project's folder.
 """
 
 import logging
@@ -20,20 +20,20 @@ from src.data.pipelines.batch import IMAGENET_MEAN, IMAGENET_STD
 from src.ssd.default_boxes import ASPECT_RATIOS, BOXES_PER_CELL, FEATURE_SIZES, NUM_DEFAULT_BOXES, SCALES, STEPS
 
 CROPPING_ITERATIONS = 1  # windows tried before another crop condition is picked
-CALLER_OF_WRITE = 2  # frames above the package's own that a line names as its origin
+CALLER_OF_WRITE = 2  # stack frames between the package and the caller that a line names
 
 LINE = re.compile(r"^:::MLPv\S+ ssd \S+ \(\S+\) (?P<key>\w+)(?:: (?P<value>.*))?\n", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """What is known of a run before it starts and not fixed in the program."""
+    """The constants of a run that depend on flags and data."""
 
     backbone: str
     feature_channels: Sequence[int]  # of the six feature maps
-    images: int  # trained on in an epoch
+    images: int  # training images of an epoch
     batch_size: int  # of all processes together
-    batch_norm_span: int  # images that batch-norm statistics are taken over
+    batch_norm_span: int  # images per batch-norm statistic
     learning_rate: float  # after the warm-up
     warmup: int | None  # iterations
     multistep: Sequence[int]  # epochs from whose start the learning rate is a tenth
@@ -46,17 +46,18 @@ class Constants:
 
 
 class MlperfLog:
-    """Writes the tags of one run; a run that is continued goes on in its file.  Raises OSError on write errors."""
+    """Writes the tags of one run.  Every method raises OSError if it cannot write."""
 
     def __init__(self, path: Path, constants: Constants, *, append: bool) -> None:
-        """Tells the constants, after which the training loop begins.  append: continue the file if it has them."""
+        """Writes the constants and the start of the training loop.  append: continue a file that has them."""
         self._package = _package()
         self._constants = constants
-        told = path.read_text("utf-8") if append and path.exists() else ""
-        self._epoch = max((int(tag["value"]) for tag in LINE.finditer(told) if tag["key"] == "train_epoch"), default=-1)
+        earlier = path.read_text("utf-8") if append and path.exists() else ""
+        epochs = (int(tag["value"]) for tag in LINE.finditer(earlier) if tag["key"] == "train_epoch")
+        self._epoch = max(epochs, default=-1)
         self._handler = _FileHandler(path, mode="a" if append else "w", encoding="utf-8")
         _use_only(self._package.LOGGER, self._handler)
-        if not told:
+        if not earlier:
             self._write(self._package.RUN_START)
             self._write_model()
             self._write_pipeline()
@@ -79,7 +80,7 @@ class MlperfLog:
     def _write_pipeline(self) -> None:
         package, constants = self._package, self._constants
         self._write(package.INPUT_SIZE, constants.images)
-        self._write(package.INPUT_SHARD, constants.images)  # the whole set is shuffled
+        self._write(package.INPUT_SHARD, constants.images)  # all images are shuffled
         self._write(package.INPUT_ORDER)
         self._write(package.NUM_CROPPING_ITERATIONS, CROPPING_ITERATIONS)
         self._write(package.RANDOM_FLIP_PROBABILITY, FLIP_PROBABILITY)
@@ -97,7 +98,7 @@ class MlperfLog:
         self._write(package.OPT_LR_WARMUP_STEPS, constants.warmup or 0)
 
     def begin_epoch(self, epoch: int) -> None:
-        """An epoch begins, or is gone on with, which is not told again."""
+        """Writes the start of an epoch, with its learning rate if that falls; nothing if the log has the epoch."""
         if epoch <= self._epoch:
             return
         self._epoch = epoch
@@ -107,19 +108,20 @@ class MlperfLog:
             self._write(self._package.OPT_LR, self._constants.learning_rate / 10**falls)
 
     def begin_evaluation(self, epoch: int) -> None:
+        """Writes the start of an evaluation."""
         self._write(self._package.EVAL_START, epoch)
         self._write(self._package.EVAL_SIZE, self._constants.evaluation_images)
 
     def end_evaluation(self, epoch: int, accuracy: float | None) -> None:
-        """accuracy: mAP, None where it is not defined."""
+        """Writes the end of an evaluation.  accuracy: mAP; None: not defined."""
         self._write(self._package.EVAL_ACCURACY, {"epoch": epoch, "value": accuracy})
         self._write(self._package.EVAL_TARGET, self._constants.target)
         self._write(self._package.EVAL_STOP, epoch)
 
     def end_run(self, *, accuracy: float | None, completed: bool) -> None:
-        """The run is over.  It is a success when it was completed and its accuracy reaches the target, if there is one.
+        """Writes the end of the run.  A completed run is a success if it has no target or its accuracy reaches it.
 
-        accuracy: the final mAP, None where there is none.
+        accuracy: the final mAP; None: not defined or not evaluated.
         """
         target = self._constants.target
         reached = target is None or (accuracy is not None and accuracy >= target)
@@ -135,18 +137,18 @@ class MlperfLog:
 
 
 class _FileHandler(logging.FileHandler):
-    """Raises errors on writing, which `logging` would print."""
+    """A handler that raises write errors, which `logging` would print."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the name is logging's
         raise
 
     def close(self) -> None:
-        with suppress(OSError):  # every line was flushed, and an error raised, when it was written
+        with suppress(OSError):  # every line was flushed when it was written, and raised its error then
             super().close()
 
 
 def _package() -> ModuleType:
-    """The package's logging module, imported without opening a file, its paths cut to begin at the project's folder."""
+    """The package's logging module, imported without COMPLIANCE_FILE; its paths begin at the project's folder."""
     environment_file = os.environ.pop("COMPLIANCE_FILE", None)
     try:
         from mlperf_compliance import mlperf_log
@@ -158,6 +160,7 @@ def _package() -> ModuleType:
 
 
 def _use_only(logger: logging.Logger, handler: logging.Handler) -> None:
+    """Makes `handler` the only one of the logger."""
     for other in logger.handlers[:]:
         logger.removeHandler(other)
         other.close()
@@ -166,9 +169,9 @@ def _use_only(logger: logging.Logger, handler: logging.Handler) -> None:
 
 
 def rewind(text: str, epoch: int) -> str:
-    """An mlperf.log as it was before `epoch` was evaluated: what a run continued in that epoch goes on from.
+    """The text of an mlperf.log up to the evaluation of `epoch`, in which the run continues.
 
-    A run that had ended goes on as if it had not; a line that was cut goes, and so do constants that are not complete.
+    It leaves out the end of the run and damaged lines.  It is empty if the constants are incomplete.
     """
     kept, complete = [], False
     for tag in LINE.finditer(text):

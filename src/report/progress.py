@@ -4,38 +4,38 @@ import threading
 
 from tqdm import tqdm
 
-FORM = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-TRAINING_FORM = FORM + ", {speed} images/s"
+FORMAT = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+TRAINING_FORMAT = FORMAT + ", {speed} images/s"
 
 
 class Bar(tqdm):
     """A progress bar without tqdm's helper thread and semaphore, which every forked worker would inherit.
 
-    It is wiped when it is closed, so that the lines printed meanwhile are what stays.
+    Closing it erases it, so that only printed lines stay on the terminal.
     """
 
     monitor_interval = 0
 
-    def __init__(self, total: int, name: str, *, initial: int = 0, form: str = FORM) -> None:
+    def __init__(self, total: int, name: str, *, initial: int = 0, bar_format: str = FORMAT) -> None:
         super().__init__(
-            total=total, desc=name, initial=initial, bar_format=form, dynamic_ncols=True, leave=False, miniters=1
+            total=total, desc=name, initial=initial, bar_format=bar_format, dynamic_ncols=True, leave=False, miniters=1
         )
 
 
-Bar.set_lock(threading.RLock())  # tqdm's own includes the semaphore
+Bar.set_lock(threading.RLock())  # tqdm's default lock includes the semaphore
 
 
 class TrainingBar(Bar):
-    """A bar of iterations that tells the images a second too."""
+    """A bar of iterations that also shows images/s."""
 
-    images = 0  # of an iteration, in all processes
+    images = 0  # per iteration, in all processes
 
     def __init__(self, total: int, name: str, *, initial: int = 0) -> None:
-        super().__init__(total, name, initial=initial, form=TRAINING_FORM)
+        super().__init__(total, name, initial=initial, bar_format=TRAINING_FORMAT)
 
     @property
     def format_dict(self) -> dict:
-        """What the form may name; tqdm's hook."""
+        """The values that bar_format may use; tqdm calls this."""
         values = super().format_dict
         seconds = values["elapsed"]
         iterations_per_second = values["rate"] or ((self.n - self.initial) / seconds if seconds else 0)
@@ -44,7 +44,7 @@ class TrainingBar(Bar):
 
 
 class NullBar:
-    """A bar that is not shown."""
+    """The bar without a terminal: shows nothing."""
 
     def __enter__(self) -> "NullBar":
         return self

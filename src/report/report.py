@@ -1,9 +1,9 @@
-"""What a run reports: lines on the console, a progress bar, metrics.jsonl, flags.json, TensorBoard and mlperf.log.
+"""The report of a run: lines on the console, a progress bar, metrics.jsonl, flags.json, TensorBoard and mlperf.log.
 
-Every rank has a `Report`; only rank 0's is switched on.
-metrics.jsonl has one JSON object a line, told apart by "kind": "iteration", "epoch" or "evaluation"; NaN and infinity
-are null.  Epochs and iterations count from 0, iterations on over the epochs; an epoch's object has the iteration that
-comes next.  Every method that writes a file raises UserError, which names the file, if it cannot be written.
+Every rank has a `Report`; only rank 0's is enabled.
+metrics.jsonl has one JSON object a line.  Its "kind" is "iteration", "epoch", "evaluation" or "warning"; NaN and
+infinity are null.  Epochs and iterations count from 0, iterations across epochs.  An epoch's object has the number of
+the next iteration.  Every method that writes a file raises UserError, which names the file, if it cannot be written.
 """
 
 import json
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 
 class Report:
-    """Reports on a run, on the console and in the files of its folder, which it opens when it first needs them."""
+    """Writes to the console and to the files in a run's folder; it opens each file at its first entry."""
 
     def __init__(
         self, output: Path | None, *, append: bool = False, enabled: bool = True, stream: TextIO | None = None
     ) -> None:
         """output: the run's folder, made when needed; None: no files.  append: continue its files; see `rewind`.
 
-        enabled: off on the ranks that report nothing.  stream: where the lines go, standard output by default.
-        Bars are shown when standard error is a terminal.
+        enabled: False on ranks that report nothing.  stream: gets the lines, by default standard output.
+        Progress bars are shown if standard error is a terminal.
         """
         self._output = output if enabled else None
         self._append = append
@@ -47,11 +47,11 @@ class Report:
         self._metrics: IO[bytes] | None = None
         self._mlperf: mlperf.MlperfLog | None = None
         self._tensorboard: SummaryWriter | Literal[False] | None = None  # False: it is missing or failed
-        self._iterations = 0  # done since the run's start
+        self._iterations = 0  # since the run's start
 
     @classmethod
     def disabled(cls) -> "Report":
-        """The report of the ranks that report nothing."""
+        """The report of ranks other than 0: every method does nothing."""
         return cls(None, enabled=False)
 
     def note(self, text: str) -> None:
@@ -63,28 +63,28 @@ class Report:
         self._print(f"main.py: warning: {text}", sys.stderr)
 
     def begin_run(self, constants: mlperf.Constants) -> None:
-        """Starts mlperf.log with everything that is constant, or continues it."""
+        """Starts mlperf.log with the run's constants, or continues it."""
         if self._output is not None:
             path = make_folder(self._output) / MLPERF_LOG
             with convert_write_errors(path):
                 self._mlperf = mlperf.MlperfLog(path, constants, append=self._append)
 
     def begin_epoch(self, epoch: int, iterations: int, first_iteration: int = 0) -> None:
-        """An epoch of `iterations` begins, at `first_iteration` of it if a run continues there."""
+        """Starts an epoch of `iterations`.  first_iteration: in the epoch, above 0 if a run continues there."""
         self._log_mlperf(lambda log: log.begin_epoch(epoch))
         if self._show_bars:
             self._end_bar()
             self._bar = TrainingBar(iterations, f"Epoch {epoch:2d}", initial=first_iteration)
 
     def advance(self, images: int) -> None:
-        """An iteration is done, on `images` in all processes; called after each one."""
+        """Counts an iteration and moves the progress bar; call it after each one.  images: in all processes."""
         self._iterations += 1
         if self._bar is not None:
             self._bar.images = images
             self._bar.update()
 
     def log_iteration(self, epoch: int, iteration: int, metrics: IterationMetrics) -> None:
-        """Logs an iteration; called after its `step`."""
+        """Logs an iteration; call it after its `advance`."""
         self._iterations = iteration + 1
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {metrics.loss:.4f}, rate {metrics.learning_rate:.2e}", refresh=False)
@@ -95,7 +95,7 @@ class Report:
     def end_epoch(
         self, *, epoch: int, seconds: float, images_per_second: float, average_images_per_second: float
     ) -> None:
-        """An epoch is over; the average is that of the epochs so far."""
+        """Logs an epoch.  average_images_per_second: over the epochs so far."""
         self._end_bar()
         self.note(
             f"Epoch {epoch:2d} finished. Time: {seconds:.1f} s, Speed: {images_per_second:.1f} img/sec, "
@@ -110,7 +110,7 @@ class Report:
         self._log_scalars("epoch", metrics, epoch)
 
     def begin_evaluation(self, epoch: int) -> None:
-        """An evaluation begins, of the model as it is after `epoch`."""
+        """Logs the start of the evaluation after `epoch`."""
         self._log_mlperf(lambda log: log.begin_evaluation(epoch))
 
     def log_evaluation(
@@ -121,7 +121,7 @@ class Report:
         seconds: Mapping[str, float] | None = None,
         details: Mapping[str, object] | None = None,
     ) -> None:
-        """The evaluation's metrics by name, "mAP" among them; None: not defined.  seconds: the time by part.
+        """Logs an evaluation.  metrics: by name, with "mAP"; None: not defined.  seconds: by phase.
 
         details: further entries of its line in metrics.jsonl.
         """
@@ -133,7 +133,7 @@ class Report:
         self._log_mlperf(lambda log: log.end_evaluation(epoch, finite(metrics["mAP"])))
 
     def end_run(self, *, average_images_per_second: float, seconds: float, accuracy: float | str | None) -> None:
-        """The run is complete.  accuracy: the last evaluation's mAP, None: not defined, or a text instead of it."""
+        """Logs the end of a complete run.  accuracy: the last mAP; None: not defined; or a text in its place."""
         self._end_bar()
         self.note(
             f"Training end: Average speed: {average_images_per_second:.1f} img/sec, Total time: {seconds:.1f} sec, "
@@ -144,11 +144,11 @@ class Report:
         )
 
     def mark_failed(self) -> None:
-        """The run has failed and cannot continue as it is.  (One that was stopped only closes.)"""
+        """Logs the end of a run that diverged.  (A run that was stopped only closes its report.)"""
         self._log_mlperf(lambda log: log.end_run(accuracy=None, completed=False))
 
     def progress(self, total: int, name: str) -> "Bar | NullBar":
-        """A context with a bar that has `update()`, for an evaluation or another long job of `total` steps."""
+        """A context whose value is a progress bar of `total` steps; call its `update` after each step."""
         self._end_bar()
         if not self._show_bars:
             return NullBar()
@@ -156,7 +156,7 @@ class Report:
         return self._bar
 
     def write_flags(self, flags: Mapping[str, object], **facts: object) -> None:
-        """Writes flags.json: the flags as given, the versions of what runs them, and facts such as the device."""
+        """Writes flags.json: the flags as given, facts such as the device, and versions of packages."""
         if self._output is not None:
             content = to_json_values({"flags": flags, **facts, "versions": versions()})
             text = json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -164,15 +164,15 @@ class Report:
                 file.write(text.encode())
 
     def rewind(self, *, epoch: int, iteration: int) -> None:
-        """Removes from the files what was logged from a checkpoint's position on, where the run continues.
+        """Removes the entries from a checkpoint's position on from all files; the run continues there.
 
-        epoch: the one to continue in, perhaps with its evaluation; iteration: the next one, counted from the run's
-        start.  Warns of lines that a crash has damaged and of metrics that are missing.
+        epoch: the one to continue in, perhaps with its evaluation.  iteration: the next one, counted from the run's
+        start.  Warns of damaged lines and missing metrics.
         """
         self._iterations = iteration
         if self._output is None:
             return
-        epochs_over = self._rewind_metrics(epoch, iteration)
+        ended_epochs = self._rewind_metrics(epoch, iteration)
         log = self._output / MLPERF_LOG
         if log.exists():
             with convert_write_errors(log):
@@ -184,14 +184,14 @@ class Report:
             group = tag.partition("/")[0]
             if group == "training":
                 return step < iteration
-            return step in epochs_over if group == "epoch" else step < epoch
+            return step in ended_epochs if group == "epoch" else step < epoch
 
         with self._disable_tensorboard_on_error():
             for events in self._output.glob(EVENT_FILES):
                 tensorboard.rewind_events(events, is_before)
 
     def _rewind_metrics(self, epoch: int, iteration: int) -> set[int]:
-        """`rewind` of metrics.jsonl; the epochs whose last iteration is in it."""
+        """Rewinds metrics.jsonl; the epochs whose end is logged in it."""
         assert self._output is not None
         path = self._output / METRICS
         if not path.exists():
@@ -204,10 +204,10 @@ class Report:
             file.write(rewound.text.encode())
         for warning in rewound.warnings:
             self.warn(warning)
-        return rewound.epochs_over
+        return rewound.ended_epochs
 
     def close(self) -> None:
-        """Ends the bar and closes the files."""
+        """Erases the bar and closes the files."""
         self._end_bar()
         for file in (self._metrics, self._mlperf):
             if file:
@@ -237,7 +237,7 @@ class Report:
                 write(self._mlperf)
 
     def _write_metrics(self, entry: Mapping[str, object]) -> None:
-        """Adds a line to metrics.jsonl, in one write that needs no flush."""
+        """Appends a line to metrics.jsonl by a single unbuffered write."""
         if self._output is None:
             return
         path = self._output / METRICS
@@ -247,7 +247,7 @@ class Report:
             self._metrics.write(json.dumps(to_json_values(entry), allow_nan=False).encode() + b"\n")
 
     def _log_scalars(self, group: str, values: Mapping[str, float | None], step: int) -> None:
-        """Hands values to TensorBoard, if it is installed."""
+        """Writes the values to TensorBoard if it is installed."""
         if self._output is None or self._tensorboard is False:
             return
         with self._disable_tensorboard_on_error():
@@ -259,7 +259,7 @@ class Report:
 
     @contextmanager
     def _disable_tensorboard_on_error(self) -> Iterator[None]:
-        """Continues without TensorBoard if it is missing or fails: it depends on many packages."""
+        """Disables TensorBoard if it is missing or fails inside, so that a package that it needs cannot end a run."""
         try:
             yield
         except Exception as error:
@@ -271,7 +271,7 @@ class Report:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every mode works with."""
+    """The values that every mode needs."""
 
     processes: Processes
     report: Report

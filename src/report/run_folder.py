@@ -1,4 +1,4 @@
-"""The files of a run in --output: their names, and what happens to those of an earlier run."""
+"""The files of a run in --output: their names, and moving or copying those of an earlier run."""
 
 import importlib.metadata
 import os
@@ -21,20 +21,20 @@ PACKAGES = ("torch", "torchvision", "numpy", "msgspec", "faster-coco-eval", "pyc
 
 
 def holds_run(output: Path) -> bool:
-    """Whether the folder holds files of a run or an evaluation; detections.json alone may be a prediction's."""
+    """Whether the folder holds a run or an evaluation; detections.json alone may be a prediction's."""
     return any(os.path.lexists(output / name) for name in RUN_FILES if name != DETECTIONS)
 
 
 def same_folder(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one folder, however they are written: through links, with `..`, on another mount."""
+    """Whether two paths name one folder, also through links, `..` or another mount."""
     return one.exists() and other.exists() and one.samefile(other)
 
 
 def set_aside_old_run(output: Path) -> str | None:
-    """Moves the files of an earlier run in `output` to the next free `output/run-001` and so on.
+    """Moves the files of an earlier run in `output` to `output/run-001` or the next free number.
 
-    Returns the line to print, None if there was no run.  Other files stay.  Each file is moved by one rename, so that
-    an interruption loses nothing; the next call moves the rest.
+    Returns the line to print; None if there was no run.  Other files stay.  Each file is moved by one rename, so an
+    interruption loses nothing and the next call moves the remaining files.
     """
     with convert_write_errors(output):
         files = _run_files(output)
@@ -48,10 +48,10 @@ def set_aside_old_run(output: Path) -> str | None:
 
 
 def branch_off(output: Path, checkpoint: Path) -> str | None:
-    """Keeps a copy of the run in `output` before it continues from an earlier `checkpoint` than last.pt.
+    """Copies the run in `output` to a numbered folder before it continues from an earlier checkpoint than last.pt.
 
-    Afterwards last.pt is that checkpoint: if the new branch ends before it saves, --resume alone continues the new
-    branch and not the abandoned one.  Returns the line to print, None if `checkpoint` is last.pt.
+    Afterwards last.pt is a copy of `checkpoint`: if the run then stops before it saves, --resume alone continues from
+    there.  Returns the line to print; None if `checkpoint` is last.pt.
     """
     last = output / LAST
     if last.exists() and last.samefile(checkpoint):
@@ -61,7 +61,7 @@ def branch_off(output: Path, checkpoint: Path) -> str | None:
         for file in _run_files(output):
             (folder / file).parent.mkdir(exist_ok=True)
             shutil.copy2(output / file, folder / file)
-    # Only now: until here a kill leaves the old run as it was.
+    # Last, because a kill before this leaves the old run as it was.
     with atomic_write(last) as copy, checkpoint.open("rb") as original:
         shutil.copyfileobj(original, copy)
     return f"The run continues from {checkpoint}: a copy of what it had reached is in {folder}"
@@ -74,7 +74,7 @@ def _run_files(output: Path) -> list[Path]:
 
 
 def _next_folder(output: Path) -> Path:
-    """Makes output/run-001, or the folder of the next free number."""
+    """Makes and returns output/run-001 or the next free number."""
     names = [re.fullmatch(r"run-(\d+)", path.name) for path in output.iterdir()]
     last = max((int(name[1]) for name in names if name), default=0)
     folder = output / f"run-{last + 1:03d}"
@@ -83,7 +83,7 @@ def _next_folder(output: Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that a run depends on, by name."""
+    """Versions of Python and the installed packages that a run depends on, by name."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 
 def open_writer(folder: Path) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter  # here, because it may be missing
+    """A writer of event files in the folder.  Raises ModuleNotFoundError if tensorboard is not installed."""
+    from torch.utils.tensorboard import SummaryWriter  # here, because tensorboard is optional
 
     return SummaryWriter(log_dir=str(folder))
 
 
 def rewind_events(file: Path, is_before: Callable[[str, int], bool]) -> None:
-    """Keeps the values of an event file for whose tag and step `is_before` holds.
+    """Rewrites an event file without the values whose tag and step are not `is_before`.
 
-    TensorBoard's own purge_step is one limit for all tags.  Here the steps of training/* are iterations and those of
-    the other tags epochs, so values of abandoned epochs would stay, and each of their steps get a second value.
+    TensorBoard's own purge_step is one limit for all tags.  Here steps of training/* are iterations and other steps are
+    epochs, so one limit would keep values of abandoned epochs, whose steps would then have two values.
     """
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
     from tensorboard.summary.writer.record_writer import RecordWriter
