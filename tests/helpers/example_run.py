@@ -1,4 +1,4 @@
-"""A small run that tells a report all that a run tells, and readers of what it leaves."""
+"""A small run that calls every method of a report, and readers of its files."""
 
 import json
 import re
@@ -50,16 +50,16 @@ def end_epoch(report: Report, epoch: int) -> None:
 
 
 class Stage(NamedTuple):
-    """A part of a run that leaves no checkpoint before it is over."""
+    """A step of a run between two possible checkpoints."""
 
     epoch: int  # with iteration, the position of a checkpoint that is written just before
     iteration: int
-    inside: bool  # whether the epoch has begun and is not over
+    inside: bool  # whether the epoch has begun and not ended
     play: Callable[[Report], None]
 
 
 def stages() -> list[Stage]:
-    """A run of three epochs, each evaluated; what it tells depends on the position alone."""
+    """A run of three epochs, each evaluated; its values depend on the position alone."""
     found = []
     for epoch in range(3):
         first = epoch * ITERATIONS
@@ -84,7 +84,7 @@ def evaluate(report: Report, epoch: int) -> None:
 
 
 def run(report: Report, start: int = 0, stop: int | None = None) -> None:
-    """Plays stages start..stop, as a run that begins there does."""
+    """Plays stages start..stop as a run that starts at `start`."""
     report.begin_run(CONSTANTS)
     stage = stages()[start]
     if stage.inside:
@@ -94,7 +94,7 @@ def run(report: Report, start: int = 0, stop: int | None = None) -> None:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The objects of metrics.jsonl, read by a parser that takes nothing but JSON."""
+    """The objects of metrics.jsonl; the parser refuses NaN and Infinity."""
 
     def refuse(constant: str):
         raise AssertionError(f"{constant} is no JSON")
@@ -103,7 +103,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def tags(folder: Path) -> list[tuple[str, object]]:
-    """Key and value of each line of mlperf.log; fails on a line that has another form."""
+    """Key and value of each line of mlperf.log; fails on a line of another form."""
     found = []
     for line in (folder / "mlperf.log").read_text().splitlines():
         match = re.fullmatch(r":::MLPv0\.5\.0 ssd \d+\.\d{9} \(src/report/mlperf\.py:\d+\) (\w+)(?:: (.+))?", line)

@@ -1,4 +1,4 @@
-"""What the tests of reports share."""
+"""A fixture for all tests of reports."""
 
 import inspect
 import sys
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _stacks_without_sources(monkeypatch):
-    """The package that writes mlperf.log asks who calls it; among pytest's many frames the sources take seconds."""
+    """Leaves out sources, which the package of mlperf.log reads for all callers: with pytest that takes seconds."""
     monkeypatch.setattr(inspect, "stack", _frames)
 
 

@@ -1,4 +1,4 @@
-"""What a process says when it fails, and when."""
+"""The line that a failing process prints, and when it prints it."""
 
 import signal
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from tests.helpers.collective_messages import DUPLICATE, FULL, GONE
 
 @pytest.fixture
 def processes() -> Iterator[Processes]:
-    """Rank 0 of two, of which the other says nothing."""
-    handler = signal.getsignal(signal.SIGTERM)  # which a process that fails ignores
+    """Rank 0 of two; the other rank prints nothing."""
+    handler = signal.getsignal(signal.SIGTERM)  # `fail` ignores SIGTERM
     made = Processes(0, 1, torch.device("cpu"), dist.HashStore())
     made.world_size = 2
     yield made
@@ -24,7 +24,7 @@ def processes() -> Iterator[Processes]:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (
             DUPLICATE,
@@ -38,14 +38,14 @@ def processes() -> Iterator[Processes]:
     ],
     ids=["two ranks on a GPU", "full /dev/shm", "a rank is gone"],
 )
-def test_nccls_own_reason_reaches_the_user_in_one_line(processes, capsys, text, said):
+def test_nccls_reason_is_printed_in_one_line(processes, capsys, text, message):
     assert fail(dist.DistBackendError(text), processes) == FAILED
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"main.py: error: {said}")
+    assert line.startswith(f"main.py: error: {message}")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_failure_is_told_once_before_what_is_open_is_closed(processes, capsys, world_size):
+def test_a_failure_is_printed_once_before_contexts_close(processes, capsys, world_size):
     processes.world_size = world_size
     closed_after = []
 

@@ -1,3 +1,5 @@
+"""mlperf.log: its tags, their order and values, and the package that writes them."""
+
 import io
 import logging
 import os
@@ -10,7 +12,7 @@ from src.report.report import Report
 from tests.helpers.example_run import CONSTANTS, run, tags
 from tests.helpers.preloaded_python import launch
 
-# The order in which the tags of a run are to come.
+# The tags of a run in the required order.
 CONSTANT_TAGS = [
     "run_start",
     "backbone",
@@ -97,7 +99,7 @@ def test_a_run_is_a_success_when_it_reaches_its_target(tmp_path, target, accurac
     assert tags(tmp_path)[-2:] == [("run_stop", {"success": success}), ("run_final", None)]
 
 
-def test_a_run_that_broke_down_is_no_success(tmp_path):
+def test_a_diverged_run_is_no_success(tmp_path):
     report = Report(tmp_path, append=False, stream=io.StringIO())
     report.begin_run(CONSTANTS)
     report.mark_failed()
@@ -105,7 +107,7 @@ def test_a_run_that_broke_down_is_no_success(tmp_path):
     assert tags(tmp_path)[-2:] == [("run_stop", {"success": False}), ("run_final", None)]
 
 
-def test_constants_that_a_kill_cut_short_are_told_again(tmp_path):
+def test_incomplete_constants_are_written_again(tmp_path):
     report = Report(tmp_path, append=False, stream=io.StringIO())
     report.begin_run(CONSTANTS)
     report.close()
@@ -120,7 +122,7 @@ def test_constants_that_a_kill_cut_short_are_told_again(tmp_path):
 
 
 def test_the_mlperf_package_writes_nowhere_else(tmp_path):
-    """In a process of its own, since the package does its damage when it is first imported, which `main` does not."""
+    """In a process of its own, because the package opens files at its first import."""
     code = f"""
 import logging, sys
 logging.basicConfig(level=logging.DEBUG)
@@ -142,7 +144,7 @@ report.close()
     assert len(tags(tmp_path / "out")) == len(CONSTANT_TAGS) + 3 * 6 + 2 + 2
 
 
-def test_a_console_handler_of_the_package_is_taken_away(tmp_path, capfd):
+def test_a_console_handler_of_the_package_is_removed(tmp_path, capfd):
     handler = logging.StreamHandler(sys.stdout)
     logging.getLogger("mlperf_compliance").addHandler(handler)
     report = Report(tmp_path, append=False, stream=io.StringIO())

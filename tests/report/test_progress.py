@@ -23,7 +23,7 @@ run(report)
 with report.progress(12, "Evaluation") as bar:
     for _ in range(12):
         bar.update()
-    report.warn("a notice while the bar shows")
+    report.warn("a warning while the bar shows")
 report.close()
 """
 
@@ -38,15 +38,15 @@ def output_at_a_terminal(script: str, columns: int) -> str:
     try:
         while part := os.read(terminal, 65536):
             written += part
-    except OSError:  # how the terminal tells that nobody writes any more
+    except OSError:  # the terminal's end of file
         pass
     os.close(terminal)
     assert child.wait() == 0, written
     return written.decode()
 
 
-def as_seen(written: str) -> list[str]:
-    """The lines that stay on the terminal's screen, after each return has begun to overwrite its line."""
+def lines_on_screen(written: str) -> list[str]:
+    """The lines on the terminal's screen; text after a carriage return overwrites its line."""
     seen = []
     for line in written.replace("\r\n", "\n").split("\n"):
         screen = ""
@@ -59,20 +59,20 @@ def as_seen(written: str) -> list[str]:
 def expected_lines() -> list[str]:
     stream = io.StringIO()
     run(Report(None, append=False, stream=stream))
-    return [*stream.getvalue().splitlines(), "main.py: warning: a notice while the bar shows"]
+    return [*stream.getvalue().splitlines(), "main.py: warning: a warning while the bar shows"]
 
 
 def test_a_terminal_shows_bars_and_whole_lines():
     columns = 100
     written = output_at_a_terminal(BAR_SCRIPT, columns)
-    assert as_seen(written) == expected_lines()
+    assert lines_on_screen(written) == expected_lines()
     bars = [bar for bar in re.split(r"[\r\n]+", written) if "left" in bar]
     assert re.search(r"Epoch  1 \|.*\| 11/30, [\d:?]+ left, loss 14\.2857, rate 2\.60e-03, [\d.]+ images/s", written)
     assert re.search(r"Evaluation \|.*\| \d+/12, [\d:?]+ left", written)
     assert max(len(bar) for bar in bars) <= columns
 
 
-def test_a_file_gets_the_lines_alone():
+def test_a_file_gets_only_lines():
     done = launch([sys.executable, "-c", BAR_SCRIPT])
     assert done.returncode == 0
     assert (done.stdout + done.stderr).splitlines() == expected_lines()
