@@ -1,5 +1,8 @@
 """Errors that end a run with one line."""
 
+SHARED_MEMORY = "/dev/shm"
+ENLARGE_SHARED_MEMORY = "enlarge it (docker run --shm-size=1g)"
+
 
 class UserError(Exception):
     """Bad flags, files or data; the message names the file, the field and what to do.

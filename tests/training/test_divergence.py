@@ -1,6 +1,7 @@
 """Training that breaks down: losses, gradients and weights that are not finite, memory that is too small."""
 
 import io
+import multiprocessing
 import os
 import re
 import signal
@@ -170,9 +171,11 @@ def test_shared_memory_that_is_too_small_names_its_size_and_the_flag(tmp_path, t
 def test_a_killed_worker_is_told_of(tmp_path, capsys):
     annotations = read(write_coco(tmp_path, [annotation(image) for image in (1, 2, 3, 4)]))
     loader = train_loader("no_dali", annotations, batch_size=2, num_workers=1)
+    others = set(multiprocessing.active_children())
     batches = iter(loader)
     next(batches)
-    os.kill(loader.loader._iterator._workers[0].pid, signal.SIGKILL)
+    (worker,) = set(multiprocessing.active_children()) - others
+    os.kill(worker.pid, signal.SIGKILL)
     # torch raises its own error from a signal handler, anywhere
     with pytest.raises(UserError) as raised, convert_worker_errors():
         time.sleep(10)

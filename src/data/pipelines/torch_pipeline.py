@@ -19,7 +19,7 @@ from src.data.pipelines.augment import FLIP_PROBABILITY, NO_COLOUR, random_colou
 from src.data.pipelines.batch import Batch, BatchMaker, HostBatch, normalise
 from src.data.pipelines.image_reader import check_headers, read_image
 from src.data.pipelines.loader_config import LoaderConfig
-from src.data.pipelines.workers import data_loader, end_workers, guarded, share
+from src.data.pipelines.workers import CheckedLoader
 from src.runtime.distributed import Shard
 from src.runtime.errors import UserError
 
@@ -102,14 +102,13 @@ def collate_training(samples: list) -> HostBatch | UserError:
             return sample
     images, colour, boxes, labels = zip(*samples, strict=True)
     counts = torch.tensor([len(one) for one in labels])
-    batch = HostBatch(
+    return HostBatch(
         images=_stack(images),
         colour=torch.from_numpy(np.stack(colour)),
         boxes=torch.from_numpy(np.concatenate(boxes)),
         labels=torch.from_numpy(np.concatenate(labels)),
         image_index=torch.arange(len(samples)).repeat_interleave(counts),
     )
-    return share(batch)
 
 
 def _stack(images: tuple[Tensor, ...]) -> Tensor:
@@ -130,7 +129,7 @@ class TorchTrainLoader:
         self.num_images = len(images)
         self.sampler = EpochSampler(images, batch_size=config.batch_size, seed=config.seed, shard=config.shard)
         training_set = TrainingSet(annotations, seed=config.seed, augment=augment)
-        self.loader = data_loader(
+        self.loader = CheckedLoader(
             training_set, collate_training, config.num_workers, config.device, batch_sampler=self.sampler
         )
 
@@ -144,7 +143,7 @@ class TorchTrainLoader:
         self.sampler.start = start_iteration
 
     def __iter__(self) -> Iterator[Batch]:
-        for host in guarded(self.loader):
+        for host in self.loader:
             yield self.make_batch(host)
 
     def state_dict(self) -> dict:
@@ -156,7 +155,7 @@ class TorchTrainLoader:
 
     def close(self) -> None:
         """Ends the worker processes."""
-        end_workers(self.loader._iterator)
+        self.loader.close()
 
 
 class EvaluationSet(Dataset):
@@ -178,7 +177,7 @@ def collate_evaluation(samples: list) -> tuple[Tensor, Tensor] | UserError:
         if isinstance(sample, UserError):
             return sample
     images, indices = zip(*samples, strict=True)
-    return share((_stack(images), torch.tensor(indices)))
+    return _stack(images), torch.tensor(indices)
 
 
 class EvaluationLoader:
@@ -196,16 +195,16 @@ class EvaluationLoader:
         batches = [list(indices[start : start + config.batch_size]) for start in starts]
         workers = min(config.num_workers, len(batches))
         dataset = EvaluationSet(annotations)
-        self.loader = data_loader(dataset, collate_evaluation, workers, config.device, batch_sampler=batches)
+        self.loader = CheckedLoader(dataset, collate_evaluation, workers, config.device, batch_sampler=batches)
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, indices in guarded(self.loader):
+        for images, indices in self.loader:
             images = images.to(self.device, non_blocking=True)
             yield normalise(images) if self.normalised else images, indices
 
     def close(self) -> None:
         """Ends the worker processes."""
-        end_workers(self.loader._iterator)
+        self.loader.close()

@@ -1,11 +1,14 @@
-"""Worker processes of torch's DataLoader that leave no run waiting: what ends or stops one ends the run in a line."""
+"""Batches from torch's DataLoader, whose worker processes never leave a run waiting.
+
+A worker that fails, is killed or cannot start ends the run with a UserError.
+"""
 
 import atexit
-import copy
 import errno
 import gc
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -14,194 +17,194 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.context import BaseContext
-from multiprocessing.queues import Queue
-from pathlib import Path
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from types import FrameType, ModuleType
-from typing import TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
+from torch.utils.data import DataLoader, Dataset
 
-from src.runtime.errors import UserError
+from src.runtime.errors import ENLARGE_SHARED_MEMORY, SHARED_MEMORY, UserError
 
 resource: ModuleType | None
 try:
     import resource
-except ImportError:  # not on Windows, which has no such limits
+except ImportError:  # Windows has no such limits
     resource = None
 
-SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # batches a worker prepares ahead
-LONGEST_FOLDER = 70  # bytes of the path of a folder in which multiprocessing's sockets find room, on any system
-SHORT_FOLDERS = ("/tmp", "/var/tmp", str(SHARED_MEMORY))
-FILES, FILES_A_WORKER = 64, 3 + 5 * PREFETCH  # open ones: of a process, and its pipes to a worker and tensors from it
-KILLED_LIMIT = 1  # seconds that a killed worker takes to be gone
-FEWER = "use fewer workers or none (--num-workers 0)"
-Shared = TypeVar("Shared", bound=tuple[Tensor, ...])
+SOCKET_FOLDER_BYTES = 70  # longer paths leave no room for the names of multiprocessing's sockets on some systems
+SHORT_FOLDERS = ("/tmp", "/var/tmp", SHARED_MEMORY)
+# Open files of this process: without workers, and for each worker its pipes and its batches' tensors.
+OPEN_FILES, OPEN_FILES_PER_WORKER = 64, 3 + 5 * PREFETCH
+KILL_SECONDS = 1  # until a killed worker is gone
+FEWER_WORKERS_HINT = "use fewer workers or none (--num-workers 0)"
+# Torch's iterator prints a traceback if it is collected before all its workers have started.  These errors hold such
+# iterators until the process exits.
+_FAILED_STARTS: list[Exception] = []
 
 
-def data_loader(
-    dataset: Dataset,
-    collate: Callable[[list], object],
-    workers: int,
-    device: torch.device,
-    *,
-    batch_sampler: Iterable[list],
-) -> DataLoader:
-    """A DataLoader to be read through `guarded`.  Raises UserError where the system allows too few files for it."""
-    # --num-workers is the user's word; torch's advice on it would stand in every log.
-    warnings.filterwarnings("ignore", message="This DataLoader will create")
-    allow_open_files(workers)
-    context = _context() if workers else None
-    with convert_worker_errors(workers):
-        return _Loader(
-            dataset,
-            batch_sampler=batch_sampler,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
-            prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=_WorkerStart(context) if context else None,
-            multiprocessing_context=context,
-        )
+class CheckedLoader:
+    """A DataLoader that raises errors of its worker processes as UserErrors; they stay alive until `close`."""
 
+    def __init__(
+        self,
+        dataset: Dataset,
+        collate: Callable[[list], object],
+        num_workers: int,
+        device: torch.device,
+        *,
+        batch_sampler: Iterable[list],
+    ) -> None:
+        """collate: makes a batch, or returns the UserError of a sample.
 
-def guarded(loader: DataLoader) -> Iterator:
-    """The loader's batches; raises a user's error that a worker returned or that killed it."""
-    batches = None
-    try:
-        with convert_worker_errors(loader.num_workers):
-            batches = iter(loader)
-            for batch in batches:
-                if isinstance(batch, Exception):
-                    raise batch
-                yield batch
-    except Exception:
-        end_workers(batches)
-        raise
+        Raises UserError if the system allows too few open files.
+        """
+        # The user has chosen --num-workers; torch's advice on it would stand in every log.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        allow_open_files(num_workers)
+        # Linux forks, also since Python 3.14: workers then share the arrays of all images with this process.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None) if num_workers else None
+        self.num_workers = num_workers
+        self._initialise_worker = _WorkerInitialiser(context) if context else None
+        self._workers: list[BaseProcess] = []
+        self._batches: Any = None  # torch's iterator
+        self._loader: DataLoader
+        with convert_worker_errors(num_workers):
+            self._loader = DataLoader(
+                dataset,
+                batch_sampler=batch_sampler,
+                num_workers=num_workers,
+                collate_fn=_PicklingCollate(collate, num_workers) if num_workers else collate,
+                pin_memory=device.type == "cuda",
+                persistent_workers=num_workers > 0,
+                prefetch_factor=PREFETCH if num_workers else None,
+                worker_init_fn=self._initialise_worker,
+                multiprocessing_context=context,
+            )
 
+    def __len__(self) -> int:
+        return len(self._loader)
 
-def end_workers(batches: Iterator | None) -> None:
-    """Ends a loader's workers now: once the garbage collector has it, torch waits 10 s for each of them in vain."""
-    if isinstance(batches, _Batches):  # not without workers
-        batches._shutdown_workers()
-
-
-def share(batch: Shared) -> Shared | UserError:
-    """Moves a worker's batch, a tuple of tensors, into shared memory; a UserError where that is too small."""
-    worker = get_worker_info()
-    if worker is not None:
+    def __iter__(self) -> Iterator:
+        """The batches; raises UserError if a worker returned one or was killed."""
         try:
-            for part in batch:
-                part.share_memory_()
-        except RuntimeError as error:
-            told = explained(error, worker.num_workers)
-            return told if isinstance(told, UserError) else _too_small(str(worker.num_workers))
-    return batch
+            with convert_worker_errors(self.num_workers):
+                self._start()
+                for batch in self._batches:
+                    if isinstance(batch, Exception):
+                        raise batch
+                    yield batch
+        except Exception:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        """Starts the workers, or has them begin the next pass."""
+        others = multiprocessing.active_children()
+        gc.freeze()  # a worker must not collect this process's garbage: an object of CUDA's would end it
+        try:
+            self._batches = iter(self._loader)
+        except Exception as error:
+            _FAILED_STARTS.append(error)
+            raise
+        finally:
+            gc.unfreeze()
+            self._workers += [child for child in multiprocessing.active_children() if child not in others]
+
+    def close(self) -> None:
+        """Ends the worker processes, those too that hang."""
+        if self._initialise_worker is None:
+            return
+        self._initialise_worker.let_sigterm_end_workers()
+        if self._batches is not None:
+            # Torch's public way is to drop all references to the iterator, but those of a traceback remain.
+            self._batches._shutdown_workers()
+        for worker in self._workers:
+            worker.kill()
+            worker.join(KILL_SECONDS)
+        self._workers.clear()
 
 
-def allow_open_files(workers: int) -> None:
-    """Raises this process's limit of open files as far as so many workers need; UserError where that is not allowed.
+def allow_open_files(num_workers: int) -> None:
+    """Raises this process's limit of open files to what the workers need; UserError if the system forbids it.
 
-    Beforehand, because a process without files left cannot tell another, which would wait for it.
+    A process without free files cannot report an error to the process that waits for it, so this comes first.
     """
-    if resource is None or not workers:
+    if resource is None or not num_workers:
         return
-    needed = FILES + FILES_A_WORKER * workers
+    needed = OPEN_FILES + OPEN_FILES_PER_WORKER * num_workers
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UserError(
-            f"{workers} worker processes need {needed} open files and {hard} are allowed: raise the limit (ulimit -n "
-            f"{needed}), or {FEWER}"
+            f"{num_workers} worker processes need {needed} open files and {hard} are allowed: raise the limit (ulimit "
+            f"-n {needed}), or {FEWER_WORKERS_HINT}"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-class _Loader(DataLoader):
-    """Starts its workers through `_Batches`."""
+class _PicklingCollate:
+    """Makes batches in a worker and pickles them; gives a UserError if the tensors cannot be shared."""
 
-    def _get_iterator(self) -> _BaseDataLoaderIter:
-        return _Batches(self) if self.num_workers else super()._get_iterator()
+    def __init__(self, collate: Callable[[list], object], num_workers: int) -> None:
+        self.collate = collate
+        self.num_workers = num_workers
 
-
-class _Batches(_MultiProcessingDataLoaderIter):
-    """Torch's iterator, of which no worker is left: not one that heeds nothing, nor where another could not start."""
-
-    def __init__(self, loader: DataLoader) -> None:
-        gc.freeze()  # a worker must not collect this process's garbage: an object of CUDA's would end it
+    def __call__(self, samples: list) -> object:
+        batch = self.collate(samples)
+        if isinstance(batch, UserError):
+            return batch
         try:
-            super().__init__(loader)
-        except BaseException:
-            self._shutdown_workers()
-            raise
-        finally:
-            gc.unfreeze()
-
-    def _shutdown_workers(self) -> None:
-        if hasattr(self, "_workers_status"):  # it has started them all
-            super()._shutdown_workers()
-        for worker in multiprocessing.active_children():  # a worker's copy of this object has none
-            if worker in getattr(self, "_workers", ()):  # not yet there where no queue could be made
-                worker.kill()
-                worker.join(KILLED_LIMIT)
+            return _PickledBatch(batch)
+        except (OSError, RuntimeError) as error:
+            converted = to_user_error(error, self.num_workers)
+            return converted if isinstance(converted, UserError) else _shared_memory_error(str(self.num_workers))
 
 
-class ErrorForwardingQueue(Queue):
-    """A queue that gives the error in place of what its thread cannot hand over, for which the reader would wait."""
+class _PickledBatch:
+    """A pickled batch, which the reader of the DataLoader's queue receives as the batch itself.
 
-    def _on_queue_feeder_error(self, error: Exception, item: object) -> None:
-        worker = get_worker_info()
-        if worker is None:  # the process that has the workers
-            if not self._closed:  # type: ignore[attr-defined]  # until Python 3.10 that breaks what is being sent
-                super()._on_queue_feeder_error(error, item)  # type: ignore[misc]
-            return
-        if not isinstance(item, tuple):  # it was being sent
-            os._exit(1)
-        told = explained(error, worker.num_workers)
-        self.put((item[0], told if isinstance(told, UserError) else RuntimeError(repr(error))))
-
-
-def _context() -> BaseContext:
-    """The system's way of starting processes, with queues that tell.
-
-    On Linux a fork, since Python 3.14 too: a worker then has the arrays of all images in common with this process, and
-    torch is imported already.
+    The queue would pickle the batch in a thread, whose errors are only printed, while the run waits for the batch.
     """
-    context = copy.copy(multiprocessing.get_context("fork" if sys.platform == "linux" else None))
-    context.Queue = lambda maxsize=0: ErrorForwardingQueue(maxsize, ctx=context)  # type: ignore[method-assign]
-    return context
+
+    def __init__(self, batch: object) -> None:
+        self._pickled = bytes(ForkingPickler.dumps(batch))  # moves tensors into shared memory
+
+    def __reduce__(self) -> tuple:
+        return pickle.loads, (self._pickled,)
 
 
-class _WorkerStart:
-    """Sets a worker's signals and its folder of temporary files.
+class _WorkerInitialiser:
+    """Sets a worker's signal handlers and its folder of temporary files.
 
-    A signal to the whole process group must not end it, as the run finishes its iteration.  Only once the run itself
-    leaves does SIGTERM end the worker.
+    A signal to the whole process group must not end a worker, because the run finishes its iteration.  SIGTERM ends
+    workers only once the run closes its loader or exits.
     """
 
     def __init__(self, context: BaseContext) -> None:
-        self._leaving = context.Event()
-        # Runs before multiprocessing ends the workers that are left, since that was registered earlier.
-        atexit.register(self._leaving.set)
+        self._closing = context.Event()
+        # This runs before multiprocessing sends SIGTERM to its remaining children, whose exit handler is older.
+        atexit.register(self._closing.set)
 
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGTERM, self._handle_sigterm)
         _choose_short_folder()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._leaving.is_set():
+    def let_sigterm_end_workers(self) -> None:
+        self._closing.set()
+
+    def _handle_sigterm(self, number: int, frame: FrameType | None) -> None:
+        if self._closing.is_set():
             os._exit(128 + number)
 
 
 def _choose_short_folder() -> None:
-    """Has this process's sockets in a folder whose path is short enough for them, whatever TMPDIR says."""
-    if len(os.fsencode(tempfile.gettempdir())) <= LONGEST_FOLDER:
+    """Puts this process's sockets into a folder whose path is short enough for them, if TMPDIR's is too long."""
+    if len(os.fsencode(tempfile.gettempdir())) <= SOCKET_FOLDER_BYTES:
         return
     for folder in SHORT_FOLDERS:
         with suppress(OSError), tempfile.TemporaryFile(dir=folder):
@@ -210,58 +213,63 @@ def _choose_short_folder() -> None:
 
 
 @contextmanager
-def convert_worker_errors(workers: int | None = None) -> Iterator[None]:
-    """Turns errors of making and using worker processes into a UserError, where a user can do something about them.
-
-    workers: how many there are; None where that is unknown: torch raises the loss of one anywhere, from a signal.
-    """
+def convert_worker_errors(num_workers: int | None = None) -> Iterator[None]:
+    """Raises errors of worker processes as UserErrors; see `to_user_error`."""
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:
-        told = explained(error, workers)
-        if told is error:
+        converted = to_user_error(error, num_workers)
+        if converted is error:
             raise
-        raise told from None
+        raise converted from None
 
 
-def explained(error: Exception, workers: int | None = None) -> Exception:
-    """A UserError where this one of worker processes is one that a user can do something about; else itself.
+def to_user_error(error: Exception, num_workers: int | None = None) -> Exception:
+    """A UserError for an error of worker processes that a user can do something about; any other error unchanged.
 
-    workers: how many there are, None where that is not known: torch raises the loss of one anywhere, from a signal.
+    num_workers: None if unknown, because torch raises the loss of a worker anywhere, from a signal handler.
     """
     text, number = str(error), getattr(error, "errno", None)
-    first = (text.splitlines() or [type(error).__name__])[0].rstrip(". ")
-    some = "the" if workers is None else str(workers)
+    reason = (text.splitlines() or [type(error).__name__])[0].rstrip(". ")
+    count = "the" if num_workers is None else str(num_workers)
     if isinstance(error, UserError):
         return error
     if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
         return UserError(
-            f"too many open files ({first}): raise their limit (ulimit -n {_open_files_to_ask_for()}), or {FEWER}"
+            f"too many open files ({reason}): raise their limit (ulimit -n {_open_files_to_ask_for()}), or "
+            f"{FEWER_WORKERS_HINT}"
         )
-    of_workers = workers is not None or text.startswith("DataLoader worker")  # GPUs have shared memory, too
-    if of_workers and ("Bus error" in text or "shared memory" in text):
-        return _too_small(some)
+    is_of_worker = num_workers is not None or text.startswith("DataLoader worker")  # GPUs have shared memory, too
+    if is_of_worker and ("Bus error" in text or "shared memory" in text):
+        return _shared_memory_error(count)
     if "killed by signal" in text or "exited unexpectedly" in text:
-        return UserError(f"one of {some} worker processes was killed ({first}): where memory is short, {FEWER}")
+        return UserError(
+            f"one of {count} worker processes was killed ({reason}): where memory is short, {FEWER_WORKERS_HINT}"
+        )
     if number in (errno.EAGAIN, errno.ENOMEM) or "can't start new thread" in text:
         limit = "raise the limit of processes (ulimit -u, or the container's)"
-        return UserError(f"cannot start {some} worker processes ({first}): {limit}, or {FEWER}")
-    if not workers or not isinstance(error, OSError | EOFError) or text.startswith("Caught "):  # the last: of a worker
+        return UserError(f"cannot start {count} worker processes ({reason}): {limit}, or {FEWER_WORKERS_HINT}")
+    is_raised_in_worker = text.startswith("Caught ")  # while it read a sample
+    if not num_workers or not isinstance(error, OSError | EOFError) or is_raised_in_worker:
         return error
     if number == errno.ENOSPC:
-        place = f"the worker processes' sockets in {tempfile.gettempdir()}"
-        return UserError(f"no space is left for {place}: free some, set TMPDIR to another folder, or {FEWER}")
-    return UserError(f"one of {some} worker processes cannot hand its images over ({first}): {FEWER}")
+        sockets = f"the worker processes' sockets in {tempfile.gettempdir()}"
+        return UserError(
+            f"no space is left for {sockets}: free some, set TMPDIR to another folder, or {FEWER_WORKERS_HINT}"
+        )
+    return UserError(f"one of {count} worker processes cannot hand its images over ({reason}): {FEWER_WORKERS_HINT}")
 
 
 def _open_files_to_ask_for() -> int:
-    """Twice the present limit, at least 1024."""
+    """Twice the current limit, at least 1024."""
     return 1024 if resource is None else max(1024, 2 * resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def _too_small(workers: str) -> UserError:
-    size = f" ({shutil.disk_usage(SHARED_MEMORY).total / 2**20:.1f} MiB)" if SHARED_MEMORY.exists() else ""
+def _shared_memory_error(num_workers: str) -> UserError:
+    size = ""
+    if os.path.exists(SHARED_MEMORY):
+        size = f" ({shutil.disk_usage(SHARED_MEMORY).total / 2**20:.1f} MiB)"
     return UserError(
-        f"{SHARED_MEMORY}{size} is too small for {workers} worker processes: enlarge it (docker run "
-        f"--shm-size=1g), or {FEWER}"
+        f"{SHARED_MEMORY}{size} is too small for {num_workers} worker processes: {ENLARGE_SHARED_MEMORY}, or "
+        f"{FEWER_WORKERS_HINT}"
     )

@@ -1,3 +1,4 @@
+import multiprocessing
 from contextlib import closing
 
 import numpy as np
@@ -146,10 +147,11 @@ def test_evaluation_keeps_its_workers_until_it_is_closed(tmp_path):
         make_annotations(tmp_path, split="val"), LoaderConfig(batch_size=2, num_workers=1, device=CPU)
     )
     with closing(loader):
+        others = set(multiprocessing.active_children())
         first = [indices.tolist() for _, indices in loader]
-        (worker,) = loader.loader._iterator._workers
+        (worker,) = set(multiprocessing.active_children()) - others
         assert [indices.tolist() for _, indices in loader] == first
-        assert loader.loader._iterator._workers == [worker] and worker.is_alive()
+        assert set(multiprocessing.active_children()) - others == {worker} and worker.is_alive()
     assert not worker.is_alive()
 
 
