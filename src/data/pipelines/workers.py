@@ -229,7 +229,9 @@ def to_user_error(error: Exception, num_workers: int | None = None) -> Exception
 
     num_workers: None if unknown, because torch raises the loss of a worker anywhere, from a signal handler.
     """
-    text, number = str(error), getattr(error, "errno", None)
+    # Torch raises "exited unexpectedly" from an error that names the signal, if it was waiting for a batch.
+    text = str(error.__cause__ if isinstance(error.__cause__, RuntimeError) else error)
+    number = getattr(error, "errno", None)
     reason = (text.splitlines() or [type(error).__name__])[0].rstrip(". ")
     count = "the" if num_workers is None else str(num_workers)
     if isinstance(error, UserError):

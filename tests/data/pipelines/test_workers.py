@@ -106,6 +106,12 @@ def test_a_worker_that_ends_before_its_first_batch(kind, data, monkeypatch, in_w
     assert multiprocessing.active_children() == []
 
 
+def test_a_worker_that_finds_shared_memory_full(kind, data, in_workers):
+    in_workers(lambda: os.kill(os.getpid(), signal.SIGBUS))
+    with pytest.raises(UserError, match=r"/dev/shm \(.*\) is too small for 1 worker processes: "):
+        batches(kind, data, 1)
+
+
 def test_a_queue_that_cannot_be_made_while_other_workers_live_is_told_of(kind, data, monkeypatch):
     living = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     living.start()
