@@ -14,7 +14,7 @@ from src.evaluation.evaluate import detect_batch
 from src.export.export import DETECTOR, exported_files
 from src.ssd.default_boxes import IMAGE_SIZE
 from src.ssd.model import SSD300
-from src.weights.exported import trained_detector
+from src.weights.exported import build_trained_detector
 
 BATCH = 8
 REPEATS = 3
@@ -28,7 +28,7 @@ def run(*, backbone: str = "resnet50", labels: int = LABELS, batch_size: int = B
     images = torch.randint(0, 256, (batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
     files = exported_files(network, [Category(label, f"category {label}") for label in range(1, labels)])
     state = {"exported": files[DETECTOR]}
-    exported = trained_detector(state, backbone="", num_categories=0, source=Path(DETECTOR), device=CPU)
+    exported = build_trained_detector(state, backbone="", num_categories=0, source=Path(DETECTOR), device=CPU)
     with torch.inference_mode():
         ours, evaluation = alternately(
             partial(detect_batch, exported, images),

@@ -31,7 +31,7 @@ from src.runtime.errors import UserError
 from src.runtime.output_files import MAX_KEPT_CHARACTERS, make_folder
 from src.ssd.detect import Detections, EndToEndDetector
 from src.weights.detector import known_categories
-from src.weights.exported import load_trained, trained_detector
+from src.weights.exported import build_trained_detector, load_checkpoint_or_export
 
 SUBFOLDER = "predictions"  # in an --output that holds a run
 PICTURE_SUFFIX = ".png"  # appended to the image's name
@@ -76,7 +76,7 @@ def predict_folder(
     Each rank draws some of the images, rank 0 lists all.  At the end rank 0 raises UserError if images were unreadable.
     """
     processes, report, output = context.processes, context.report, context.output
-    state = processes.broadcast_object(load_trained(checkpoint) if processes.is_main else None)
+    state = processes.broadcast_object(load_checkpoint_or_export(checkpoint) if processes.is_main else None)
     categories = known_categories(state)
     min_scores = resolve_min_scores(state, score, len(categories), source=checkpoint)
     folder, images = processes.broadcast_object(
@@ -86,7 +86,7 @@ def predict_folder(
     )
     if folder != output:
         report.note(f"{output} holds a run, whose files stay: the predictions go to {folder}")
-    model = trained_detector(
+    model = build_trained_detector(
         state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=processes.device
     )
     prediction = predict(model, images, categories, config, RunContext(processes, report, folder), min_scores)

@@ -19,7 +19,7 @@ from src.runtime.errors import UserError, escape_control_characters
 from src.runtime.output_files import make_folder
 from src.ssd.detect import EndToEndDetector
 from src.weights.detector import read_labelled
-from src.weights.exported import load_trained, trained_detector
+from src.weights.exported import build_trained_detector, load_checkpoint_or_export
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def score_checkpoint(
     checkpoint: may be an exported file.  upright: see `read_annotations`.  backbone: for a checkpoint that names none.
     """
     processes, report = context.processes, context.report
-    state = processes.broadcast_object(load_trained(checkpoint) if processes.is_main else None)
+    state = processes.broadcast_object(load_checkpoint_or_export(checkpoint) if processes.is_main else None)
 
     def read_validation() -> Annotations:
         annotations = read_labelled(*locations(data, "val"), state, source=checkpoint, upright=upright)
@@ -72,7 +72,7 @@ def score_checkpoint(
     compare_data(processes, validation=validation)
     make_folder(context.output)  # first, so that an unwritable --output is an error before the work
     log_data_warnings(report, validation, amp=config.amp, device=processes.device)
-    model = trained_detector(
+    model = build_trained_detector(
         state, backbone=backbone, num_categories=len(validation.categories), source=checkpoint, device=processes.device
     )
     with _evaluator(model, validation, config, context) as run_evaluation:

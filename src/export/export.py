@@ -21,8 +21,8 @@ from src.runtime.version import VERSION
 from src.ssd.default_boxes import VARIANCES, default_boxes
 from src.ssd.detect import Detections
 from src.ssd.model import fold_batch_norms
-from src.weights.detector import check_finite, known_categories, read_labelled, trained_model
-from src.weights.exported import load_trained, require, trained_detector
+from src.weights.detector import build_trained_model, check_finite, known_categories, read_labelled
+from src.weights.exported import build_trained_detector, load_checkpoint_or_export, require
 from src.weights.files import load_checkpoint
 
 DETECTOR, NETWORK, DEFAULT_BOXES = "detector.onnx", "network.onnx", "default_boxes.json"
@@ -45,7 +45,9 @@ def export(checkpoint: Path, data: Path, output: Path, *, backbone: str, report:
     state = load_checkpoint(checkpoint)
     check_finite(state["model"], source=checkpoint)
     categories = label_categories(state, data, source=checkpoint, report=report)
-    trained = trained_model(state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=CPU)
+    trained = build_trained_model(
+        state, backbone=backbone, num_categories=len(categories), source=checkpoint, device=CPU
+    )
     make_folder(output)
     thresholds = state.get("score_thresholds")
     for name, content in exported_files(trained, categories, thresholds).items():
@@ -138,8 +140,8 @@ def log_differences(trained: nn.Module, pictures: Tensor, output: Path, report: 
         "network's"
     )
     report.note(_size(output / DEFAULT_BOXES))
-    state = load_trained(output / DETECTOR)
-    detector = trained_detector(state, backbone="", num_categories=0, source=output / DETECTOR, device=CPU)
+    state = load_checkpoint_or_export(output / DETECTOR)
+    detector = build_trained_detector(state, backbone="", num_categories=0, source=output / DETECTOR, device=CPU)
     expected, _ = detect_batch(trained, normalised)
     exported, _ = detect_batch(detector, pictures)
     difference = compare(expected, exported)

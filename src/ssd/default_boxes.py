@@ -1,4 +1,4 @@
-"""The 8,732 default boxes of SSD300, ground truth matched to them, and box offsets encoded and decoded.
+"""The 8,732 default boxes of SSD300: matching ground truth to them, encoding and decoding box offsets.
 
 Shapes: N images, A = 8,732 default boxes, T ground-truth boxes of all images.
 Source: Liu et al. 2016, "SSD: Single Shot MultiBox Detector", sections 2.1 (default boxes) and 2.2 (matching).
@@ -13,12 +13,12 @@ from torchvision.ops import box_convert
 
 IMAGE_SIZE = 300  # pixels, both sides
 FEATURE_SIZES = (38, 19, 10, 5, 3, 1)  # cells a side of the six feature maps
-STEPS = (8, 16, 32, 64, 100, 300)  # pixels between the cells' centres
+STEPS = (8, 16, 32, 64, 100, 300)  # pixels between the centres of neighbouring cells
 SCALES = (21, 45, 99, 153, 207, 261, 315)  # pixels; map k has boxes of scale k and of the mean of k and k + 1
-ASPECT_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))  # beside 1; each also upright
+ASPECT_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))  # in addition to 1; each also as its inverse
 BOXES_PER_CELL = tuple(2 + 2 * len(ratios) for ratios in ASPECT_RATIOS)  # 4, 6, 6, 6, 4, 4
 NUM_DEFAULT_BOXES = sum(size * size * boxes for size, boxes in zip(FEATURE_SIZES, BOXES_PER_CELL, strict=True))
-MATCH_THRESHOLD = 0.5  # intersection over union above which a default box is matched
+MATCH_THRESHOLD = 0.5  # a default box is matched if its IoU is above this
 BOXES_IN_CACHE = 16  # rows of A floats that stay in a CPU's second-level cache
 VARIANCES = (0.1, 0.2)  # of centre and size: the scale of the encoded offsets
 
@@ -32,14 +32,14 @@ def default_boxes() -> Tensor:
     boxes = []
     for k, size in enumerate(FEATURE_SIZES):
         pitch = STEPS[k] / IMAGE_SIZE
-        for width, height in _shapes(k):
+        for width, height in _box_shapes(k):
             for row in range(size):
                 for column in range(size):
                     boxes.append(((column + 0.5) * pitch, (row + 0.5) * pitch, width, height))
     return torch.tensor(boxes).clamp_(0, 1)
 
 
-def _shapes(k: int) -> list[tuple[float, float]]:
+def _box_shapes(k: int) -> list[tuple[float, float]]:
     """Widths and heights of the default boxes of feature map k, as fractions of the image."""
     small, large = SCALES[k] / IMAGE_SIZE, SCALES[k + 1] / IMAGE_SIZE
     middle = math.sqrt(small * large)
@@ -56,9 +56,8 @@ def match(
     """Index of the ground-truth box matched to each default box of each image, -1 for background; [N, A] int64.
 
     boxes [T, 4] ltrb in 0..1 of all images, image_index [T] int64: the image of each box, num_images: N;
-    defaults_ltrb [A, 4].  A default box takes the box it overlaps most, if by more than `threshold`.  Each ground-truth
-    box also claims the default box that overlaps it most (the first of equals); where several claim the same one,
-    the last of them gets it.
+    defaults_ltrb [A, 4].  A default box is matched to the box with the largest IoU, if that is above `threshold`.  Each
+    ground-truth box also claims its best default box (the first of equals); of several claims the last one wins.
     """
     total, num_default_boxes = len(boxes), len(defaults_ltrb)
     shape = (num_images, num_default_boxes)
@@ -80,8 +79,8 @@ def match(
 def _iou(boxes: Tensor, defaults_ltrb: Tensor) -> Tensor:
     """IoU of boxes [T, 4] with default boxes [A, 4], ltrb; [T, A], equal to torchvision's box_iou bit for bit.
 
-    Matching is the costliest step of a batch on a CPU.  Coordinate by coordinate, and as many boxes at a time as its
-    cache holds, this takes an eighth of box_iou's time.
+    Matching is the slowest step of a batch on a CPU.  Separate coordinates, and chunks that fit the cache, take an
+    eighth of box_iou's time.
     """
     default_left, default_top, default_right, default_bottom = defaults_ltrb.t().contiguous()  # [A] each
     default_area = (default_right - default_left) * (default_bottom - default_top)
@@ -98,14 +97,14 @@ def _iou(boxes: Tensor, defaults_ltrb: Tensor) -> Tensor:
 
 
 def encode(boxes: Tensor, defaults: Tensor) -> Tensor:
-    """Offsets from default boxes to boxes; [..., 4].  Both cxcywh in 0..1, [..., 4], sizes above 0."""
+    """Offsets from default boxes to boxes; [..., 4].  Both are cxcywh in 0..1, [..., 4], with sizes above 0."""
     centre = (boxes[..., :2] - defaults[..., :2]) / (defaults[..., 2:] * VARIANCES[0])
     size = (boxes[..., 2:] / defaults[..., 2:]).log() / VARIANCES[1]
     return torch.cat((centre, size), dim=-1)
 
 
 def decode(offsets: Tensor, defaults: Tensor) -> Tensor:
-    """The boxes that lie at `offsets` from the default boxes; the inverse of `encode`.  cxcywh, [..., 4]."""
+    """The boxes at `offsets` from the default boxes, cxcywh; [..., 4].  The inverse of `encode`."""
     centre = defaults[..., :2] + offsets[..., :2] * VARIANCES[0] * defaults[..., 2:]
     size = defaults[..., 2:] * (offsets[..., 2:] * VARIANCES[1]).exp()
     return torch.cat((centre, size), dim=-1)

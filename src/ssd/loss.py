@@ -31,7 +31,7 @@ class MultiBoxLoss(nn.Module):
         self.register_buffer("defaults", default_boxes().clone(), persistent=False)
 
     def forward(self, offsets: Tensor, logits: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
-        """The loss, a scalar; 0 with a 0 gradient where nothing is matched.  Arguments as for `parts`."""
+        """The loss, a scalar; 0 with a gradient of 0 if nothing is matched.  Arguments as for `parts`."""
         parts = self.parts(offsets, logits, boxes, labels)
         return parts.localisation + parts.label
 
@@ -45,17 +45,17 @@ class MultiBoxLoss(nn.Module):
         count = positive.sum(dim=1)  # [N]
         target = encode(boxes.float(), self.defaults).transpose(1, 2)  # [N, 4, A]
         distance = F.smooth_l1_loss(offsets.float(), target, reduction="none", beta=1.0).sum(dim=1)  # [N, A]
-        # where, not a product: an infinite distance of a background box must not make 0 x inf
+        # Not a product, because 0 times the infinite distance of a background box is NaN.
         localisation = torch.where(positive, distance, 0).sum(dim=1)
         cross_entropy = F.cross_entropy(logits.float(), labels, reduction="none")  # [N, A]
-        chosen = positive | hard_negatives(cross_entropy.detach(), positive, count)
+        chosen = positive | mine_hard_negatives(cross_entropy.detach(), positive, count)
         label = torch.where(chosen, cross_entropy, 0).sum(dim=1)
         weight = torch.where(count > 0, 1 / count.clamp(min=1), 0) / len(labels)  # [N]
         return LossParts((localisation * weight).sum(), (label * weight).sum())
 
 
-def hard_negatives(cross_entropy: Tensor, positive: Tensor, count: Tensor) -> Tensor:
-    """Mask of the background boxes with the greatest loss, three for each positive of the image; [N, A] bool.
+def mine_hard_negatives(cross_entropy: Tensor, positive: Tensor, count: Tensor) -> Tensor:
+    """The background boxes with the largest loss, three for each positive of the image; [N, A] bool.
 
     cross_entropy [N, A] without gradient, positive [N, A] bool, count [N] = positives of each image.
     """

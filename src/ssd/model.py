@@ -17,11 +17,11 @@ from src.ssd.default_boxes import BOXES_PER_CELL
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 LAYERS_KEPT = 7  # of torchvision's ResNet: up to layer3
 HIDDEN_CHANNELS = (256, 256, 128, 128, 128)  # of the extra blocks, between their two convolutions
-FIRST_PADDED_BLOCKS = 3  # these halve the map with stride 2; the last two shrink it by an unpadded 3 x 3 convolution
+FIRST_PADDED_BLOCKS = 3  # these have stride 2; the last two have an unpadded 3 x 3 convolution
 
 
 class FeatureExtractor(nn.Module):
-    """A ResNet up to layer3, whose first block keeps its stride at 1: 300 x 300 gives 38 x 38."""
+    """A ResNet up to layer3, with stride 1 in layer3: 300 x 300 gives 38 x 38."""
 
     def __init__(self, backbone: str) -> None:
         super().__init__()
@@ -44,17 +44,17 @@ class SSD300(nn.Module):
     """
 
     def __init__(self, backbone: str, num_labels: int) -> None:
-        """num_labels: C, the categories and the background."""
+        """num_labels: C, the number of categories plus 1."""
         super().__init__()
         self.num_labels = num_labels
         self.feature_extractor = FeatureExtractor(backbone)
         channels = feature_channels(backbone)
         self.additional_blocks = nn.ModuleList(
-            _extra_block(channels[k], HIDDEN_CHANNELS[k], channels[k + 1], halve=k < FIRST_PADDED_BLOCKS)
+            _make_extra_block(channels[k], HIDDEN_CHANNELS[k], channels[k + 1], halve=k < FIRST_PADDED_BLOCKS)
             for k in range(len(HIDDEN_CHANNELS))
         )
-        self.loc = _heads(channels, 4)
-        self.conf = _heads(channels, num_labels)
+        self.loc = _make_heads(channels, 4)
+        self.conf = _make_heads(channels, num_labels)
         self.backbone_is_frozen = False
         self._initialise()
 
@@ -91,17 +91,17 @@ def feature_channels(backbone: str) -> tuple[int, ...]:
 
 
 def training_memory_format(backbone: str, device: torch.device) -> torch.memory_format:
-    """The layout of weights and images in memory in which training is fastest.
+    """The memory format of weights and images in which training is fastest.
 
-    Channels last, but for the smaller networks on a CPU with AVX2 alone: oneDNN computes the gradients of their 3 x 3
-    convolutions a tenth faster there with channels first.  In an evaluation channels last is faster everywhere.
+    Channels last, except for the smaller networks on a CPU that has AVX2 but not AVX512: oneDNN computes the gradients
+    of their 3 x 3 convolutions a tenth faster with channels first.  Evaluation is always faster with channels last.
     """
     small = feature_channels(backbone)[0] < 1024
     on_avx2 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
     return torch.contiguous_format if small and on_avx2 else torch.channels_last
 
 
-def _extra_block(inputs: int, hidden: int, outputs: int, *, halve: bool) -> nn.Sequential:
+def _make_extra_block(inputs: int, hidden: int, outputs: int, *, halve: bool) -> nn.Sequential:
     stride, padding = (2, 1) if halve else (1, 0)
     return nn.Sequential(
         nn.Conv2d(inputs, hidden, kernel_size=1, bias=False),
@@ -113,8 +113,8 @@ def _extra_block(inputs: int, hidden: int, outputs: int, *, halve: bool) -> nn.S
     )
 
 
-def _heads(channels: tuple[int, ...], values: int) -> nn.ModuleList:
-    """One 3 x 3 convolution a feature map, `values` numbers for each of its default boxes."""
+def _make_heads(channels: tuple[int, ...], values: int) -> nn.ModuleList:
+    """One 3 x 3 convolution per feature map, with `values` outputs for each default box."""
     return nn.ModuleList(
         nn.Conv2d(inputs, boxes * values, kernel_size=3, padding=1)
         for inputs, boxes in zip(channels, BOXES_PER_CELL, strict=True)
@@ -122,32 +122,30 @@ def _heads(channels: tuple[int, ...], values: int) -> nn.ModuleList:
 
 
 def _predict(heads: nn.ModuleList, features: list[Tensor], values: int) -> Tensor:
-    """Every head's output viewed as [N, values, cells x boxes] and concatenated; [N, values, A]."""
+    """The heads' outputs as [N, values, cells x boxes], concatenated; [N, values, A]."""
     outputs = [head(feature) for head, feature in zip(heads, features, strict=True)]
     return torch.cat([output.reshape(output.shape[0], values, -1) for output in outputs], dim=2)
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """A copy for inference, its batch-norms folded into the convolutions before them; the model itself without any.
+    """A channels-last copy for inference, its batch-norms folded into the convolutions before them.
 
-    The copy has channels last.
-
-    It is for modules that apply their children in the order in which they have them, as far as those are convolutions
-    and batch-norms: torchvision's ResNets and the network here.
+    Returns the model itself if there is nothing to fold.  Requires that modules call their children in the order of
+    definition, as torchvision's ResNets and SSD300 do.
     """
     if not any(_folding_pairs(module) for module in model.modules()):
         return model
     copy = deepcopy(model).eval()
     for module in list(copy.modules()):
         for convolution, norm in _folding_pairs(module):
-            fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
-            setattr(module, convolution, fused)
+            folded = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
+            setattr(module, convolution, folded)
             setattr(module, norm, nn.Identity())
     return copy.to(memory_format=torch.channels_last)
 
 
 def _folding_pairs(module: nn.Module) -> list[tuple[str, str]]:
-    """Names of the module's convolutions that a batch-norm follows, and of that."""
+    """Names of each child convolution that a batch-norm follows, and of that batch-norm."""
     children = list(module.named_children())
     return [
         (name, following)

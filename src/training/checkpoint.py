@@ -15,7 +15,7 @@ from torch import Tensor
 
 from src.runtime.errors import UserError
 from src.runtime.output_files import atomic_write
-from src.weights.detector import first_difference
+from src.weights.detector import describe_first_difference
 from src.weights.files import load_checkpoint, short
 
 TRAINING_DATA = "the training data"  # one of the settings
@@ -166,7 +166,8 @@ def _check_same_run(path: Path, theirs: RunFingerprint, ours: RunFingerprint) ->
         raise UserError(f"{path}: is a run of --backbone {theirs.backbone}, not {ours.backbone}")
     if theirs.categories != ours.categories:
         there, here = ([f"{name!r} (id {id})" for id, name in side] for side in (theirs.categories, ours.categories))
+        difference = describe_first_difference(there, here)
         raise UserError(
-            f"{path}: is a run on other categories than the data's ({first_difference(there, here)}): to train these "
+            f"{path}: is a run on other categories than the data's ({difference}): to train these "
             f"from its weights use --checkpoint {path}"
         )

@@ -59,7 +59,7 @@ def load_starting_weights(
     Returns lines to print.  Raises UserError if the weights cannot be read or do not fit.
     """
     if resumed is not None:
-        load_weights(model, resumed.checkpoint.model, source=resumed.file, fresh_label_heads=False)
+        load_weights(model, resumed.checkpoint.model, source=resumed.file, new_classification_heads=False)
         return []
     if checkpoint is not None:
         return load_detector(model, load_checkpoint(checkpoint), categories, source=checkpoint)

@@ -1,4 +1,4 @@
-"""The weights that a backbone starts from: ImageNet's or a file's."""
+"""The initial weights of a backbone: ImageNet's or a file's."""
 
 import socket
 from http.client import HTTPException
@@ -20,10 +20,10 @@ RESNET_CHILDREN = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer
 
 
 def load_backbone_weights(model: nn.Module, backbone: str, choice: str) -> None:
-    """Fills the backbone as --backbone-weights has it: "imagenet", "none" (left random) or a file's path.
+    """Loads what --backbone-weights names: "imagenet", "none" (keeps random weights) or a file's path.
 
     "imagenet" is torchvision's best: IMAGENET1K_V2 for resnet50, 101 and 152, IMAGENET1K_V1 for resnet18 and 34, which
-    have no second.  Raises UserError where the weights cannot be had or do not fit.
+    have no V2.  Raises UserError if the weights cannot be fetched or do not fit.
     """
     if choice == IMAGENET:
         weights = models.get_model_weights(backbone).DEFAULT
@@ -37,7 +37,7 @@ def load_backbone_weights(model: nn.Module, backbone: str, choice: str) -> None:
 
 
 def _fetch(weights: models.WeightsEnum, file: Path) -> dict:
-    """The state_dict from its address, which torchvision keeps in its cache, as `file`."""
+    """Downloads the state_dict; torchvision stores it in its cache as `file`."""
     waiting = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
@@ -55,21 +55,21 @@ def _fetch(weights: models.WeightsEnum, file: Path) -> dict:
 def load_backbone_file(model: nn.Module, path: Path) -> None:
     """Loads a torchvision ResNet's state_dict (torch.save or safetensors) into the backbone.
 
-    Raises UserError where it is not of this backbone.
+    Raises UserError if it is not of this backbone.
     """
     load_backbone(model, load_checkpoint(path)["model"], source=path)
 
 
 def load_backbone(model: nn.Module, resnet: dict[str, Tensor], *, source: Path) -> None:
-    """Loads the state_dict of torchvision's ResNet into the backbone; layers beyond layer3 are left out.
+    """Loads the state_dict of torchvision's ResNet up to layer3 into the backbone.
 
-    Raises UserError where it does not fit.
+    Raises UserError if it does not fit.
     """
     backbone = model.get_submodule("feature_extractor.feature_extractor")
     expected = {_resnet_name(name): tensor for name, tensor in backbone.state_dict().items()}
     weights = {name: tensor for name, tensor in resnet.items() if name.partition(".")[0] in RESNET_CHILDREN}
     for name in expected:
-        # Files from before PyTorch 0.4.1 lack these counters, which nothing reads.
+        # Files from before PyTorch 0.4.1 lack these counters.  Nothing reads them.
         if name.endswith("num_batches_tracked"):
             weights.setdefault(name, expected[name])
     check_fit(expected, weights, source=source)
@@ -77,6 +77,6 @@ def load_backbone(model: nn.Module, resnet: dict[str, Tensor], *, source: Path) 
 
 
 def _resnet_name(name: str) -> str:
-    """torchvision's name of a parameter of the backbone, which numbers the ResNet's children."""
+    """torchvision's name of a backbone parameter; the backbone numbers the ResNet's children instead."""
     child, _, rest = name.partition(".")
     return f"{RESNET_CHILDREN[int(child)]}.{rest}"

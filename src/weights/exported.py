@@ -1,4 +1,4 @@
-"""`--mode export`'s detector.onnx in a checkpoint's place, run by onnxruntime."""
+"""Runs `--mode export`'s detector.onnx in onnxruntime, so that it can be given as a checkpoint."""
 
 import importlib
 import io
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from src.runtime.errors import UserError
 from src.ssd.detect import EndToEndDetector
-from src.weights.detector import trained_model
+from src.weights.detector import build_trained_model
 from src.weights.files import ONNX, TORCH_PROGRAM, load_checkpoint
 
 OUTPUTS = ["boxes", "labels", "scores"]
 
 
 def require(packages: Iterable[str], *, what: str) -> None:
-    """Imports the packages.  Raises UserError for those that are missing and those that cannot be imported."""
+    """Imports the packages; raises UserError, which names those that are missing or broken."""
     missing = []
     for name in packages:
         try:
@@ -44,10 +44,10 @@ def _broken_package(name: str, error: Exception, what: str) -> UserError:
     )
 
 
-def load_trained(path: Path) -> dict[str, Any]:
-    """What `load_checkpoint` gives, or an exported file's `categories` and, as `exported`, its bytes.
+def load_checkpoint_or_export(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint (see `load_checkpoint`) or of an exported file: `categories`, `exported` (its bytes).
 
-    Raises UserError for what is neither.
+    Raises UserError if the file is neither.
     """
     if path.suffix == TORCH_PROGRAM:
         raise UserError(
@@ -67,16 +67,16 @@ def load_trained(path: Path) -> dict[str, Any]:
     return {"categories": categories, "score_thresholds": detector.score_thresholds, "exported": content}
 
 
-def trained_detector(
+def build_trained_detector(
     state: dict[str, Any], *, backbone: str, num_categories: int, source: Path, device: torch.device
 ) -> nn.Module:
-    """The network of a checkpoint, as `trained_model` gives it, or the detector of an exported file.
+    """A checkpoint's network (see `build_trained_model`) or an exported file's detector.
 
-    state: of `load_trained(source)`.
+    state: from `load_checkpoint_or_export(source)`.
     """
     if "exported" in state:
         return _open(state["exported"], source, device)
-    return trained_model(state, backbone=backbone, num_categories=num_categories, source=source, device=device)
+    return build_trained_model(state, backbone=backbone, num_categories=num_categories, source=source, device=device)
 
 
 def _open(content: bytes, path: Path, device: torch.device) -> "OnnxDetector":

@@ -32,7 +32,7 @@ from src.runtime.version import VERSION
 from src.ssd.default_boxes import default_boxes
 from src.ssd.detect import Detections, detect, strip_padding
 from src.ssd.model import SSD300
-from src.weights.exported import load_trained, trained_detector
+from src.weights.exported import build_trained_detector, load_checkpoint_or_export
 from src.weights.files import load_checkpoint
 from tests.helpers.datasets import annotation, write_coco, write_image
 from tests.helpers.oracle_inputs import ORACLE_CASES, oracle_output, quiet_output, random_output
@@ -162,7 +162,9 @@ def files(tmp_path_factory) -> Files:
 
 def test_photographs(files, coco128):
     file = files.exported / "detector.onnx"
-    detector = trained_detector(load_trained(file), backbone="", num_categories=2, source=file, device=CPU)
+    detector = build_trained_detector(
+        load_checkpoint_or_export(file), backbone="", num_categories=2, source=file, device=CPU
+    )
     paths = sorted((coco128 / "train2017").glob("*.jpg"))[:32]
     images = torch.stack([resize(decode(path)) for path in paths])
     with torch.inference_mode():
@@ -368,7 +370,7 @@ def test_a_file_that_is_no_exported_detector(files, tmp_path, name, content, sai
         (tmp_path / name).write_bytes(content)
     path = files.exported / name if name == "network.onnx" else tmp_path / name
     with pytest.raises(UserError, match=said) as raised:
-        load_trained(path)
+        load_checkpoint_or_export(path)
     assert str(raised.value).startswith(f"{path}: ")
 
 
@@ -379,7 +381,7 @@ def test_a_damaged_file_is_refused_and_onnxruntime_prints_nothing(files, tmp_pat
     for damaged in (b"", content[:1], content[: len(content) // 2], content[:-1000], content[:-1], broken_name):
         (tmp_path / "cut.onnx").write_bytes(damaged)
         with pytest.raises(UserError, match="not a whole one"):
-            load_trained(tmp_path / "cut.onnx")
+            load_checkpoint_or_export(tmp_path / "cut.onnx")
     assert capfd.readouterr() == ("", "")
 
 
@@ -444,7 +446,7 @@ def test_a_checkpoint_that_does_not_say_its_categories_has_those_of_the_data(fil
     file = tmp_path / "weights.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in files.model.state_dict().items()}, file)
     with closing(Report(None, append=True)) as report:
-        categories = label_categories(load_trained(file), files.data, source=file, report=report)
+        categories = label_categories(load_checkpoint_or_export(file), files.data, source=file, report=report)
     assert [list(category) for category in categories] == CATEGORIES
     assert f"{file}: does not say what its labels are: the categories of {files.data}" in capsys.readouterr().out
 

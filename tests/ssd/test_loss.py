@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from src.ssd.loss import MultiBoxLoss, hard_negatives
+from src.ssd.loss import MultiBoxLoss, mine_hard_negatives
 from tests.helpers.oracle_inputs import loss_inputs
 
 
@@ -26,13 +26,13 @@ def test_loss_and_gradients_are_the_oracles(oracle, case):
 def test_hard_negatives_are_three_a_positive_and_the_hardest():
     cross_entropy = torch.tensor([[5.0, 4.0, 9.0, 3.0, 2.0, 1.0, 0.5]])
     positive = torch.tensor([[False, False, True, False, False, False, False]])
-    chosen = hard_negatives(cross_entropy, positive, positive.sum(dim=1))
+    chosen = mine_hard_negatives(cross_entropy, positive, positive.sum(dim=1))
     assert chosen.tolist() == [[True, True, False, True, False, False, False]]
 
 
 def test_hard_negatives_never_include_a_positive():
     positive = torch.tensor([[True, True, False, True, False]])
-    chosen = hard_negatives(torch.ones(1, 5), positive, positive.sum(dim=1))
+    chosen = mine_hard_negatives(torch.ones(1, 5), positive, positive.sum(dim=1))
     assert chosen.tolist() == [[False, False, True, False, True]]
 
 

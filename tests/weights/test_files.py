@@ -16,7 +16,7 @@ from torchvision import models
 from src.runtime.errors import UserError
 from src.ssd.model import SSD300
 from src.weights.backbone import load_backbone, load_backbone_file
-from src.weights.detector import label_count, load_weights
+from src.weights.detector import count_labels, load_weights
 from src.weights.files import check_fit, load_checkpoint
 
 WEIGHTS = {"conf.0.bias": torch.arange(12.0), "loc.0.bias": torch.arange(16.0)}
@@ -229,13 +229,13 @@ def test_what_does_not_fit_is_named_with_both_shapes():
     assert error(**here, c=torch.zeros(7, 8)) == "x.pt: does not fit this network, which has no c [7, 8]"
 
 
-def test_fresh_label_heads_stay_and_all_the_rest_is_loaded(model):
+def test_new_classification_heads_stay_and_everything_else_is_loaded(model):
     torch.manual_seed(1)
     other, expected = SSD300("resnet18", 5).state_dict(), {name: t.clone() for name, t in model.state_dict().items()}
-    assert label_count(other) == 5
+    assert count_labels(other) == 5
     with pytest.raises(UserError, match=r"conf\.0\.weight is \[20, 256, 3, 3\] there and \[12, 256, 3, 3\] here"):
-        load_weights(model, other, source=Path("x.pt"), fresh_label_heads=False)
-    load_weights(model, other, source=Path("x.pt"), fresh_label_heads=True)
+        load_weights(model, other, source=Path("x.pt"), new_classification_heads=False)
+    load_weights(model, other, source=Path("x.pt"), new_classification_heads=True)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name] if name.startswith("conf.") else other[name]), name
 

@@ -168,7 +168,7 @@ LABEL_MAP = {0: "background", 1: "square", 2: "disc"}
         ({"categories": SAVED}, OURS[:1], "label 2 is 'disc' there and nothing here"),
     ],
 )
-def test_label_heads_start_afresh_for_other_categories(small_state, extra, categories, difference):
+def test_classification_heads_start_afresh_for_other_categories(small_state, extra, categories, difference):
     model = network(len(categories) + 1)
     fresh = model.conf[0].weight.clone()
     lines = load_detector(model, {"model": small_state, **extra}, categories, source=FILE)
@@ -180,7 +180,7 @@ def test_label_heads_start_afresh_for_other_categories(small_state, extra, categ
         assert torch.equal(model.conf[0].weight, fresh)
         (line,) = lines
         assert line.startswith(f"ssd.pt: its categories are not the data's ({difference}): backbone, extra blocks and")
-        assert line.endswith("the label heads start afresh")
+        assert line.endswith("the classification heads start afresh")
 
 
 def test_the_categories_of_a_published_checkpoint_are_its_labels(small_state):

@@ -281,7 +281,9 @@ def evaluate(monkeypatch, tmp_path, capsys):
         annotations = read_annotations(file, data / "val2017")
         checkpoint = {"model": {"weight": torch.zeros(1)}, "categories": [list(one) for one in annotations.categories]}
         torch.save(checkpoint, tmp_path / "told.pt")
-        monkeypatch.setattr("src.evaluation.validation.trained_detector", lambda *_, **__: Told(annotations, **told))
+        monkeypatch.setattr(
+            "src.evaluation.validation.build_trained_detector", lambda *_, **__: Told(annotations, **told)
+        )
         asked = ("--mode", "evaluation", "--checkpoint", str(tmp_path / "told.pt"))
         status = main.main(flags(data, tmp_path / "scores", *asked))
         return status, *capsys.readouterr()

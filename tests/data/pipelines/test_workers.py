@@ -190,7 +190,7 @@ def test_too_few_open_files_end_the_program_in_a_line(data, tmp_path, monkeypatc
     def none_left(*_, **__):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a file")
 
-    monkeypatch.setattr("src.evaluation.validation.load_trained", none_left)
+    monkeypatch.setattr("src.evaluation.validation.load_checkpoint_or_export", none_left)
     assert main.main(flags(data, tmp_path, "--mode", "evaluation", "--checkpoint", "x.pt")) == main.BAD_INPUT
     assert "too many open files ([Errno 24] Too many open files: 'a file'): raise their limit" in error_line(capsys)
 
