@@ -19,7 +19,7 @@ from src.evaluation.confusion import (
     min_scores_by_category,
     write_confusion,
 )
-from src.evaluation.results import Results, write_results
+from src.evaluation.results import Results, scale_boxes, write_results
 from src.evaluation.scoring import IOU_THRESHOLDS, RECALLS, Scores
 from src.evaluation.thresholds import SCORES, Thresholds
 from src.report.confusion_plot import draw_confusion
@@ -119,12 +119,12 @@ def _make_example(validation: Annotations, results: Results, index: int) -> Exam
     boxes[:, 2:] += boxes[:, :2]
     path, upright = validation.image_path(index), validation.upright
     image = decode_thumbnail(path, PANEL_SIDE, any_format=False, upright=upright).permute(1, 2, 0).numpy()
-    scale = np.tile(np.array(image.shape[1::-1]) / validation.sizes[index], 2)  # [4]
+    scale = np.array(image.shape[1::-1]) / validation.sizes[index]  # [2]
     return Example(
         image=image,
-        truth_boxes=truth_boxes * scale,
+        truth_boxes=scale_boxes(truth_boxes, scale),
         truth_names=[validation.categories[label - 1].name for label in labels],
-        boxes=boxes * scale,
+        boxes=scale_boxes(boxes, scale),
         names=[names[category] for category in results.category_ids[own].tolist()],
         scores=results.scores[own],
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from src.data.annotations.coco import Annotations
 from src.data.pipelines.loaders import EvaluationLoader
-from src.evaluation.results import DECIMALS, Results, in_pixels, join_results
+from src.evaluation.results import DECIMALS, Results, join_results, scale_boxes
 from src.evaluation.scoring import Scores, merge_shards, score_shard, shard_categories
 from src.evaluation.timing import summarise_ranks, timed
 from src.evaluation.validation_loss import ValidationLoss, mean_losses
@@ -129,7 +129,7 @@ def to_results(detections: list[Detections], indices: np.ndarray, annotations: A
     counts = [len(image.scores) for image in detections]
     image = np.repeat(indices, counts)  # [D]
     boxes, labels, scores = (torch.cat(parts).cpu().numpy() for parts in zip(*detections, strict=True))
-    boxes = in_pixels(boxes, annotations.sizes[image])
+    boxes = scale_boxes(boxes, annotations.sizes[image])
     boxes[:, 2:] -= boxes[:, :2]
     category_ids = np.array([category.id for category in annotations.categories], np.int64)
     return Results(

@@ -23,7 +23,7 @@ from src.data.images.decode import resize
 from src.data.images.formats import ImageFiles, decode_any, decode_thumbnail, find_images, read_size
 from src.data.pipelines.batch import normalise
 from src.evaluation.evaluate import EvaluationConfig, detect_batch, evaluating, log_non_finite, prepare_for_inference
-from src.evaluation.results import DECIMALS, in_pixels, write_json_list
+from src.evaluation.results import DECIMALS, scale_boxes, write_json_list
 from src.report.image_plots import MIN_SCORE, draw_prediction
 from src.report.report import RunContext
 from src.report.run_folder import DETECTIONS, holds_run
@@ -268,7 +268,7 @@ def _draw_picture(
 ) -> None:
     """Draws the detections on the image, which is scaled down to MAX_SIDE, and writes the picture."""
     image = decode_thumbnail(path, MAX_SIDE, any_format=True).permute(1, 2, 0).numpy()
-    boxes = in_pixels(detections.boxes.cpu().numpy(), image.shape[1::-1])
+    boxes = scale_boxes(detections.boxes.cpu().numpy(), image.shape[1::-1])
     names = [categories[label - 1].name for label in detections.labels.tolist()]
     draw_prediction(image, boxes, names, detections.scores.cpu().numpy(), picture, min_score=min_score)
 
@@ -286,7 +286,7 @@ def _to_records(
 ) -> list[DetectionRecord]:
     """An image's detections as records.  name: its path relative to --data.  index: its image_id."""
     # Corners are rounded before they become width and height, so that boxes stay inside the image.
-    boxes = in_pixels(detections.boxes.cpu().numpy(), size).round(DECIMALS)
+    boxes = scale_boxes(detections.boxes.cpu().numpy(), size).round(DECIMALS)
     boxes[:, 2:] -= boxes[:, :2]
     detected = [categories[label - 1] for label in detections.labels.tolist()]
     rows = zip(detected, boxes.round(DECIMALS).tolist(), detections.scores.tolist(), strict=True)

@@ -45,9 +45,9 @@ def index_of(values: ArrayLike, among: ArrayLike) -> np.ndarray:
     return np.where(among[nearest] == values, nearest, -1)
 
 
-def in_pixels(boxes: np.ndarray, sizes: ArrayLike) -> np.ndarray:
-    """Boxes [D, 4] in fractions of their images, as float64 pixels; sizes [D, 2] or [2]: width and height."""
-    return boxes.astype(np.float64) * np.tile(sizes, 2)
+def scale_boxes(boxes: np.ndarray, scale: ArrayLike) -> np.ndarray:
+    """Boxes [D, 4] with coordinates x, y, x, y times `scale`, [D, 2] or [2]: a picture's size, for example; float64."""
+    return boxes.astype(np.float64) * np.tile(scale, 2)
 
 
 class _Result(msgspec.Struct):
