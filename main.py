@@ -31,9 +31,9 @@ from src.report.exit_status import (
     DONE,
     INTERRUPTED,
     TERMINATED,
-    fail,
-    meets_target,
+    report_error,
     report_error_before_cleanup,
+    target_exit_status,
 )
 from src.report.report import Report, RunContext
 from src.report.run_folder import LAST
@@ -86,7 +86,7 @@ def run_rank(flags: Flags) -> int:
                 with convert_worker_errors():
                     return train(flags, processes) if flags.mode == "training" else run_mode(flags, processes)
             except Exception as error:
-                return fail(error, processes)
+                return report_error(error, processes)
     except UserError as error:  # the processes could not join
         print(f"main.py: error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -145,7 +145,7 @@ def train(flags: Flags, processes: Processes) -> int:
             seconds=time.perf_counter() - began,
             accuracy=position.last_map if position.evaluated else "not evaluated",
         )
-        return meets_target(position.last_map, flags.target, report)
+        return target_exit_status(position.last_map, flags.target, report)
 
 
 def read_data(flags: Flags, processes: Processes) -> tuple[Annotations, Annotations | None]:
@@ -262,7 +262,7 @@ def run_mode(flags: Flags, processes: Processes) -> int:
                 flags.checkpoint, flags.data, upright=flags.upright, backbone=flags.backbone,
                 config=evaluation_config(flags), context=context,
             )  # fmt: skip
-            return meets_target(accuracy, flags.target, report)
+            return target_exit_status(accuracy, flags.target, report)
         if flags.mode == "export":
             export(flags.checkpoint, flags.data, flags.output, backbone=flags.backbone, report=report)
             return DONE

@@ -23,11 +23,11 @@ def report_error_before_cleanup(processes: Processes) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        fail(error, processes)
+        report_error(error, processes)
         raise
 
 
-def fail(error: Exception, processes: Processes) -> int:
+def report_error(error: Exception, processes: Processes) -> int:
     """The exit status of an error; prints the error unless another rank has done so."""
     if processes.world_size > 1:  # a launcher sends SIGTERM once another rank has exited, and does not wait
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -77,7 +77,7 @@ def _memory_shortage(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def meets_target(accuracy: float | None, target: float | None, report: Report) -> int:
+def target_exit_status(accuracy: float | None, target: float | None, report: Report) -> int:
     """The exit status after a final mAP of `accuracy` (None: not defined); warns if it is below the target."""
     if target is None or (accuracy is not None and accuracy >= target):
         return DONE

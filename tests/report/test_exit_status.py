@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from src.report.exit_status import BAD_INPUT, FAILED, fail, report_error_before_cleanup
+from src.report.exit_status import BAD_INPUT, FAILED, report_error, report_error_before_cleanup
 from src.runtime.distributed import Processes
 from src.runtime.errors import UserError
 from tests.helpers.collective_messages import DUPLICATE, FULL, GONE
@@ -16,7 +16,7 @@ from tests.helpers.collective_messages import DUPLICATE, FULL, GONE
 @pytest.fixture
 def processes() -> Iterator[Processes]:
     """Rank 0 of two; the other rank prints nothing."""
-    handler = signal.getsignal(signal.SIGTERM)  # `fail` ignores SIGTERM
+    handler = signal.getsignal(signal.SIGTERM)  # `report_error` ignores SIGTERM
     made = Processes(0, 1, torch.device("cpu"), dist.HashStore())
     made.world_size = 2
     yield made
@@ -39,7 +39,7 @@ def processes() -> Iterator[Processes]:
     ids=["two ranks on a GPU", "full /dev/shm", "a rank is gone"],
 )
 def test_nccls_reason_is_printed_in_one_line(processes, capsys, text, message):
-    assert fail(dist.DistBackendError(text), processes) == FAILED
+    assert report_error(dist.DistBackendError(text), processes) == FAILED
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"main.py: error: {message}")
 
@@ -60,5 +60,5 @@ def test_a_failure_is_printed_once_before_contexts_close(processes, capsys, worl
         raise error
     who = "rank 0: " if world_size > 1 else ""
     assert closed_after == [f"main.py: error: {who}a bad file\n"]
-    assert fail(error, processes) == BAD_INPUT
+    assert report_error(error, processes) == BAD_INPUT
     assert capsys.readouterr().err == ""

@@ -183,7 +183,7 @@ def test_a_killed_worker_is_told_of(tmp_path, capsys):
             loader.set_epoch(1)
             list(loader)
     loader.close()
-    assert main.fail(raised.value, Processes.single(CPU)) == 2
+    assert main.report_error(raised.value, Processes.single(CPU)) == 2
     assert re.search(r"worker processes was killed \(.*--num-workers 0", error_line(capsys))
 
 
@@ -209,5 +209,5 @@ def memory_error_of_torch_save() -> RuntimeError:
     ],
 )
 def test_too_little_memory_names_the_flags(error, capsys):
-    assert main.fail(error, Processes.single(CPU)) == 1
+    assert main.report_error(error, Processes.single(CPU)) == 1
     assert re.search(r"error: out of memory \(.*\): lower --batch-size", error_line(capsys))
