@@ -92,13 +92,13 @@ class BackgroundFiles:
             for failure in self._failures.result(timeout):
                 self.report.warn(failure)
         except TimeoutError:
-            self._warn(f"they were not made in {timeout} s")
+            self._warn(f"they were not written within {timeout} s")
         except (UserError, WriterDiedError) as error:
             self._warn(str(error))
         self.stop()
 
     def _warn(self, reason: str) -> None:
-        self.report.warn(f"{', '.join(ARTIFACTS)} in {self.output} are not all of the last evaluation: {reason}")
+        self.report.warn(f"{', '.join(ARTIFACTS)} in {self.output} may be older than the last evaluation: {reason}")
 
     def stop(self) -> None:
         """Ends the process; a file that it has not finished stays as it was."""

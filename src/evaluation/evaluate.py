@@ -188,4 +188,4 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def log_non_finite(report: Report, count: int) -> None:
     """Warns of default boxes whose outputs are NaN or infinite."""
     if count:
-        report.warn(f"{count} default boxes' outputs were not finite: they detect nothing")
+        report.warn(f"the outputs of {count} default boxes were not finite: these boxes detect nothing")

@@ -93,7 +93,7 @@ def predict_folder(
     if prediction is None:
         return
     readable = prediction.images - len(prediction.unreadable)
-    others = f"; {images.others} other files passed over" if images.others else ""
+    others = f"; {images.others} other files skipped" if images.others else ""
     report.note(f"{readable} images, {prediction.detections} detections: pictures and {DETECTIONS} in {folder}{others}")
     if images.marked:
         report.note(f"Folders with {DETECTIONS} left out, as earlier results: {images.marked}")
@@ -115,8 +115,8 @@ def resolve_min_scores(state: dict, score: float | str | None, num_categories: i
     thresholds = state.get("score_thresholds") or {"all": None}
     if thresholds["all"] is None:
         raise UserError(
-            f"{source}: has no score thresholds, which best.pt has from an evaluation that detects something: give a "
-            "number, as --mode evaluation prints them (--score 0.4)"
+            f"{source}: has no score thresholds (best.pt has them after an evaluation with detections): give a number "
+            "(--score 0.4); --mode evaluation prints the best ones"
         )
     return torch.tensor([thresholds["all"] if own is None else own for own in thresholds["by_label"]])
 
@@ -138,7 +138,7 @@ def _output_folder(data: Path, output: Path) -> Path:
     """
     for folder in (output, output / SUBFOLDER) if holds_run(make_folder(output)) else (output,):
         if os.path.isdir(data) and data.samefile(make_folder(folder)):
-            raise UserError(f"--output {output} is the images' own folder: what is drawn there would count as images")
+            raise UserError(f"--output {output} is the folder of the images: predictions there would count as images")
     return folder
 
 

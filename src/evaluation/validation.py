@@ -126,7 +126,7 @@ def log_metrics(report: Report, scores: Scores) -> None:
     report.note("mAP by category:")
     for name, value in category_ap.items():
         report.note(f"  {name:<{width}}  {_metric_text(value)}")
-    report.note("Score from which on F1 at IoU 0.5 is best, with F1, precision and recall from there on:")
+    report.note("Score with the best F1 at IoU 0.5, and F1, precision and recall at that score:")
     thresholds = scores.thresholds
     for name, threshold in zip(["(all)", *category_ap], [thresholds.overall, *thresholds.by_category], strict=True):
         shown = "  ".join(f"{value:.4f}" for value in threshold) if threshold else "not defined"

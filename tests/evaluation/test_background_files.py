@@ -124,7 +124,7 @@ def test_a_removed_folder_is_a_warning(validation, evaluation, report, tmp_path,
     with BackgroundFiles(tmp_path / "run", report) as files:
         files.start(evaluation, validation)
     (line,) = capfd.readouterr().err.splitlines()
-    assert "are not all of the last evaluation: " in line and "metrics.jsonl" in line
+    assert "may be older than the last evaluation: " in line and "metrics.jsonl" in line
 
 
 def test_a_removed_image_is_a_warning(validation, evaluation, report, tmp_path, capfd):
@@ -144,7 +144,9 @@ def test_a_writer_that_is_killed_is_a_warning_that_names_all_files(validation, e
         files.start(evaluation, validation)
         os.kill(files._process.pid, signal.SIGKILL)
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"main.py: warning: {', '.join(ARTIFACTS)} in {tmp_path / 'run'} are not all of the last")
+    assert line.startswith(
+        f"main.py: warning: {', '.join(ARTIFACTS)} in {tmp_path / 'run'} may be older than the last evaluation: "
+    )
     assert line.endswith("killed by signal: Killed")
 
 
@@ -159,7 +161,7 @@ def test_an_unfinished_file_is_removed_when_the_run_ends(
         wait_for(lambda: has_unfinished_file(tmp_path / "run"))
         raise end
     warned = capfd.readouterr().err
-    assert warned == "" if end is KeyboardInterrupt else warned.endswith("they were not made in 0.01 s\n")
+    assert warned == "" if end is KeyboardInterrupt else warned.endswith("they were not written within 0.01 s\n")
     assert read_files(tmp_path / "run") == {}
 
 

@@ -161,7 +161,7 @@ def test_prediction_leaves_a_run_as_it_is_and_names_what_it_leaves_out(small, tm
     assert main.main(found) == 2
     told = capsys.readouterr()
     assert f"the predictions go to {tmp_path / 'run' / 'predictions'}" in told.out
-    assert re.search(r"^1 images, \d+ detections: .*; 1 other files passed over$", told.out, re.MULTILINE)
+    assert re.search(r"^1 images, \d+ detections: .*; 1 other files skipped$", told.out, re.MULTILINE)
     assert "Folders with detections.json left out, as earlier results: 1" in told.out
     assert "1 of 2 images left out" in told.err and str(tmp_path / "in" / "b.heic") in told.err
     predictions = tmp_path / "run" / "predictions"

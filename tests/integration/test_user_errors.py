@@ -90,7 +90,7 @@ def test_output_that_is_a_file_is_told_of_before_the_work(data, tmp_path, capsys
 def test_pictures_are_not_drawn_among_the_images(data, tmp_path, capsys):
     folder, checkpoint = data / "val2017", write_weights(tmp_path / "weights.pt")
     assert main.main(flags(folder, folder, "--mode", "prediction", "--checkpoint", checkpoint)) == 2
-    assert "is the images' own folder" in error_line(capsys)
+    assert "is the folder of the images" in error_line(capsys)
 
 
 def test_a_full_temporary_folder_is_told_of(data, monkeypatch):

@@ -328,7 +328,7 @@ def test_output_that_is_not_finite_is_counted_and_the_rest_is_scored(evaluate, t
     data = write_coco(tmp_path / "data", [annotation(image) for image in (1, 2, 3, 4)])
     status, printed, warned = evaluate(data, broken=3)
     assert status == 0
-    assert warned == "main.py: warning: 12 default boxes' outputs were not finite: they detect nothing\n"
+    assert warned == "main.py: warning: the outputs of 12 default boxes were not finite: these boxes detect nothing\n"
     assert "AP50      1.0000\n" in printed
     scores = [entry["score"] for entry in json.loads((tmp_path / "scores" / "detections.json").read_text())]
     assert len(scores) == 4 and all(np.isfinite(scores))
