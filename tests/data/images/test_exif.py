@@ -3,7 +3,6 @@
 import io
 import json
 import struct
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from src.runtime.errors import DataError
 from tests.helpers.both_pipelines import CPU, train_loader
 from tests.helpers.datasets import annotation, write_annotations, write_image
 from tests.helpers.example_run import metrics
+from tests.helpers.image_files import chunk
 from tests.helpers.stopped_runs import flags, idle_run
 
 KINDS = [*((tag, "jpg") for tag in range(1, 9)), (6, "png"), (8, "webp")]  # orientation tag and format
@@ -104,7 +104,7 @@ def test_the_evaluation_turns_pictures(upright):
         list(straight)
 
 
-def test_a_size_that_only_the_other_orientation_has_is_told(upright, data, tmp_path):
+def test_a_size_that_only_the_other_orientation_has_is_an_error_with_a_hint(upright, data, tmp_path):
     entries = json.loads(upright.path.read_text())
     for image in entries["images"]:
         image.update(width=160, height=120)
@@ -121,7 +121,7 @@ def test_a_size_that_only_the_other_orientation_has_is_told(upright, data, tmp_p
         read_image(replace(stored, upright=True), index)
 
 
-def test_a_damaged_tag_leaves_an_own_picture_as_it_is(tmp_path):
+def test_without_annotations_a_damaged_tag_is_ignored(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     stream = io.BytesIO()
@@ -165,10 +165,6 @@ def jpeg(*blocks: bytes) -> bytes:
     return content[:2] + b"".join(app1(b"Exif\0\0" + block) for block in blocks) + content[2:]
 
 
-def png_chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
 def png(*chunks: bytes) -> bytes:
     content = encoded("png")
     return content[:33] + b"".join(chunks) + content[33:]
@@ -188,9 +184,9 @@ USUAL = {
     "behind another tag": (jpeg(exif_block(entry(0x41424344, (2, "I"), tag=0x10F, count=4), entry(3))), 3),
     "elsewhere in the block": (jpeg(exif_block(entry(6), start=27)), 6),
     "no tag": (jpeg(exif_block(entry(40, tag=0x100))), 1),
-    "XMP beside it": (jpeg(SIX)[:2] + app1(b"http://ns.adobe.com/xap/1.0/\0" + XMP) + jpeg(SIX)[2:], 6),
+    "XMP too": (jpeg(SIX)[:2] + app1(b"http://ns.adobe.com/xap/1.0/\0" + XMP) + jpeg(SIX)[2:], 6),
     "fill bytes": (jpeg(SIX).replace(b"\xff\xe1", b"\xff\xff\xff\xe1", 1), 6),
-    "PNG": (png(png_chunk(b"eXIf", SIX)), 6),
+    "PNG": (png(chunk(b"eXIf", SIX)), 6),
     "WebP": (encoded("webp", lossless=True, exif=SIX), 6),
 }
 UNUSUAL = {
@@ -208,11 +204,11 @@ UNUSUAL = {
     "too many entries": (jpeg(SIX[:8] + struct.pack("<H", 5) + SIX[10:]), "cut off"),
     "no TIFF header": (jpeg(b"??" + SIX[2:]), "no TIFF header"),
     "XMP alone": (jpeg()[:2] + app1(b"http://ns.adobe.com/xap/1.0/\0" + XMP) + jpeg()[2:], "XMP or in a text"),
-    "PNG, LONG": (png(png_chunk(b"eXIf", exif_block(entry(6, LONG)))), "1 values of type 4"),
-    "PNG, twice": (png(png_chunk(b"eXIf", SIX), png_chunk(b"eXIf", SIX)), "2 EXIF blocks"),
-    "PNG, wrong checksum": (png(png_chunk(b"eXIf", SIX)[:-4] + b"1234"), "checksum"),
-    "PNG, named": (png(png_chunk(b"eXIf", b"Exif\0\0" + SIX)), "no TIFF header"),
-    "PNG, as text": (png(png_chunk(b"tEXt", b"Raw profile type exif\0" + SIX.hex().encode())), "XMP or in a text"),
+    "PNG, LONG": (png(chunk(b"eXIf", exif_block(entry(6, LONG)))), "1 values of type 4"),
+    "PNG, twice": (png(chunk(b"eXIf", SIX), chunk(b"eXIf", SIX)), "2 EXIF blocks"),
+    "PNG, wrong checksum": (png(chunk(b"eXIf", SIX)[:-4] + b"1234"), "checksum"),
+    "PNG, named": (png(chunk(b"eXIf", b"Exif\0\0" + SIX)), "no TIFF header"),
+    "PNG, as text": (png(chunk(b"tEXt", b"Raw profile type exif\0" + SIX.hex().encode())), "XMP or in a text"),
     "WebP, LONG": (encoded("webp", exif=exif_block(entry(6, LONG))), "1 values of type 4"),
     "WebP, unannounced": (without_webp_flag(encoded("webp", exif=SIX)), "header does not announce it"),
     "WebP, XMP alone": (encoded("webp", xmp=XMP), "XMP or in a text"),
@@ -225,9 +221,11 @@ def test_an_unusual_tag_is_named_and_refused_everywhere(tmp_path, form):
     path = tmp_path / "train2017" / "a"
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as raised:
         read_orientation(path)
-    assert str(told.value).startswith(f"{path}: its EXIF orientation tag is unusual (") and reason in str(told.value)
+    assert str(raised.value).startswith(f"{path}: its EXIF orientation tag is unusual (") and reason in str(
+        raised.value
+    )
     images = [{"id": 1, "file_name": "a", "width": 40, "height": 24}]
     boxes = [annotation(1, (2, 2, 9, 9), 1, id=1)]
     write_annotations(tmp_path, {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "a"}]})
@@ -266,7 +264,7 @@ def test_all_decoders_turn_a_usual_tag_alike(tmp_path, form):
 
 
 @pytest.mark.usefixtures("narrow")
-def test_every_mode_heeds_it(tmp_path, capsys):
+def test_every_mode_applies_the_flag(tmp_path, capsys):
     data = write_turned(tmp_path, [(6, "jpg"), (8, "jpg")])
     assert idle_run(data, tmp_path, *flags("no_dali", False), "--evaluation") == (2, 0)
     assert capsys.readouterr().err.endswith("--orientation upright reads\n")

@@ -1,4 +1,4 @@
-"""People's own pictures, against what Pillow and NumPy say of them."""
+"""Pictures without annotations: found in folders, and read as by Pillow and NumPy."""
 
 import os
 
@@ -40,7 +40,7 @@ def test_images_are_found_by_their_content_in_all_folders_below(tmp_path):
     assert (found.folder, found.others, found.unreadable) == (folder, 2, [])
 
 
-def test_no_image_is_an_error_that_names_the_place_and_counts_what_is_there(tmp_path):
+def test_no_image_is_an_error_that_names_the_folder_and_counts_its_files(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match=f"{tmp_path}: no image in this folder or below it, but 1 other files"):
         find_images(tmp_path)
@@ -49,14 +49,14 @@ def test_no_image_is_an_error_that_names_the_place_and_counts_what_is_there(tmp_
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_cannot_be_listed_is_told_of(tmp_path):
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
     write_image(tmp_path / "a.jpg", 40, 30)
     (tmp_path / "locked").mkdir(mode=0)
     (error,) = find_images(tmp_path).unreadable
     assert str(error) == f"{tmp_path / 'locked'}: Permission denied"
 
 
-def test_broken_links_and_named_pipes_are_found_or_named_and_earlier_predictions_counted(tmp_path):
+def test_broken_links_and_named_pipes_are_found_or_named_and_marked_folders_counted(tmp_path):
     write_image(tmp_path / "a.jpg", 40, 30)
     write_image(tmp_path / "earlier" / "below" / "a.jpg.png", 40, 30)
     (tmp_path / "earlier" / "detections.json").touch()
@@ -80,7 +80,7 @@ def test_broken_links_and_named_pipes_are_found_or_named_and_earlier_predictions
 @pytest.mark.parametrize(
     ("kind", "mode"), [("bmp", "RGB"), ("bmp", "L"), ("bmp", "P"), ("bmp", "1"), ("tiff", "RGBA"), ("tiff", "CMYK")]
 )
-def test_what_torchvision_cannot_decode_is_read(tmp_path, kind, mode):
+def test_formats_beyond_torchvisions_are_read(tmp_path, kind, mode):
     write_image(tmp_path / "source.png", 41, 30)
     with Image.open(tmp_path / "source.png") as source:
         picture = source.convert(mode)
@@ -119,16 +119,16 @@ def cut_off(path):
     ],
     ids=["HEIC", "AVIF", "measurements", "raw", "cut off", "no TIFF"],
 )
-def test_what_cannot_be_read_is_named_with_the_reason(tmp_path, write, reason):
+def test_unreadable_files_are_named_with_the_reason(tmp_path, write, reason):
     write(tmp_path / "a")
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as raised:
         decode_any(tmp_path / "a")
-    assert str(told.value).startswith(f"{tmp_path / 'a'}: ") and reason in str(told.value)
+    assert str(raised.value).startswith(f"{tmp_path / 'a'}: ") and reason in str(raised.value)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["jpeg", "tiff"])
-def test_own_pictures_are_upright_whole_and_made_smaller(tmp_path, kind, orientation):
+def test_pictures_without_annotations_are_upright_at_full_size_and_scaled_down(tmp_path, kind, orientation):
     write_image(tmp_path / "source.png", 200, 120)
     exif = Image.Exif()
     exif[ORIENTATION_TAG] = orientation
@@ -145,7 +145,7 @@ def test_own_pictures_are_upright_whole_and_made_smaller(tmp_path, kind, orienta
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_only_what_is_larger_is_made_smaller(tmp_path, suffix):
+def test_only_larger_pictures_are_scaled_down(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     write_image(path, 300, 2)
     assert (decode_thumbnail(path, 300, any_format=False) == decode(path)).all()

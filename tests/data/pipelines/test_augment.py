@@ -75,7 +75,7 @@ def test_crop_keeps_boxes_by_their_centres_and_clips_them():
     assert boxes.tolist() == [[10, 10, 60, 60], [100, 80, 160, 120]]  # as they were
 
 
-def test_no_box_that_a_crop_keeps_is_without_area():
+def test_every_box_that_a_crop_keeps_has_area():
     """A window ends at whole pixels: a box smaller than one must not be kept for its centre and then clipped away."""
     random = np.random.default_rng(0)
     corners = random.uniform(0, 99, (2000, 2)).astype(np.float32)
@@ -124,7 +124,7 @@ def test_colour_matrix_equals_the_steps_one_by_one(parameters):
     np.testing.assert_allclose(changed[1], images[1], atol=0.8)
 
 
-def test_colours_are_changed_in_full_float32_where_products_may_be_less_precise():
+def test_colours_are_changed_in_full_float32_even_if_tf32_is_allowed():
     precisions = []
 
     class Products(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""What DALI's reader is given: the files that it writes itself from a COCO file, and the same batches either way."""
+"""The files for DALI's reader equal those that it saves itself, and both formats give the same batches."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def files_of_the_reader(annotations: Annotations, order: np.ndarray, folder: Pat
     pipeline.build()
 
 
-def odd(folder: Path) -> Annotations:
+def irregular(folder: Path) -> Annotations:
     """Many boxes of any size and place, images without boxes, subfolders and names of other scripts."""
     rng = np.random.default_rng(5)
     images = [
@@ -48,9 +48,9 @@ def odd(folder: Path) -> Annotations:
     return read(write_coco(folder, boxes, images=images, splits=("train",)))
 
 
-@pytest.mark.parametrize("make", ["photographs", "odd"])
-def test_the_files_are_the_readers_own(coco128, tmp_path, make):
-    annotations = read(coco128) if make == "photographs" else odd(tmp_path / "data")
+@pytest.mark.parametrize("make", ["photographs", "irregular"])
+def test_the_files_equal_those_that_the_reader_saves(coco128, tmp_path, make):
+    annotations = read(coco128) if make == "photographs" else irregular(tmp_path / "data")
     order = np.random.default_rng(1).permutation(annotations.with_boxes())
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     theirs.mkdir()
@@ -66,7 +66,7 @@ def test_the_files_are_the_readers_own(coco128, tmp_path, make):
 
 
 def test_names_with_white_space_give_the_same_batches(tmp_path):
-    """A name ends at white space in the reader's files, so such a data set goes another way."""
+    """White space separates names in the reader's files, so such data sets use a COCO file."""
     plain = small(tmp_path / "plain", 5)
     folder = tmp_path / "spaced"
     file = folder / "annotations" / "instances_train2017.json"

@@ -29,7 +29,7 @@ WINDOWS = 25  # of a picture
 
 
 def run(graph, batch_size: int, device: str = "cpu") -> list[torch.Tensor]:
-    """The outputs of a small graph of its own, on the CPU."""
+    """The outputs of a graph, on the CPU."""
     pipeline = dali.Pipeline(
         batch_size=batch_size, num_threads=2, device_id=0 if device == "cuda" else None, exec_dynamic=True
     )
@@ -165,7 +165,7 @@ def test_the_colour_formula_is_dalis(parameters, device):
     (changed,) = run(graph, 1, device)
     matrix = colour_matrix(*parameters)
     expected = picture @ matrix[:, :3].T + matrix[:, 3]
-    assert np.abs(changed[0].numpy() - expected).mean() < 0.5  # both round YIQ's coefficients, each in its own way
+    assert np.abs(changed[0].numpy() - expected).mean() < 0.5  # the two round YIQ's coefficients differently
 
 
 def test_colours_are_drawn_from_the_ranges_for_each_image(tmp_path):
@@ -205,7 +205,7 @@ def test_a_picture_without_augmentation_is_pillows(tmp_path, save, mode):
 
 
 def encoded(size: tuple[int, int], mode: str = "RGB", **save) -> np.ndarray:
-    """The bytes of a file with noise of that size, its worst case for a decoder of windows."""
+    """The bytes of an image file with noise: the worst case for a decoder of windows."""
     noise = np.random.default_rng(size).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).convert(mode).save(buffer, **save)
@@ -223,8 +223,8 @@ def encoded(size: tuple[int, int], mode: str = "RGB", **save) -> np.ndarray:
     ],
     ids=str,
 )
-def test_a_window_of_the_whole_picture_is_the_window_that_a_cpu_decodes(save):
-    """Bit for bit, so that a GPU, which takes the first, crops the pixels that a CPU does."""
+def test_cropping_the_whole_picture_equals_decoding_the_window(save):
+    """Bit for bit, so that a GPU, which crops whole pictures, gives the same pixels as a CPU."""
     rng = np.random.default_rng(0)
     sizes = (320, 240), (165, 251), (127, 9), (17, 23), (4, 5)
     contents = [content for size in sizes for content in [encoded(size, **save)] * WINDOWS]
@@ -246,8 +246,8 @@ def test_a_window_of_the_whole_picture_is_the_window_that_a_cpu_decodes(save):
 
 @pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize("device_id", [None, 0])
-def test_operators_are_on_their_devices(tmp_path, device_id, augment):
-    """Defined, not built, which needs a driver."""
+def test_operators_run_on_the_expected_devices(tmp_path, device_id, augment):
+    """The graph is only defined: building it needs a driver."""
     settings = Settings(2, device_id, 2, augment, seed=0, order_seed=0, rank=0, world_size=1, upright=False)
     with dali.Pipeline(batch_size=2, num_threads=2, device_id=device_id, exec_dynamic=True):
         nodes = training_graph(settings, tmp_path / "annotations.json", tmp_path, ["a.jpg"])

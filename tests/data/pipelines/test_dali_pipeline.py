@@ -1,32 +1,26 @@
+"""The batches of the DALI pipeline, and what is left when it is closed."""
+
 import gc
-import importlib
 import os
-import sys
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
 
-from src.data.pipelines import dali_pipeline
 from src.data.pipelines.augment import colour_matrix
 from src.data.pipelines.dali_graph import OUTPUTS
 from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import TorchTrainLoader
-from src.runtime.distributed import Shard
-from src.runtime.errors import DataError, UserError
-from tests.helpers.dali_loaders import CPU, all_same, epoch, loader, orders, read, same, small
+from src.runtime.errors import DataError
+from tests.helpers.dali_loaders import CPU, epoch, loader, orders, read, same, small
 from tests.helpers.datasets import annotation, write_coco
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 255
 DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 255
-
-
-# --- batches ---------------------------------------------------------------------------------------------------------
 
 
 def test_batches_keep_the_contract(coco128):
@@ -55,7 +49,7 @@ def test_batches_keep_the_contract(coco128):
     [[(1, "a"), (2, "b"), (3, "c")], [(90, "a"), (7, "b"), (13, "c")], [(2, "a"), (0, "b"), (1, "c")]],
     ids=["plain", "gaps, in any order", "from 0, in any order"],
 )
-def test_boxes_and_labels_are_the_files_and_the_other_pipelines(tmp_path, categories):
+def test_boxes_and_labels_equal_the_files_and_the_other_pipelines(tmp_path, categories):
     rng = np.random.default_rng(3)
     ids = [number for number, _ in categories]
     annotations = [
@@ -78,11 +72,11 @@ def test_boxes_and_labels_are_the_files_and_the_other_pipelines(tmp_path, catego
     ours = loader(data, batch_size=4, augment=False)
     ids, boxes, labels = ours.build(("ids", "true_boxes", "true_labels")).run()
     for sample, image in enumerate(data.with_boxes()[ids.as_array()[:, 0]]):
-        own = [entry for entry in annotations if entry["image_id"] == images[image]["id"]]
-        left, top, width, height = np.array([entry["bbox"] for entry in own]).T
+        entries = [entry for entry in annotations if entry["image_id"] == images[image]["id"]]
+        left, top, width, height = np.array([entry["bbox"] for entry in entries]).T
         expected = np.stack((left, top, np.minimum(left + width, 160), np.minimum(top + height, 120)), axis=1)
         np.testing.assert_allclose(np.array(boxes.at(sample)), expected / (160, 120, 160, 120), atol=1e-6)
-        assert np.array(labels.at(sample)).tolist() == [label_of(categories, entry) for entry in own]
+        assert np.array(labels.at(sample)).tolist() == [label_of(categories, entry) for entry in entries]
     order = orders(ours, 1)[0][0]
     theirs = TorchTrainLoader(data, LoaderConfig(batch_size=4, num_workers=0, device=CPU), augment=False)
     theirs_order = [sample.image for sample in next(iter(theirs.sampler))]
@@ -97,7 +91,7 @@ def label_of(categories, entry) -> int:
     return 1 + [number for number, _ in categories].index(entry["category_id"])
 
 
-def test_photographs_without_augmentation_are_the_other_pipelines(coco128):
+def test_photographs_without_augmentation_equal_the_other_pipelines(coco128):
     data = read(coco128)
     ours = loader(data, batch_size=126, augment=False)
     order = data.with_boxes()[orders(ours, 1)[0][0]].tolist()
@@ -167,7 +161,7 @@ def test_the_gpu_continues_and_gives_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_what_a_gpu_reads_of_a_file_that_was_cut_short_is_not_trained_on(tmp_path, suffix):
+def test_a_jpeg_that_was_cut_short_is_refused_on_a_gpu(tmp_path, suffix):
     """Its decoder takes such a JPEG for a whole one; by the bytes at the ends, which are read on the CPU."""
     image = {"id": 1, "file_name": f"one{suffix}", "width": 160, "height": 120}
     data = read(write_coco(tmp_path, [annotation(1)], images=[image], splits=("train",)))
@@ -190,158 +184,6 @@ def test_what_a_gpu_reads_of_a_file_that_was_cut_short_is_not_trained_on(tmp_pat
                 check(whole[:length])
 
 
-# --- order -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("images, processes, batch_size", [(7, 3, 2), (5, 2, 2), (8, 3, 2), (2, 3, 2), (1, 1, 2)])
-def test_every_image_is_seen_in_every_epoch_in_as_many_full_batches(tmp_path, images, processes, batch_size):
-    data = small(tmp_path, images)
-    ranks = [loader(data, shard=Shard(rank, processes), batch_size=batch_size, seed=4) for rank in range(processes)]
-    iterations = -(-images // (processes * batch_size))
-    assert [len(rank) for rank in ranks] == [iterations] * processes
-    seen = [orders(rank, 3) for rank in ranks]
-    for number in range(3):
-        batches = [batch for rank in seen for batch in rank[number]]
-        assert [len(batch) for batch in batches] == [batch_size] * (iterations * processes)
-        assert {image for batch in batches for image in batch} == set(range(images))
-    assert [len(epoch(ranks[-1], number)) for number in range(3)] == [iterations] * 3
-
-
-def test_each_epoch_has_another_order_and_other_augmentation(tmp_path):
-    data = small(tmp_path, 12)
-    ours = orders(loader(data), 4)
-    flat = [[image for batch in batches for image in batch] for batches in ours]
-    assert len(set(map(tuple, flat))) == 4
-    assert list(range(12)) not in flat
-    pipeline = loader(data, batch_size=12).build(("ids", "anchor", "flip"))
-    draws = [[output.as_array() for output in pipeline.run()] for _ in range(6)]
-    by_image = [np.concatenate((anchor, flip[:, None]), axis=1)[ids[:, 0].argsort()] for ids, anchor, flip in draws]
-    assert len({draw.tobytes() for draw in by_image}) == 6
-
-
-def test_the_same_seed_gives_the_same_batches_for_any_number_of_threads(tmp_path):
-    data = small(tmp_path)
-    first, second, other = (loader(data, seed=seed, num_workers=n) for seed, n in [(1, 1), (1, 3), (2, 3)])
-    for number in range(2):
-        expected = epoch(first, number)
-        assert all_same(expected, epoch(second, number))
-        assert not any(map(same, expected, epoch(other, number)))
-
-
-def test_processes_draw_different_augmentation(tmp_path):
-    data = small(tmp_path, 2)
-    anchors = [
-        loader(data, batch_size=8, shard=Shard(rank, 2)).build(("anchor",)).run()[0].as_array() for rank in (0, 1)
-    ]
-    assert not np.array_equal(*anchors)
-
-
-def test_two_pipelines_in_one_process_do_not_disturb_each_other(tmp_path):
-    data, other_data = small(tmp_path / "a"), small(tmp_path / "b", 9, seed=1)
-    expected = [epoch(loader(data), 0), epoch(loader(other_data), 0)]
-    first, second = loader(data), loader(other_data)
-    first.set_epoch(0)
-    second.set_epoch(0)
-    pairs = list(zip(first, second, strict=False))
-    assert all_same([one for one, _ in pairs], expected[0])
-    assert all_same([other for _, other in pairs], expected[1][: len(pairs)])
-
-
-# --- what goes wrong -------------------------------------------------------------------------------------------------
-
-
-def cut_header(content: bytes) -> bytes:
-    return content[:200]
-
-
-def cut_short(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
-@pytest.mark.parametrize(
-    "damage", [None, lambda _: b"", lambda _: b"<html>not an image</html>" * 20, cut_header, cut_short]
-)
-def test_a_broken_image_is_named(tmp_path, damage):
-    data = small(tmp_path)
-    path = tmp_path / "train2017" / "000004.jpg"
-    content = path.read_bytes()
-    path.unlink()
-    if damage:
-        path.write_bytes(damage(content))
-    ours = loader(data)
-    with pytest.raises(DataError) as error:
-        epoch(ours, 0)
-    assert str(error.value).startswith(f"{path}: ")
-    assert "\n" not in str(error.value)
-    path.write_bytes(content)
-    assert len(epoch(ours, 0)) == len(ours)
-
-
-def test_an_image_that_breaks_later_is_named(tmp_path):
-    ours = loader(small(tmp_path))
-    for number in range(3):
-        epoch(ours, number)
-    path = tmp_path / "train2017" / "000002.jpg"
-    path.write_bytes(b"no image at all" * 20)
-    with pytest.raises(DataError, match=r"000002\.jpg: "):
-        for number in range(3, 6):  # some batches are prepared already
-            epoch(ours, number)
-
-
-def test_an_image_of_another_size_than_the_file_says_is_named(tmp_path):
-    data = small(tmp_path)
-    path = tmp_path / "train2017" / "000003.jpg"
-    Image.new("RGB", (120, 160)).save(path)
-    with pytest.raises(DataError) as error:
-        epoch(loader(data), 0)
-    assert str(error.value).startswith(f"{path}: the picture is 120 x 160")
-
-
-def test_what_dali_alone_cannot_do_names_the_other_pipeline(tmp_path, monkeypatch):
-    ours = loader(small(tmp_path))
-    ours.set_epoch(0)
-
-    class Failing:
-        def run(self, stream):
-            raise RuntimeError("Critical error in pipeline:\nencountered:\n\nout of memory\nmore")
-
-    monkeypatch.setattr(ours, "_pipeline", Failing())
-    with pytest.raises(UserError, match=r"^DALI failed \(out of memory\).*--data_pipeline no_dali$"):
-        list(ours)
-
-
-def test_dali_that_does_not_start_names_the_other_pipeline(tmp_path, monkeypatch):
-    def failing(*_, **__):
-        raise RuntimeError("CUDA driver version is insufficient\nfor this and that")
-
-    monkeypatch.setattr(dali_pipeline, "make_pipeline", failing)
-    with pytest.raises(UserError, match=r"^DALI cannot start \(CUDA .*insufficient\): .*--data_pipeline no_dali$"):
-        epoch(loader(small(tmp_path)), 0)
-
-
-def test_a_batch_that_is_too_large_is_to_be_made_smaller(tmp_path):
-    with pytest.raises(UserError, match=r"^DALI cannot start \(.*\): lower --batch-size$"):
-        loader(small(tmp_path), batch_size=2**31 - 1).build(OUTPUTS)
-
-
-def test_dali_that_is_absent_names_the_other_pipeline(monkeypatch):
-    for module in ("src.data.pipelines.dali_graph", "src.data.pipelines.dali_pipeline"):
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(UserError, match=r"^DALI cannot be used here \(.+\): use --data_pipeline no_dali$"):
-        importlib.import_module("src.data.pipelines.dali_pipeline")
-
-
-def test_no_other_module_needs_dali():
-    loaded = os.popen(
-        f"{sys.executable} -c 'import src.data.pipelines.loaders, sys; print(\"nvidia.dali\" in sys.modules)'"
-    ).read()
-    assert loaded.strip() == "False"
-
-
-# --- the end ---------------------------------------------------------------------------------------------------------
-
-
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
@@ -354,7 +196,7 @@ def resident() -> float:
 
 def test_close_ends_threads_and_frees_memory(tmp_path):
     data = small(tmp_path, 32)
-    epoch(loader(data, batch_size=32), 0)  # what stays for good, such as libraries
+    epoch(loader(data, batch_size=32), 0)  # loads libraries, which stay
     gc.collect()
     threads_before, memory_before = threads(), resident()
     for number in range(4):

@@ -68,7 +68,7 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("what", DIFFERENT)
-def test_a_state_of_other_settings(tmp_path, what):
+def test_a_state_of_other_settings_raises_inside_an_epoch_and_warns_between_epochs(tmp_path, what):
     data = small(tmp_path)
     other = loader(data, **DIFFERENT[what])
     other.set_epoch(2)
@@ -93,13 +93,13 @@ def test_the_state_after_one_of_other_settings_is_that_of_the_next_epoch(tmp_pat
     assert all_same(epoch(later, 3), epoch(loader(data), 3))
 
 
-def test_a_state_of_the_other_orientation(tmp_path):
+def test_a_state_of_the_other_orientation_raises(tmp_path):
     data = small(tmp_path)
     with pytest.raises(UserError, match=r"^cannot continue inside epoch 0: .* orientation upright \(now stored\): "):
         loader(data).load_state_dict(loader(replace(data, upright=True)).state_dict(), epoch=0, iteration=1)
 
 
-def test_a_state_from_before_pictures_could_be_turned(tmp_path):
+def test_a_state_without_an_orientation_is_of_stored_pictures(tmp_path):
     ours = loader(small(tmp_path))
     whole = epoch(ours, 0)
     state = {**loader(small(tmp_path)).state_dict()}
@@ -109,7 +109,7 @@ def test_a_state_from_before_pictures_could_be_turned(tmp_path):
     assert all_same(epoch(ours, 0), whole)
 
 
-def test_a_state_of_other_annotations_or_the_other_pipeline(tmp_path):
+def test_a_state_of_other_annotations_or_the_other_pipeline_raises(tmp_path):
     ours, other = loader(small(tmp_path / "a")), loader(small(tmp_path / "b", seed=1))
     with pytest.raises(UserError, match="annotations"):
         ours.load_state_dict(other.state_dict(), epoch=1, iteration=1)
@@ -121,7 +121,7 @@ def test_a_state_of_other_annotations_or_the_other_pipeline(tmp_path):
 
 
 @pytest.mark.parametrize("version", [1, None], ids=["another", "none, as before graphs had one"])
-def test_a_state_of_another_version_of_the_graph(tmp_path, version):
+def test_a_state_of_another_version_of_the_graph_raises(tmp_path, version):
     ours = loader(small(tmp_path))
     state = ours.state_dict()
     state["fingerprint"]["version of the graph"] = version
@@ -133,7 +133,7 @@ def test_a_state_of_another_version_of_the_graph(tmp_path, version):
     assert len(ours.warnings) == 1
 
 
-def test_the_graph_of_a_gpu_has_a_version_of_its_own(tmp_path):
+def test_the_graphs_of_cpu_and_gpu_have_different_versions(tmp_path):
     data = small(tmp_path)
     prints = [loader(data, device=torch.device(name)).fingerprint() for name in ("cpu", "cuda")]
     assert [one["version of the graph"] for one in prints] == [2, 4]

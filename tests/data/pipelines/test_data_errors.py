@@ -1,7 +1,4 @@
-"""Other people's data in the whole program, in both pipelines side by side.
-
-The annotation reader's own tests are test_coco*.py; here is what only the parts together can show.
-"""
+"""Faulty annotations and images in whole runs of both pipelines.  test_coco.py tests the annotation reader alone."""
 
 import json
 import os
@@ -11,15 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
-from torchvision.ops import box_convert
 
 import main
-from src.data.annotations.coco import read_annotations
 from src.data.pipelines.batch import denormalise
 from src.runtime.errors import UserError
-from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, encode
-from tests.evaluation.test_scoring import plain_scorer
 from tests.helpers.both_pipelines import error_line, read, run, train_loader
 from tests.helpers.datasets import annotation, write_annotations, write_coco, write_image
 from tests.helpers.example_run import metrics
@@ -64,12 +56,12 @@ def faulty(tmp_path_factory):
     return folder
 
 
-def test_what_can_be_mended_is_told_and_trained_on_and_scored(pipeline, faulty, tmp_path, capsys):
+def test_repaired_annotations_cause_warnings_and_are_trained_on_and_scored(pipeline, faulty, tmp_path, capsys):
     assert run(pipeline, faulty, tmp_path, "--evaluation", "0", "9") == 0
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     for split in ("train", "val"):
         start = f"main.py: warning: {faulty}/annotations/instances_{split}2017.json: "
-        lines = [line.removeprefix(start) for line in told.err.splitlines() if line.startswith(start)]
+        lines = [line.removeprefix(start) for line in printed.err.splitlines() if line.startswith(start)]
         flat, outside = "the width or height of their `bbox` is not positive", "their `bbox` is outside the image"
         beyond = "their `bbox` reaches more than a pixel outside the image"
         expected = {
@@ -86,9 +78,9 @@ def test_what_can_be_mended_is_told_and_trained_on_and_scored(pipeline, faulty, 
             ],
         }
         assert lines == ["1 of 8 annotations left out: no image has their image_id (77)", *expected[split]]
-    assert "warning: --evaluation 9: not reached, the epochs are 0 to 0" in told.err
-    assert "Training images: 3 with 4 boxes of 2 categories (2 without boxes left out)" in told.out
-    assert "Validation images: 5 with 4 boxes" in told.out
+    assert "warning: --evaluation 9: not reached, the epochs are 0 to 0" in printed.err
+    assert "Training images: 3 with 4 boxes of 2 categories (2 without boxes left out)" in printed.out
+    assert "Validation images: 5 with 4 boxes" in printed.out
     losses = [entry["loss"] for entry in metrics(tmp_path) if entry["kind"] == "iteration"]
     assert losses and all(np.isfinite(losses))
     found = json.loads((tmp_path / "detections.json").read_text())
@@ -128,7 +120,7 @@ SAYS = {
 
 
 @pytest.mark.parametrize("fault", WRONG)
-def test_what_cannot_be_mended_ends_the_run_at_the_start(pipeline, tmp_path, capsys, fault):
+def test_annotations_that_cannot_be_repaired_end_the_run_at_the_start(pipeline, tmp_path, capsys, fault):
     data = write_coco(tmp_path / "data", [annotation(1), annotation(2)], images=2)
     path = data / "annotations" / "instances_train2017.json"
     content = json.loads(path.read_text())
@@ -235,100 +227,3 @@ def test_a_folder_whose_name_is_not_utf_8(pipeline, tmp_path):
     annotations = read(write_coco(folder, [annotation(1)], images=1))
     with pytest.raises(UserError, match="its path is not UTF-8 text"):
         next(iter(train_loader(pipeline, annotations)))
-
-
-# --- what the network gives ------------------------------------------------------------------------------------------
-
-
-class Told(nn.Module):
-    """Gives its answers in the order of the images: boxes near the true ones, nothing, or nothing that is finite."""
-
-    def __init__(self, annotations, *, shift: float = 0.0, quiet: bool = False, broken: int = 0) -> None:
-        super().__init__()
-        self.annotations = annotations
-        self.shift = shift  # pixels more for each further box
-        self.quiet = quiet
-        self.broken = broken  # default boxes of each image that give NaN
-        self.index = 0
-
-    def forward(self, images):
-        offsets = torch.zeros(len(images), 4, NUM_DEFAULT_BOXES)
-        logits = torch.zeros(len(images), len(self.annotations.categories) + 1, NUM_DEFAULT_BOXES)
-        logits[:, 0] = 20
-        for row in range(len(images)):
-            if not self.quiet:
-                self.answer(offsets[row], logits[row])
-            logits[row, 1, -self.broken or NUM_DEFAULT_BOXES :] = float("nan")
-            self.index += 1
-        return offsets, logits
-
-    def answer(self, offsets, logits) -> None:
-        boxes, labels = self.annotations.of_image(self.index)
-        scale = torch.from_numpy(np.tile(self.annotations.sizes[self.index], 2))
-        for number, (box, label) in enumerate(zip(torch.from_numpy(boxes), labels.tolist(), strict=True)):
-            place = 1000 * number  # far apart, so that no two answers share a default box
-            moved = (box + self.shift * (number + 1)) / scale
-            offsets[:, place] = encode(box_convert(moved, "xyxy", "cxcywh"), default_boxes()[place])
-            logits[label, place] = 22.0 + number
-
-
-@pytest.fixture
-def evaluate(monkeypatch, tmp_path, capsys):
-    """`evaluate(data, **told)`: the status and what is printed of --mode evaluation with such a network."""
-
-    def run_evaluation(data, **told):
-        file = data / "annotations" / "instances_val2017.json"
-        annotations = read_annotations(file, data / "val2017")
-        checkpoint = {"model": {"weight": torch.zeros(1)}, "categories": [list(one) for one in annotations.categories]}
-        torch.save(checkpoint, tmp_path / "told.pt")
-        monkeypatch.setattr(
-            "src.evaluation.validation.build_trained_detector", lambda *_, **__: Told(annotations, **told)
-        )
-        asked = ("--mode", "evaluation", "--checkpoint", str(tmp_path / "told.pt"))
-        status = main.main(flags(data, tmp_path / "scores", *asked))
-        return status, *capsys.readouterr()
-
-    return run_evaluation
-
-
-def test_the_results_file_has_the_printed_figures_in_a_plain_scorer(evaluate, tmp_path):
-    boxes = [
-        annotation(image, (10 + 20 * k, 10 + 15 * k, 60, 40), 1 + k % 2, iscrowd=int(k == 2), area=2400)
-        for image in (1, 2, 3)
-        for k in range(4)
-    ]
-    data = write_coco(tmp_path / "data", boxes, images=4)
-    status, printed, _ = evaluate(data, shift=2.5)
-    assert status == 0
-    theirs = plain_scorer(data / "annotations" / "instances_val2017.json", tmp_path / "scores" / "detections.json")
-    assert 0.1 < theirs.stats[0] < 0.9
-    for name, value in zip(("mAP", "AP50", "AP75"), theirs.stats, strict=False):
-        assert f"{name:<9} {value:.4f}\n" in printed
-
-
-def test_a_network_that_finds_nothing_scores_0(evaluate, tmp_path):
-    categories = [{"id": 1, "name": "twin"}, {"id": 2, "name": "twin"}, {"id": 3, "name": "new\nline\x1b[31m"}]
-    data = write_coco(tmp_path / "data", [annotation(1), annotation(2, category_id=2)], categories=categories)
-    status, printed, warned = evaluate(data, quiet=True)
-    assert status == 0
-    assert "mAP       0.0000\n" in printed
-    assert "Nothing was detected with a score above the threshold\n" in printed
-    assert json.loads((tmp_path / "scores" / "detections.json").read_text()) == []
-    lines = [line.split() for line in printed.splitlines()]
-    by_category = [line for line in lines if line[:1] in (["twin"], [r"new\nline\x1b[31m"])]
-    assert by_category[:3] == [
-        ["twin", "(id", "1)", "0.0000"],
-        ["twin", "(id", "2)", "0.0000"],
-        [r"new\nline\x1b[31m", "not", "defined"],
-    ]
-    assert warned.count("the same name 'twin'") == 1
-
-
-def test_output_that_is_not_finite_is_counted_and_the_rest_is_scored(evaluate, tmp_path):
-    data = write_coco(tmp_path / "data", [annotation(image) for image in (1, 2, 3, 4)])
-    status, printed, warned = evaluate(data, broken=3)
-    assert status == 0
-    assert warned == "main.py: warning: the outputs of 12 default boxes were not finite: these boxes detect nothing\n"
-    assert "AP50      1.0000\n" in printed
-    scores = [entry["score"] for entry in json.loads((tmp_path / "scores" / "detections.json").read_text())]
-    assert len(scores) == 4 and all(np.isfinite(scores))

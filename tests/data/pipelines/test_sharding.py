@@ -1,4 +1,4 @@
-"""Who gets which image on 1,024 processes: every image once an epoch, and as many full batches on each."""
+"""Which of 1,024 processes gets which image: each image once an epoch, the same number of full batches on each."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def test_shares_without_dali(monkeypatch):
     orders: dict[int, np.ndarray] = {}
 
     def once(images: np.ndarray, *, epoch: int, **rest) -> np.ndarray:
-        if epoch not in orders:  # all processes compute the same, which takes as long as all the rest
+        if epoch not in orders:  # the same on all processes; computing it for each would double the time
             orders[epoch] = order_of(images, epoch=epoch, **rest)
         return orders[epoch]
 
@@ -32,25 +32,25 @@ def test_shares_without_dali(monkeypatch):
 
 
 def dali_share(order: np.ndarray, *, rank: int, processes: int, batch_size: int) -> np.ndarray:
-    """What DALI's reader gives one process of an epoch's order: its shard, the last image repeated to full batches."""
-    own = order[len(order) * rank // processes : len(order) * (rank + 1) // processes]
+    """A process's shard of an epoch's order by DALI's rule: the last image is repeated to full batches."""
+    part = order[len(order) * rank // processes : len(order) * (rank + 1) // processes]
     largest = -(-len(order) // processes)
     batches = -(-largest // batch_size)
-    return np.concatenate([own, np.repeat(own[-1:], batches * batch_size - len(own))])
+    return np.concatenate([part, np.repeat(part[-1:], batches * batch_size - len(part))])
 
 
 def test_shares_with_dali():
     order = np.random.default_rng(0).permutation(IMAGES)
     seen = np.zeros(IMAGES, np.int64)
     for rank in range(PROCESSES):
-        own = dali_share(order, rank=rank, processes=PROCESSES, batch_size=BATCH)
-        assert len(own) == 52 * BATCH
-        seen[own] += 1  # an image that is repeated counts once
+        indices = dali_share(order, rank=rank, processes=PROCESSES, batch_size=BATCH)
+        assert len(indices) == 52 * BATCH
+        seen[indices] += 1  # an image that is repeated counts once
     assert (seen == 1).all()
 
 
 @pytest.mark.parametrize("images, processes, batch_size", [(11, 3, 2), (7, 4, 1), (9, 2, 4)])
-def test_the_rule_is_the_readers(tmp_path, images, processes, batch_size):
+def test_dali_share_is_the_readers_rule(tmp_path, images, processes, batch_size):
     pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
     from tests.helpers.dali_loaders import loader, orders, small
 
@@ -59,9 +59,9 @@ def test_the_rule_is_the_readers(tmp_path, images, processes, batch_size):
     ranks = [loader(data, shard=Shard(rank, processes), **options) for rank in range(processes)]
     given = [orders(rank, 3) for rank in ranks]
     for epoch in range(3):
-        passes = [np.concatenate(own[epoch]).tolist() for own in given]
-        # The order is the reader's own; what it is follows from the shards, if the rule holds.
-        order = np.array([image for own in passes for image in dict.fromkeys(own)])
+        passes = [np.concatenate(epochs[epoch]).tolist() for epochs in given]
+        # The reader chooses the order; joining the shards gives it, if the rule holds.
+        order = np.array([image for images_of_rank in passes for image in dict.fromkeys(images_of_rank)])
         assert sorted(order.tolist()) == list(range(images))
-        for rank, own in enumerate(passes):
-            assert own == dali_share(order, rank=rank, processes=processes, batch_size=batch_size).tolist()
+        for rank, images_of_rank in enumerate(passes):
+            assert images_of_rank == dali_share(order, rank=rank, processes=processes, batch_size=batch_size).tolist()

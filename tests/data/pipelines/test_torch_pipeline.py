@@ -83,7 +83,7 @@ def test_epochs_seeds_and_ranks_differ_and_one_seed_repeats(tmp_path):
         assert not torch.equal(first[0].images, other[0].images)
 
 
-def test_an_epoch_goes_on_in_its_middle(tmp_path):
+def test_an_epoch_continues_in_its_middle(tmp_path):
     annotations = make_annotations(tmp_path)
     assert_same(epoch_of(make_loader(annotations), 3)[1:], epoch_of(make_loader(annotations), 3, start=1))
 
@@ -142,7 +142,7 @@ def test_evaluation_gives_each_image_once_over_all_ranks(tmp_path):
         assert sorted(seen) == list(range(5))
 
 
-def test_evaluation_keeps_its_workers_until_it_is_closed(tmp_path):
+def test_an_evaluation_loader_keeps_its_workers_until_it_is_closed(tmp_path):
     loader = EvaluationLoader(
         make_annotations(tmp_path, split="val"), LoaderConfig(batch_size=2, num_workers=1, device=CPU)
     )

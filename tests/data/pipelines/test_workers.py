@@ -1,4 +1,4 @@
-"""Worker processes that die, fail or hang, in training and evaluation: none leaves the run waiting."""
+"""Worker processes that die, fail or hang, in training and evaluation: the run ends with a line and does not wait."""
 
 import errno
 import gc
@@ -54,12 +54,12 @@ def kind(request) -> str:
 
 @pytest.fixture
 def in_workers(monkeypatch):
-    """`in_workers(act)`: what every worker does in place of reading its images."""
+    """`in_workers(act)`: every worker calls `act` instead of reading an image."""
 
-    def put(act):
+    def replace_reader(act):
         monkeypatch.setattr(torch_pipeline, "read_image", lambda *_: act())
 
-    return put
+    return replace_reader
 
 
 def test_a_folder_whose_path_is_too_long_for_sockets(kind, data, tmp_path, monkeypatch):
@@ -72,25 +72,25 @@ def test_a_folder_whose_path_is_too_long_for_sockets(kind, data, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "line"),
     [
         (errno.EMFILE, "too many open files .*: raise their limit"),
         (errno.ENOSPC, "no space is left for the worker processes' sockets in "),
         (errno.EACCES, r"one of 1 worker processes cannot hand its images over \(\[Errno 13\] Permission denied\)"),
     ],
 )
-def test_what_a_worker_cannot_hand_over_is_told_of(kind, data, monkeypatch, number, said):
-    """It fails in the thread of the worker's queue, as the first batch needs a socket."""
+def test_an_error_while_a_batch_is_sent_ends_the_run_in_a_line(kind, data, monkeypatch, number, line):
+    """Pickling the first batch opens a socket."""
 
     def no_listener(*_, **__):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(connection, "Listener", no_listener)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=line):
         batches(kind, data, 1)
 
 
-def test_a_fault_in_handing_over_is_not_hidden(kind, data, monkeypatch):
+def test_a_batch_that_cannot_be_pickled_raises(kind, data, monkeypatch):
     collate = {"training": "collate_training", "evaluation": "collate_evaluation"}[kind]
     monkeypatch.setattr(torch_pipeline, collate, lambda _: lambda: None)
     with pytest.raises((AttributeError, pickle.PicklingError), match=r"pickle|get local object"):  # by Python's version
@@ -112,7 +112,7 @@ def test_a_worker_that_finds_shared_memory_full(kind, data, in_workers):
         batches(kind, data, 1)
 
 
-def test_a_queue_that_cannot_be_made_while_other_workers_live_is_told_of(kind, data, monkeypatch):
+def test_a_queue_that_cannot_be_made_ends_the_run_but_no_other_process(kind, data, monkeypatch):
     living = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     living.start()
 
@@ -134,8 +134,8 @@ def test_the_shared_memory_of_a_gpu_is_not_that_of_workers():
     assert workers.to_user_error(error) is error
 
 
-def test_a_worker_that_is_killed_outside_the_loader_is_told_of_in_the_same_words():
-    """Torch raises wherever the process is when it hears of it."""
+def test_a_killed_worker_gives_the_same_line_outside_the_loader():
+    """Torch raises it from its handler of SIGCHLD, anywhere in the program."""
     error = workers.to_user_error(RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. "))
     assert str(error).startswith(
         "one of the worker processes was killed (DataLoader worker (pid 7) is killed by signal"
@@ -156,7 +156,7 @@ def test_a_worker_that_cannot_be_started(kind, data, monkeypatch):
     assert multiprocessing.active_children() == []
 
 
-def test_the_limit_of_open_files_is_raised_or_told_of(kind, data, monkeypatch):
+def test_the_limit_of_open_files_is_raised_or_named(kind, data, monkeypatch):
     limits = [(64, 1024), (64, 64)]
     given = []
     monkeypatch.setattr(workers.resource, "getrlimit", lambda _: limits[len(given)])
@@ -196,7 +196,7 @@ def test_too_few_open_files_end_the_program_in_a_line(data, tmp_path, monkeypatc
 
 
 class Cyclic:
-    """Garbage that only the collector finds, and that writes down which process collected it."""
+    """An object that only the garbage collector frees; it records the process that does."""
 
     def __init__(self, file: Path) -> None:
         self.itself, self.file = self, file
@@ -206,8 +206,8 @@ class Cyclic:
             file.write(f"{os.getpid()} ")
 
 
-def test_workers_leave_the_runs_garbage_alone(data, tmp_path, in_workers, kind):
-    """An object of DALI's on a GPU ended the worker that collected it."""
+def test_workers_do_not_collect_garbage_of_the_main_process(data, tmp_path, in_workers, kind):
+    """Collecting one of DALI's objects on a GPU would end the worker."""
     file = tmp_path / "collected"
     in_workers(lambda: [gc.collect(), torch.zeros(3, 120, 160, dtype=torch.uint8)][1])
     gc.disable()
