@@ -1,4 +1,4 @@
-"""The confusion matrix, on cases worked out by hand and beside plain loops."""
+"""The confusion matrix on cases computed by hand, and against plain loops."""
 
 import json
 
@@ -51,15 +51,15 @@ BOX, ELSEWHERE, NEAR = (10, 10, 40, 40), (100, 100, 30, 30), (12, 10, 40, 40)
         ([], [(0, 2, *BOX, 0.9)], {(2, 1): 1}),
         ([(2, *BOX, False)], [], {(1, 2): 1}),
     ],
-    ids=["right", "confused", "below the score", "both wrong", "the best score takes it", "by overlap", "in a crowd",
-         "beside a crowd", "nothing there", "nothing found"],
+    ids=["right", "confused", "below the score", "both wrong", "the best score takes it", "by IoU", "in a crowd",
+         "matched inside a crowd", "no ground truth", "no detection"],
 )  # fmt: skip
 def test_small_cases(there, found, expected):
     matrix = confusion_matrix(results(*found), truth(there), ALL)
     assert {tuple(cell): matrix[tuple(cell)] for cell in np.argwhere(matrix).tolist()} == expected
 
 
-def test_it_is_that_of_plain_loops():
+def test_the_matrix_equals_that_of_plain_loops():
     random = np.random.default_rng(0)
     images = [
         [(int(random.integers(1, 3)), *random.uniform(0, 50, 2), *random.uniform(20, 60, 2), False) for _ in range(n)]
@@ -88,17 +88,15 @@ def test_it_is_that_of_plain_loops():
     assert (confusion_matrix(results(*rows), there, ALL) == expected).all()
 
 
-def test_scores_from_which_on_detections_count():
+def test_min_scores_fall_back_to_the_overall_score():
     own = Threshold(0.6, 0.5, 0.5, 0.5)
-    assert min_scores_by_category(Thresholds(own._replace(score=0.4), [own, None], np.zeros((101, 2)))).tolist() == [
-        0.6,
-        0.4,
-    ]
-    assert min_scores_by_category(Thresholds(None, [None, None], np.zeros((101, 2)))).tolist() == [np.inf, np.inf]
+    f1 = np.zeros((101, 2))
+    assert min_scores_by_category(Thresholds(own._replace(score=0.4), [own, None], f1)).tolist() == [0.6, 0.4]
+    assert min_scores_by_category(Thresholds(None, [None, None], f1)).tolist() == [np.inf, np.inf]
 
 
 @pytest.mark.parametrize("count", [1, 3, 80, 200])
-def test_file_and_picture(count, tmp_path):
+def test_the_file_and_the_picture_show_the_matrix(count, tmp_path):
     matrix = np.random.default_rng(0).poisson(0.2, (count + 1, count + 1)) + 20 * np.eye(count + 1, dtype=int)
     names = [f"$category_{number} of many words" for number in range(count)]
     min_scores = np.full(count, 0.4)

@@ -17,7 +17,7 @@ NO_RESULTS = Results(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 
 
 
 def plain_scorer(annotation_file, results_file) -> COCOeval:
-    """pycocotools on the two files, as anybody would call it."""
+    """pycocotools' usual evaluation of the two files."""
     truth = COCO(str(annotation_file))
     scorer = COCOeval(truth, truth.loadRes(str(results_file)), "bbox")
     scorer.evaluate()
@@ -27,7 +27,7 @@ def plain_scorer(annotation_file, results_file) -> COCOeval:
 
 
 def noisy_results(file, *, seed: int, extra: int = 3, digits: int = 2) -> Results:
-    """Detections around the boxes of an annotation file, some of another category, and some anywhere."""
+    """Detections near the boxes of an annotation file, some with a wrong category, and some anywhere."""
     rng = np.random.default_rng(seed)
     content = json.loads(file.read_text())
     categories = [entry["id"] for entry in content["categories"]]
@@ -110,7 +110,7 @@ def test_metrics_are_pycocotools_on_random_boxes_and_crowds(tmp_path, seed):
     assert_scores_as_pycocotools(file, tmp_path, noisy_results(file, seed=seed + 10, digits=1))
 
 
-def test_ids_beyond_float64_are_told_apart(tmp_path):
+def test_ids_beyond_float64_stay_distinct(tmp_path):
     image_ids = [2**63 - 1, 2**53, 2**53 + 1, 2**63 - 2, -(2**63)]
     file = random_file(tmp_path, seed=5, image_ids=image_ids, categories=CATEGORIES)
     results = noisy_results(file, seed=6)
@@ -154,7 +154,7 @@ def test_a_missing_area_is_width_times_height(tmp_path):
     assert bare == expected
 
 
-def test_the_file_may_change_or_go_after_it_was_read(tmp_path):
+def test_the_file_may_change_or_vanish_after_it_was_read(tmp_path):
     """As while a training runs: the ground truth is that of its start."""
     file = random_file(tmp_path, seed=3, image_ids=[4, 1, 3, 2], categories=CATEGORIES)
     results = noisy_results(file, seed=5)

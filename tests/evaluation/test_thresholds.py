@@ -1,4 +1,4 @@
-"""The score of the best F1, beside a search over all scores."""
+"""Score thresholds against a search over all scores."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ COUNT = 30  # boxes of category 1; category 2 has half as many
 
 @pytest.fixture(scope="module")
 def annotations(tmp_path_factory):
-    """One box of category 1 an image, one of category 2 in every second, one crowd of it in all, none of category 3."""
+    """Each image has a box of category 1 and a crowd of category 2, every second image also a box of category 2."""
     entries = []
     for image in range(1, COUNT + 1):
         entries.append(annotation(image, (10, 10, 40, 40)))
@@ -26,7 +26,7 @@ def annotations(tmp_path_factory):
 
 
 def detections(seed: int) -> tuple[Results, list[tuple[int, float, bool]]]:
-    """Found boxes, wrong ones and ones inside crowds; and (category, score, right) of all but the last."""
+    """Right and wrong detections and some inside crowds; and (category, score, right) of those outside crowds."""
     random = np.random.default_rng(seed)
     rows, truth = [], []
     for image in range(1, COUNT + 1):
@@ -44,18 +44,18 @@ def detections(seed: int) -> tuple[Results, list[tuple[int, float, bool]]]:
 
 
 def best_by_search(truth: list[tuple[int, float, bool]], category: int, total: int) -> tuple[float, float, float]:
-    """F1, precision and recall of the best score among all."""
+    """F1, precision and recall at the score with the best F1."""
     own = [(value, right) for each, value, right in truth if each == category]
     found = []
-    for least in {value for value, _ in own}:
-        kept = [right for value, right in own if value >= least]
+    for min_score in {value for value, _ in own}:
+        kept = [right for value, right in own if value >= min_score]
         precision, recall = sum(kept) / len(kept), sum(kept) / total
         found.append((2 * precision * recall / max(precision + recall, 1e-9), precision, recall))
     return max(found)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_best_f1_is_that_of_a_search_over_all_scores(annotations, seed):
+def test_the_best_f1_equals_that_of_a_search_over_all_scores(annotations, seed):
     results, truth = detections(seed)
     thresholds = score(annotations, results).thresholds
     for category, total in ((1, COUNT), (2, COUNT // 2)):
@@ -67,22 +67,22 @@ def test_the_best_f1_is_that_of_a_search_over_all_scores(annotations, seed):
     assert thresholds.by_category[2] is None
 
 
-def test_one_score_for_all_maximises_the_mean(annotations):
+def test_the_overall_score_maximises_the_mean_f1(annotations):
     results, _ = detections(0)
     thresholds = score(annotations, results).thresholds
     assert np.isnan(thresholds.f1[:, 2]).all()
     means = thresholds.f1[:, :2].mean(axis=1)
     assert thresholds.overall.f1 == pytest.approx(means.max())
-    least = round(100 * thresholds.overall.score)
-    assert means[least] == means.max() > means[least + 1 :].max()  # the highest of the best scores
+    best = round(100 * thresholds.overall.score)
+    assert means[best] == means.max() > means[best + 1 :].max()  # the highest of the best scores
     state = thresholds.as_state()
     assert state["all"] == thresholds.overall.score
     assert len(state["by_label"]) == 3 and state["by_label"][2] is None
 
 
-def test_nothing_detected_has_no_threshold(annotations):
-    nothing = Results(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
-    thresholds = score(annotations, nothing).thresholds
+def test_without_detections_no_threshold_is_defined(annotations):
+    empty = Results(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
+    thresholds = score(annotations, empty).thresholds
     assert thresholds.overall is None
     assert thresholds.by_category == [None, None, None]
 

@@ -1,4 +1,4 @@
-"""The validation loss is the training loss of each image by itself, averaged over the images with boxes."""
+"""The validation loss: the mean of the training losses of single images with boxes."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def sums(annotations, outputs, batches) -> list[float]:
 
 
 def one_by_one(annotations, outputs) -> np.ndarray:
-    """Both parts of each image with boxes, matched here by plain loops over its boxes."""
+    """Both parts of the loss of each image with boxes, [M, 2]; this function matches by plain loops."""
     from torchvision.ops import box_convert, box_iou
 
     defaults, parts = default_boxes_ltrb(), []
@@ -60,7 +60,7 @@ def one_by_one(annotations, outputs) -> np.ndarray:
     return np.array(parts)
 
 
-def test_it_is_the_mean_of_the_losses_of_single_images(annotations, outputs):
+def test_the_loss_is_the_mean_over_single_images(annotations, outputs):
     localisation, label = one_by_one(annotations, outputs).mean(axis=0)
     found = mean_losses([sums(annotations, outputs, [list(range(IMAGES))])], annotations)
     assert found["validation_localisation_loss"] == pytest.approx(localisation, rel=1e-5)
@@ -82,12 +82,12 @@ def test_ranks_make_no_difference(annotations, outputs):
     assert mean_losses(ranks, annotations) == pytest.approx(whole, rel=1e-6)
 
 
-def test_what_has_no_loss_says_so(annotations, outputs):
+def test_a_missing_or_non_finite_loss_is_none(annotations, outputs):
     assert mean_losses([[1.0, 2.0], None], annotations) is None
     assert mean_losses([[float("nan"), 2.0]], annotations)["validation_loss"] is None
 
 
-def test_the_outputs_are_those_of_the_detections(outputs):
+def test_the_loss_gets_the_outputs_of_the_detections(outputs):
     seen = []
     detect_batch(lambda images: outputs, torch.zeros(IMAGES, 3, 300, 300), observe=lambda *each: seen.append(each))
     assert all(one is other for one, other in zip(seen[0], outputs, strict=True))
