@@ -178,7 +178,7 @@ def look_up_all(annotations: Annotations) -> float:
     before = private()
     for index in np.random.default_rng(0).permutation(len(annotations)):
         annotations.image_path(index)
-        annotations.of_image(index)
+        annotations.targets(index)
         tuple(annotations.sizes[index])
     return private() - before
 

@@ -113,7 +113,7 @@ def _make_example(validation: Annotations, results: Results, index: int) -> Exam
     from src.data.images.formats import decode_thumbnail  # here, because it imports torch
 
     names = {category.id: category.name for category in validation.categories}
-    truth_boxes, labels = validation.of_image(index)
+    truth_boxes, labels = validation.targets(index)
     own = results.image_ids == validation.image_ids[index]
     boxes = results.boxes[own].copy()
     boxes[:, 2:] += boxes[:, :2]

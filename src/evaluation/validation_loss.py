@@ -26,7 +26,7 @@ class ValidationLoss:
 
     def add(self, offsets: Tensor, logits: Tensor, indices: np.ndarray) -> None:
         """Adds the losses of a batch.  offsets, logits: see `MultiBoxLoss.parts`.  indices: [N], in the annotations."""
-        truth = [self.annotations.of_image(index) for index in indices.tolist()]
+        truth = [self.annotations.targets(index) for index in indices.tolist()]
         rows = [row for row, (boxes, _) in enumerate(truth) if len(boxes)]
         if not rows:
             return

@@ -59,7 +59,7 @@ class PerfectDetector(nn.Module):
         offsets, logits = quiet_output(len(images), len(self.annotations.categories) + 1)
         for row, index in enumerate(images[:, 0, 0, 0].int().tolist()):
             width, height = self.annotations.sizes[index]
-            boxes, labels = self.annotations.of_image(index)
+            boxes, labels = self.annotations.targets(index)
             boxes = torch.from_numpy(boxes) / torch.tensor([width, height, width, height])
             default = box_iou(boxes, default_boxes_ltrb()).argmax(1)
             offsets[row, :, default] = encode(box_convert(boxes, "xyxy", "cxcywh"), default_boxes()[default]).T

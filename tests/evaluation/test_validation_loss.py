@@ -46,7 +46,7 @@ def one_by_one(annotations, outputs) -> np.ndarray:
 
     defaults, parts = default_boxes_ltrb(), []
     for index in annotations.with_boxes().tolist():
-        boxes, labels = (torch.from_numpy(array) for array in annotations.of_image(index))
+        boxes, labels = (torch.from_numpy(array) for array in annotations.targets(index))
         boxes = boxes / torch.tensor([160, 120, 160, 120])
         overlap = box_iou(boxes, defaults)
         best, chosen = overlap.max(dim=0)

@@ -1,46 +1,34 @@
-"""The entries of `annotations` as columns: matched to images and categories, clipped, and what is wrong with them.
+"""The entries of `annotations` as arrays: matched to images and categories, clipped, without those of no use.
 
-Shapes: I images, K categories, M entries.
+Shapes: I images, K categories, M entries of the file, B entries with a box in a known image.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
-from src.data.annotations.array_builders import Column, Positions, field, first_repeated
+from src.data.annotations.annotation_warnings import KEPT, AnnotationWarnings, listed
+from src.data.annotations.array_builders import Column, IndexLookup, field, first_repeated
+from src.data.annotations.clip_boxes import clip_boxes
 from src.data.annotations.coco_errors import describe
 from src.data.annotations.coco_json import NO_ATTRIBUTES, AnnotationEntry
-from src.data.annotations.image_table import Images
+from src.data.annotations.image_table import ImageTable
 from src.runtime.errors import DataError
 
-BLOCK = 2**16  # rows that are worked on together
-FIRST = 5  # how many a message lists
-# Boxes given as x1, y1, x2, y2: of COCO's photographs, four fifths reach outside when they are read as x, y, width,
-# height, and every one is a box inside the image as it stands.
-MANY = 0.25
-NEARLY_ALL = 0.95
-LEAST_SIDE = 2**-22  # of the image's; less is 0, because float32 fractions would not tell a box's edges apart
-
-# What is known of an entry, a bit each.
-HAS_AREA = 1  # its box has an area inside the image
-DEGENERATE = 2  # its width or height was not positive
-OUTSIDE = 4  # it reached more than a pixel outside
-LOOKS_LIKE_XYXY = 8  # it would be a box inside the image if it were given as x1, y1, x2, y2
-LOOKS_NORMALISED = 16  # it would be a box inside the image if it were given as fractions of its sides
-CROWD = 32
-NAMELESS = 64  # it has no id
-ROTATED = 128  # CVAT's `attributes.rotation` is not 0
+BLOCK = 2**16  # rows that are worked on at once, so that intermediate arrays stay small
 
 
 class GroundTruth(NamedTuple):
-    """Boxes as they stand in a validation file: those without area or outside their image count in every COCO scorer.
+    """Boxes as the validation file has them: every COCO scorer counts those without area or outside their image.
 
     Shapes: M entries of `annotations` that belong to an image.
     """
@@ -52,111 +40,129 @@ class GroundTruth(NamedTuple):
     crowd: np.ndarray  # bool [M]
 
 
+@dataclass(frozen=True, eq=False)
 class AnnotationTable:
-    """The entries of `annotations` before any is left out, a column a field; `finish` is to be called last."""
+    """The usable annotations of a file, in its order."""
 
-    image: np.ndarray  # int32 [M] position among the images; -1 where none has the entry's image_id
-    labels: np.ndarray  # int32 [M]
-    boxes: np.ndarray  # float32 [M, 4] ltrb, clipped to the image
-    areas: np.ndarray  # float64 [M]
-    ids: np.ndarray  # int64 [M]
-    flags: np.ndarray  # uint8 [M]: SOLID and so on
-    count: int  # M
-    renumbered: bool  # the file's ids were missing or not unique
+    image_index: np.ndarray  # int32 [B] among the file's images
+    labels: np.ndarray  # int32 [B] in 1..K
+    boxes: np.ndarray  # float32 [B, 4] ltrb in pixels, inside the image, of positive area
+    crowd: np.ndarray  # bool [B]
+    count: int  # entries of the file, usable or not
+    unknown_image_ids: Sequence[int]  # the first ones
+    num_unknown: int  # entries whose image_id no image has
+    warnings: tuple[str, ...]
+    ground_truth: GroundTruth | None  # None unless the file is read for scoring
 
-    def __init__(self, images: Images, *, for_scoring: bool) -> None:
-        """for_scoring: the entries are kept as they stand in the file, too."""
+
+class AnnotationTableBuilder:
+    """Collects the entries of `annotations`, a chunk at a time, and leaves out those of no use."""
+
+    def __init__(self, images: ImageTable, *, for_scoring: bool) -> None:
+        """for_scoring: also keep the entries as the file has them."""
         self._images = images
-        self.for_scoring = for_scoring
-        self._raw = Column(np.float64, 4), Column(np.float64)
-        self._image, self._category_ids, self._ids = Column(np.int32), Column(np.int64), Column(np.int64)
-        self._boxes, self._areas, self._flags = Column(np.float32, 4), Column(np.float64), Column(np.uint8)
-        self.strange: list[int] = []  # the first image_ids that no image has
-        self.num_strange = 0
+        self._find_image = IndexLookup(images.ids).find
+        self._for_scoring = for_scoring
+        self._image_index, self._boxes, self._crowd = Column(np.int32), Column(np.float32, 4), Column(np.bool_)
+        self._usable = Column(np.bool_)
+        self._ids, self._category_ids = Column(np.int64), Column(np.int64)
+        self._all_have_ids = True
+        self._given_image, self._given_boxes = Column(np.int32), Column(np.float64, 4)
+        self._given_areas, self._given_crowd = Column(np.float64), Column(np.bool_)
+        self._unknown_image_ids: list[int] = []
+        self._num_unknown = 0
+        self._warnings = AnnotationWarnings(for_scoring=for_scoring)
 
     def add(self, entries: list[AnnotationEntry]) -> None:
-        wanted = field(entries, "image_id", np.int64)
-        image = self._images.position(wanted)
-        strange = wanted[image < 0]
-        self.num_strange += len(strange)
-        self.strange += strange[: FIRST + 1 - len(self.strange)].tolist()
+        image_ids = field(entries, "image_id", np.int64)
+        image = self._find_image(image_ids)
+        known = image >= 0
+        self._num_unknown += int((~known).sum())
+        self._unknown_image_ids += image_ids[~known][: KEPT - len(self._unknown_image_ids)].tolist()
         sizes = self._images.sizes[image] if len(self._images.sizes) else np.ones((len(entries), 2), np.int32)
         numbers = chain.from_iterable(map(attrgetter("bbox"), entries))
-        raw = np.fromiter(numbers, np.float64, 4 * len(entries)).reshape(-1, 4)  # x, y, width, height
-        boxes, areas, flags = _boxes(raw, sizes)
-        given = np.fromiter((_number(entry.area) for entry in entries), np.float64, len(entries))
-        if self.for_scoring:
-            self._raw[0].extend(raw)
-            self._raw[1].extend(np.where(np.isnan(given), raw[:, 2] * raw[:, 3], given))
-        flags[field(entries, "iscrowd", np.bool_)] |= CROWD
-        flags[_rotated(entries)] |= ROTATED
-        if {type(entry.id) for entry in entries} == {int}:
-            try:
-                ids = field(entries, "id", np.int64)
-            except OverflowError:
-                ids = np.zeros(len(entries), np.int64)
-                flags |= NAMELESS
-        else:
+        given = np.fromiter(numbers, np.float64, 4 * len(entries)).reshape(-1, 4)  # x, y, width, height
+        clipped = clip_boxes(given, sizes)
+        crowd = field(entries, "iscrowd", np.bool_)
+        counts_in_scoring = np.zeros(len(entries), np.bool_)
+        if self._for_scoring:
+            areas = _areas(entries)
+            areas = np.where(np.isnan(areas), given[:, 2] * given[:, 3], areas)
+            counts_in_scoring = ~crowd & (areas >= 0)  # COCO's scorer ignores crowds and negative areas
+            self._given_image.extend(image)
+            self._given_boxes.extend(given)
+            self._given_areas.extend(areas)
+            self._given_crowd.extend(crowd)
+        ids = _ids(entries)
+        if ids is None:
+            self._all_have_ids = False
             ids = np.zeros(len(entries), np.int64)
-            flags |= NAMELESS
-        self._image.extend(image)
-        self._category_ids.extend(field(entries, "category_id", np.int64))
-        self._boxes.extend(boxes)
-        self._areas.extend(np.where(np.isnan(given), areas, given))
-        self._flags.extend(flags)
+        self._warnings.add(clipped, ids, known=known, counts_in_scoring=counts_in_scoring, rotated=_rotated(entries))
+        usable = known & clipped.has_area
+        self._usable.extend(usable)
         self._ids.extend(ids)
+        self._category_ids.extend(field(entries, "category_id", np.int64))
+        self._image_index.extend(image[usable])
+        self._boxes.extend(clipped.boxes[usable])
+        self._crowd.extend(crowd[usable])
 
-    def finish(self, path: Path, category_ids: list[int]) -> None:
-        """Makes the arrays.  category_ids: those of the labels 1, 2, ...
+    def build(self, path: Path, category_ids: list[int]) -> AnnotationTable:
+        """The table.  category_ids: those of the labels 1 to K.  Raises DataError for any other category id."""
+        labels = self._labels(path, category_ids)
+        unique_ids = self._all_have_ids and first_repeated(self._ids.array()) is None
+        return AnnotationTable(
+            image_index=self._image_index.array(),
+            labels=labels[self._usable.array()],
+            boxes=self._boxes.array(),
+            crowd=self._crowd.array(),
+            count=len(labels),
+            unknown_image_ids=self._unknown_image_ids,
+            num_unknown=self._num_unknown,
+            warnings=tuple(self._warnings.lines(self._unknown_image_ids, unique_ids=unique_ids)),
+            ground_truth=self._ground_truth(labels) if self._for_scoring else None,
+        )
 
-        Raises DataError for an entry of a category that is not among them.
-        """
-        self.image, self.boxes, self.areas = self._image.array(), self._boxes.array(), self._areas.array()
-        self.flags, self.ids = self._flags.array(), self._ids.array()
-        self.count = len(self.image)
-        self.labels = self._labels(path, category_ids)
-        del self._category_ids  # before ids are compared, in a copy
-        self.renumbered = bool(self.has(NAMELESS).any()) or first_repeated(self.ids) is not None
-        if self.renumbered:
-            self.ids = np.arange(1, len(self.ids) + 1)
-        del self._image, self._boxes, self._areas, self._flags, self._ids
-
-    def ground_truth(self) -> GroundTruth | None:
-        """The entries of known images as they stand in the file, after `finish`; None unless they are for scoring."""
-        if not self.for_scoring:
-            return None
-        known = self.image >= 0
-        boxes, areas = (column.array()[known] for column in self._raw)
-        return GroundTruth(self.image[known], self.labels[known], boxes, areas, self.has(CROWD)[known])
-
-    def raw_areas(self) -> np.ndarray:
-        return self._raw[1].array()
+    def _ground_truth(self, labels: np.ndarray) -> GroundTruth:
+        image = self._given_image.array()
+        known = image >= 0
+        boxes, areas, crowd = (
+            column.array()[known] for column in (self._given_boxes, self._given_areas, self._given_crowd)
+        )
+        return GroundTruth(image[known], labels[known], boxes, areas, crowd)
 
     def _labels(self, path: Path, category_ids: list[int]) -> np.ndarray:
+        """int32 [M]."""
         given = self._category_ids.array()
         labels = np.empty(len(given), np.int32)
-        position = Positions(np.array(category_ids, np.int64)).of
+        find_category = IndexLookup(np.array(category_ids, np.int64)).find
         for start in range(0, len(given), BLOCK):
             block = given[start : start + BLOCK]
-            found = position(block)
+            found = find_category(block)
             if (found < 0).any():
                 first = int(np.argmin(found))
-                known = {"id": None if self.has(NAMELESS)[start + first] else int(self.ids[start + first])}
+                entry = {"id": int(self._ids.array()[start + first]) if self._all_have_ids else None}
                 raise DataError(
-                    f"{path}: {describe('annotations', start + first, known)} has category_id {block[first]}, "
+                    f"{path}: {describe('annotations', start + first, entry)} has category_id {block[first]}, "
                     f"which no entry of `categories` has (it has {listed(category_ids)})"
                 )
             labels[start : start + BLOCK] = found + 1
         return labels
 
-    def has(self, flag: int) -> np.ndarray:
-        """Which entries this is known of; bool [M]."""
-        return (self.flags & flag) != 0
+
+def _areas(entries: list[AnnotationEntry]) -> np.ndarray:
+    """float64 [M] `area`; NaN where it is no number."""
+    if {type(entry.area) for entry in entries} <= {float, int, NoneType}:
+        return field(entries, "area", np.float64)
+    numbers = (entry.area if type(entry.area) in (float, int) else math.nan for entry in entries)
+    return np.fromiter(numbers, np.float64, len(entries))
 
 
-def _number(area: Any) -> float:
-    """The area where it is a number, else NaN."""
-    return area if type(area) in (float, int) else math.nan
+def _ids(entries: list[AnnotationEntry]) -> np.ndarray | None:
+    """int64 [M] `id`; None if an entry has none or one that is no 64-bit number."""
+    if {type(entry.id) for entry in entries} <= {int}:
+        with suppress(OverflowError):
+            return field(entries, "id", np.int64)
+    return None
 
 
 class _Attributes(msgspec.Struct):
@@ -164,77 +170,11 @@ class _Attributes(msgspec.Struct):
 
 
 def _rotated(entries: list[AnnotationEntry]) -> np.ndarray:
-    """Whether CVAT says of each entry's box that it is to be turned; bool [M]."""
+    """bool [M]: CVAT's attributes say that the box is rotated."""
     rotated = np.zeros(len(entries), np.bool_)
     given = list(map(attrgetter("attributes"), entries))
     if given.count(NO_ATTRIBUTES) < len(given):  # the quickest way to see that COCO has none
         for index, attributes in enumerate(given):
-            with suppress(msgspec.MsgspecError):  # none, or another program's
+            with suppress(msgspec.MsgspecError):  # no attributes, or another program's
                 rotated[index] = msgspec.json.decode(attributes, type=_Attributes).rotation != 0
     return rotated
-
-
-def _boxes(raw: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The clipped boxes [M, 4], their areas [M] and flags [M].  raw [M, 4] x, y, width, height; sizes [M, 2]."""
-    given, count = raw.T.copy(), len(raw)
-    boxes = np.empty((count, 4), np.float32)
-    areas = np.ones(count)
-    flat, outside = np.zeros((2, count), np.bool_)
-    solid, corners, fractions = np.ones((3, count), np.bool_)
-    with np.errstate(over="ignore"):
-        for axis in (0, 1):  # one after the other, as NumPy is slow on rows of two
-            limit = sizes[:, axis].astype(np.float64)
-            low, side = given[axis], given[axis + 2]
-            high = low + side
-            boxes[:, axis] = low.clip(0, limit)
-            boxes[:, axis + 2] = high.clip(0, limit)
-            areas *= side.clip(0, limit)
-            solid &= boxes[:, axis + 2] - boxes[:, axis] >= LEAST_SIDE * limit
-            flat |= side < LEAST_SIDE * limit
-            outside |= (low < -1) | (high > limit + 1)
-            corners &= (low < side) & (low >= -1) & (side <= limit + 1)
-            fractions &= (low >= 0) & (high <= 1.01)
-    flags = np.zeros(count, np.uint8)
-    for flag, which in zip(
-        (HAS_AREA, DEGENERATE, OUTSIDE, LOOKS_LIKE_XYXY, LOOKS_NORMALISED),
-        (solid, flat, outside, corners, fractions),
-        strict=True,
-    ):
-        flags[which] |= flag
-    return boxes, areas, flags
-
-
-def warnings_of(rows: AnnotationTable, usable: np.ndarray) -> Iterator[str]:
-    """A line for each kind of fault that was mended, and for boxes that are probably given in another form."""
-    known = rows.image >= 0
-    flat, outside = rows.has(DEGENERATE), rows.has(OUTSIDE)
-    if rows.num_strange:
-        strange = f"{rows.num_strange} of {len(known)} annotations left out"
-        yield f"{strange}: no image has their image_id ({listed(rows.strange)})"
-    missed, verb, clipped = np.zeros(len(known), np.bool_), "trained", "clipped"
-    if rows.for_scoring:  # COCO's scorer ignores crowds and negative areas
-        missed, verb, clipped = ~rows.has(CROWD) & (rows.raw_areas() >= 0), "scored", "scored as they stand"
-    flat_kind = "the width or height of their `bbox` is not positive"
-    outside_kind = "their `bbox` is outside the image"
-    kinds = (
-        (known & flat & missed, f"count as missed in the scoring: {flat_kind}"),
-        (known & flat & ~missed, f"left out: {flat_kind}"),
-        (known & ~flat & ~usable & missed, f"count as missed in the scoring: {outside_kind}"),
-        (known & ~flat & ~usable & ~missed, f"left out: {outside_kind}"),
-        (usable & rows.has(ROTATED), f"{verb} upright: their `attributes.rotation` is not 0, which boxes cannot have"),
-        (usable & outside, f"{clipped}: their `bbox` reaches more than a pixel outside the image"),
-    )
-    for which, what in kinds:
-        if which.any():
-            yield f"{which.sum()} of {len(which)} annotations {what} (annotation ids {listed(rows.ids[which])})"
-    if (outside & known).sum() > MANY * known.sum() and rows.has(LOOKS_LIKE_XYXY)[known].mean() > NEARLY_ALL:
-        yield "most `bbox` look like x1, y1, x2, y2: they must be x, y, width, height"
-    if known.any() and rows.has(LOOKS_NORMALISED)[known].mean() > NEARLY_ALL:
-        yield "most `bbox` look like fractions of the image: they must be in pixels"
-    if rows.renumbered:
-        yield "some annotations have no id of their own: all are numbered from 1 in the file's order"
-
-
-def listed(values: Sequence) -> str:
-    """The first few of the values."""
-    return ", ".join(map(str, values[:FIRST])) + (", ..." if len(values) > FIRST else "")

@@ -1,26 +1,31 @@
-"""Columns of numbers that are made a piece at a time, and values looked up in them."""
+"""Arrays that grow a chunk at a time, and lookups of values in arrays."""
 
 from collections.abc import Sequence
 from operator import attrgetter
 
 import numpy as np
 
-LARGEST_TABLE = 2**21  # entries, and more where a tenth are in use; beyond, values are searched for, far more slowly
-SPARSEST_TABLE = 10  # entries a value
+# A lookup table has at most this many entries, or SPARSEST_TABLE for each value if that is more.  Beyond it, values are
+# found by binary search, which is far slower.
+LARGEST_TABLE = 2**21
+SPARSEST_TABLE = 10
 
 
 def field(entries: Sequence, name: str, dtype: type) -> np.ndarray:
-    """One field of all entries; None becomes NaN or False, or is a TypeError where the numbers are whole."""
+    """One field of all entries as an array.
+
+    None becomes NaN in a float array and False in a bool array; in an integer array it raises TypeError.
+    """
     return np.fromiter(map(attrgetter(name), entries), dtype, len(entries))
 
 
-def starts(counts: np.ndarray | Sequence[int]) -> np.ndarray:
-    """Where each group of so many rows starts, and where the last ends; int64, one longer than the counts."""
+def offsets(counts: np.ndarray | Sequence[int]) -> np.ndarray:
+    """The first row of each group, then the number of all rows; int64, one longer than `counts`."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 class Column:
-    """An array that grows at its end, in place: pieces that are joined at last would need twice the memory."""
+    """An array that grows in place: joining its parts at the end would need twice the memory."""
 
     def __init__(self, dtype: type, *shape: int) -> None:
         """shape: of a row."""
@@ -32,35 +37,35 @@ class Column:
         self._bytes += values.astype(self.dtype, copy=False).tobytes()
 
     def array(self) -> np.ndarray:
-        """The rows so far; nothing can be added afterwards."""
+        """All rows, as a view; nothing can be added afterwards."""
         return np.frombuffer(self._bytes, self.dtype).reshape(-1, *self.shape)
 
 
-class Positions:
-    """Finds where values stand in an array."""
+class IndexLookup:
+    """Finds the indices of values in an array."""
 
-    def __init__(self, among: np.ndarray) -> None:
-        """among: int64, whose values differ."""
-        self.least, self.greatest = (int(among.min()), int(among.max())) if len(among) else (0, -1)
+    def __init__(self, values: np.ndarray) -> None:
+        """values: int64, all different."""
+        self.least, self.greatest = (int(values.min()), int(values.max())) if len(values) else (0, -1)
         self.table: np.ndarray | None = None
-        if self.greatest - self.least < max(LARGEST_TABLE, SPARSEST_TABLE * len(among)):
-            self.table = np.full(self.greatest - self.least + 2, -1, np.int32)  # the last: of what is beyond
-            self.table[among - self.least] = np.arange(len(among))
+        if self.greatest - self.least < max(LARGEST_TABLE, SPARSEST_TABLE * len(values)):
+            self.table = np.full(self.greatest - self.least + 2, -1, np.int32)  # the last entry: values outside it
+            self.table[values - self.least] = np.arange(len(values))
         else:
-            self.order = np.argsort(among)
-            self.ordered = among[self.order]
+            self.order = np.argsort(values)
+            self.ordered = values[self.order]
 
-    def of(self, values: np.ndarray) -> np.ndarray:
-        """Where each value stands; -1 where it does not."""
+    def find(self, wanted: np.ndarray) -> np.ndarray:
+        """The index of each wanted value; -1 for a value that is not in the array."""
         if self.table is not None:
-            inside = (values >= self.least) & (values <= self.greatest)
-            return self.table[np.where(inside, values - self.least, -1)]
-        nearest = np.searchsorted(self.ordered, values).clip(max=len(self.ordered) - 1)
-        return np.where(self.ordered[nearest] == values, self.order[nearest], -1)
+            inside = (wanted >= self.least) & (wanted <= self.greatest)
+            return self.table[np.where(inside, wanted - self.least, -1)]
+        nearest = np.searchsorted(self.ordered, wanted).clip(max=len(self.ordered) - 1)
+        return np.where(self.ordered[nearest] == wanted, self.order[nearest], -1)
 
 
 def first_repeated(values: np.ndarray) -> int | None:
-    """The first of the values that occurs twice, None where all differ."""
+    """The first value that occurs twice; None if all differ."""
     ordered = np.sort(values)
     again = ordered[1:][ordered[1:] == ordered[:-1]]
     if not len(again):

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -19,18 +19,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from src.data.annotations.annotation_table import CROWD, HAS_AREA, AnnotationTable, GroundTruth, listed, warnings_of
-from src.data.annotations.array_builders import first_repeated, starts
-from src.data.annotations.coco_json import CategoryEntry, pieces
-from src.data.annotations.image_table import Images
+from src.data.annotations.annotation_table import AnnotationTable, AnnotationTableBuilder, GroundTruth
+from src.data.annotations.annotation_warnings import listed
+from src.data.annotations.array_builders import first_repeated, offsets
+from src.data.annotations.coco_json import CategoryEntry, read_chunks
+from src.data.annotations.image_table import ImageTableBuilder
 from src.runtime.errors import DataError
 
-BLOCK = 2**16  # images or boxes that are worked on together
-ROBOFLOW_FILE = "_annotations.coco.json"  # beside the pictures
+BLOCK = 2**16  # images that are worked on at once
+ROBOFLOW_FILE = "_annotations.coco.json"  # in the folder of the images
 ROBOFLOW_FOLDERS = {"train": "train", "val": "valid"}
-TELL_EVERY = 5.0  # seconds
-TELL_LOOKS = 1000  # files between looks at the clock
-PLACE_BITS = 32  # of a row's place among the annotations, beside that of its image
+PROGRESS_INTERVAL = 5.0  # seconds
+CLOCK_INTERVAL = 1000  # files between readings of the clock
+ROW_BITS = 32  # of a sort key, which holds the image's index above the row's
 
 
 class Category(NamedTuple):
@@ -52,12 +53,10 @@ class Annotations:
     boxes: np.ndarray  # float32 [B, 4] ltrb in pixels, inside the image, of positive area
     labels: np.ndarray  # int64 [B] in 1..K: label k is the k-th entry of `categories`
     crowd: np.ndarray  # bool [B]
-    areas: np.ndarray  # float64 [B] the file's `area`, the segmentation's; else width x height
-    annotation_ids: np.ndarray  # int64 [B], no two alike
     categories: tuple[Category, ...]  # of the training file, in its order
     warnings: tuple[str, ...]  # a line each
-    upright: bool = False  # sizes and boxes are those of the pictures turned as their orientation tags say
-    ground_truth: GroundTruth | None = None  # what is scored against; None where the file was read for training
+    upright: bool = False  # sizes and boxes describe the images turned by their EXIF orientation
+    ground_truth: GroundTruth | None = None  # for the scoring; None if the file was read for training
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -74,29 +73,29 @@ class Annotations:
         return [together[first:last].decode() for first, last in pairwise(ends)]
 
     def packed_names(self, images: np.ndarray, end: bytes) -> bytes:
-        """The file names of some images, each with one byte after it; fast where those of all are wanted."""
+        """The file names of some images, each followed by the byte `end`; works on arrays, so all names are fast."""
         lengths = self.first_byte[images + 1] - self.first_byte[images]
         before = np.cumsum(lengths) - lengths  # bytes of the earlier names
         source = np.repeat(self.first_byte[images] - before, lengths)
-        target = np.repeat(np.arange(len(images)), lengths)
-        place = np.arange(lengths.sum())
-        joined = np.full(lengths.sum() + len(images), ord(end), np.uint8)
-        joined[place + target] = self.names[place + source]
-        return joined.tobytes()
+        ends_before = np.repeat(np.arange(len(images)), lengths)  # end bytes of the earlier names
+        position = np.arange(lengths.sum())
+        packed = np.full(lengths.sum() + len(images), ord(end), np.uint8)
+        packed[position + ends_before] = self.names[position + source]
+        return packed.tobytes()
 
     def image_path(self, i: int) -> Path:
         return self.image_folder / self.file_name(i)
 
-    def of_image(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def targets(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Copies of the boxes [G, 4] and labels [G] of image `i`."""
         own = slice(self.first_box[i], self.first_box[i + 1])
         return self.boxes[own].copy(), self.labels[own].copy()
 
     @cached_property
     def digest(self) -> str:
-        """A short text that differs where another network would be trained, or other figures scored.
+        """A short text that is the same only for annotations that train the same network and give the same scores.
 
-        For training: where the images with boxes, or their boxes and labels, differ.
+        For training it covers the images with boxes, their boxes and their labels.
         """
         images = self.with_boxes() if self.ground_truth is None else np.arange(len(self))
         content = hashlib.blake2b(digest_size=8)
@@ -125,44 +124,58 @@ def read_annotations(
     """Reads and cleans an annotation file.
 
     categories: the training file's, whose order gives the labels; None: the file's own.
-    categories_of: what they are called in an error.
-    for_scoring: the file's boxes are kept as `ground_truth`, too.  Otherwise at least one box must be usable.
-    upright: sizes and boxes are those of pictures turned as their orientation tags say, not of the stored ones.
-    Boxes are clipped to their image; those without area there are dropped, with a warning.
-    Raises DataError for what cannot be trained on or scored.
+    categories_of: what an error calls the file that has them.
+    for_scoring: also keep the file's boxes as `ground_truth`.  Otherwise at least one box must be usable.
+    upright: sizes and boxes describe the images turned by their EXIF orientation, not the stored ones.
+    Boxes are clipped to their image; a warning counts those that are dropped because they have no area there.
+    Raises DataError for a file that cannot be trained on or scored.
     """
     path, image_folder = Path(path), Path(image_folder)
-    images, rows, own = _read(path, for_scoring=for_scoring)
-    own_categories = _categories(path, own)
+    image_builder, annotation_builder, category_entries = _read(path, for_scoring=for_scoring)
+    own_categories = _categories(path, category_entries)
     if categories is not None:
         _check_same_categories(path, own_categories, categories, categories_of)
-    images.check(path, image_folder)
-    images.spell_as_on_disk(image_folder)
+    images = image_builder.build()
+    image_builder.check(images, path, image_folder)
+    images = images.spelled_as_on_disk(image_folder)
     categories = own_categories if categories is None else tuple(categories)
-    rows.finish(path, [category.id for category in categories])
-    ground_truth = rows.ground_truth()
-    annotations = _clean(path, image_folder, images, rows, categories)
-    annotations = replace(annotations, upright=upright, ground_truth=ground_truth)
-    _check_usable(annotations, rows, training=not for_scoring)
-    return annotations
+    table = annotation_builder.build(path, [category.id for category in categories])
+    if not len(table.boxes) and (not for_scoring or 0 < table.count == table.num_unknown):
+        raise _nothing_usable(path, image_folder, len(images.ids), table)
+    order, first_box = _group_by_image(table.image_index, len(images.ids))
+    return Annotations(
+        path=path,
+        image_folder=image_folder,
+        image_ids=images.ids,
+        sizes=images.sizes,
+        names=images.names,
+        first_byte=images.first_byte,
+        first_box=first_box,
+        boxes=table.boxes[order],
+        labels=table.labels[order].astype(np.int64),
+        crowd=table.crowd[order],
+        categories=categories,
+        warnings=tuple(f"{path}: {line}" for line in (*_same_name_warnings(categories), *table.warnings)),
+        upright=upright,
+        ground_truth=table.ground_truth,
+    )
 
 
-def _read(path: Path, *, for_scoring: bool) -> tuple[Images, AnnotationTable, list[CategoryEntry]]:
-    """The file's three lists; nothing is checked yet but the entries' fields."""
-    images, categories = Images(), list[CategoryEntry]()
-    rows = AnnotationTable(images, for_scoring=for_scoring)
-    for part, first, entries in pieces(path):
-        if part == "images":
-            images = images if first else Images()
+def _read(path: Path, *, for_scoring: bool) -> tuple[ImageTableBuilder, AnnotationTableBuilder, list[CategoryEntry]]:
+    """The file's three lists; only the fields of each entry are checked."""
+    images, categories = ImageTableBuilder(), list[CategoryEntry]()
+    annotations = AnnotationTableBuilder(images.build(), for_scoring=for_scoring)
+    for list_name, first, entries in read_chunks(path):
+        if list_name == "images":
+            images = images if first else ImageTableBuilder()
             images.add(entries)
-        elif part == "annotations":
+        elif list_name == "annotations":
             if not first:
-                images.finish()
-                rows = AnnotationTable(images, for_scoring=for_scoring)
-            rows.add(entries)
+                annotations = AnnotationTableBuilder(images.build(), for_scoring=for_scoring)
+            annotations.add(entries)
         else:
             categories = categories + entries if first else entries
-    return images, rows, categories
+    return images, annotations, categories
 
 
 # --- categories ------------------------------------------------------------------------------------------------------
@@ -177,88 +190,50 @@ def _categories(path: Path, entries: list[CategoryEntry]) -> tuple[Category, ...
     return tuple(Category(entry.id, entry.name) for entry in entries)
 
 
-def _namesakes(categories: tuple[Category, ...]) -> Iterator[str]:
-    """A line for each name that several categories have."""
+def _same_name_warnings(categories: tuple[Category, ...]) -> Iterator[str]:
+    """A line for each name that several categories share."""
     for name, count in Counter(category.name for category in categories).items():
         if count > 1:
             ids = listed([category.id for category in categories if category.name == name])
             yield f"the categories {ids} have the same name {name!r}: they are kept apart"
 
 
-def _check_same_categories(path: Path, own: tuple[Category, ...], wanted: tuple[Category, ...], wanted_of: str) -> None:
-    def named(categories: Iterable[Category]) -> str:
+def _check_same_categories(
+    path: Path, own: tuple[Category, ...], expected: tuple[Category, ...], expected_of: str
+) -> None:
+    def as_text(categories: Iterable[Category]) -> str:
         return listed([f"{category.id} {category.name!r}" for category in sorted(categories)]) or "none"
 
-    here, there = set(own) - set(wanted), set(wanted) - set(own)
+    here, there = set(own) - set(expected), set(expected) - set(own)
     if here or there:
         raise DataError(
-            f"{path}: its categories are not those of {wanted_of}: only here: {named(here)}; only there: "
-            f"{named(there)}: give both the same ids and names"
+            f"{path}: its categories are not those of {expected_of}: only here: {as_text(here)}; only there: "
+            f"{as_text(there)}: give both the same ids and names"
         )
 
 
 # --- boxes -----------------------------------------------------------------------------------------------------------
 
 
-def _clean(
-    path: Path, image_folder: Path, images: Images, rows: AnnotationTable, categories: tuple[Category, ...]
-) -> Annotations:
-    """The Annotations of the rows that can be used, grouped by image; takes the rows' columns away."""
-    usable = (rows.image >= 0) & rows.has(HAS_AREA)
-    warnings = tuple(f"{path}: {line}" for line in (*_namesakes(categories), *warnings_of(rows, usable)))
-    counts = np.bincount(rows.image[usable], minlength=len(images.ids))
-    order = _by_image(vars(rows).pop("image"), usable)
-    crowd = rows.has(CROWD)[order]
-    del rows.flags, usable  # the columns that follow are large, and each is for a while there twice
+def _group_by_image(image_index: np.ndarray, num_images: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows grouped by image, in their order within an image, uint32 [B]; and the first of each image [I + 1].
 
-    def chosen(name: str, dtype: type) -> np.ndarray:
-        column = vars(rows).pop(name)
-        taken = np.empty((len(order), *column.shape[1:]), dtype)
-        for start in range(0, len(order), BLOCK):
-            taken[start : start + BLOCK] = column[order[start : start + BLOCK]]
-        return taken
-
-    return Annotations(
-        path=path,
-        image_folder=image_folder,
-        image_ids=images.ids,
-        sizes=images.sizes,
-        names=images.names,
-        first_byte=images.first_byte,
-        first_box=starts(counts),
-        boxes=chosen("boxes", np.float32),
-        labels=chosen("labels", np.int64),
-        crowd=crowd,
-        areas=chosen("areas", np.float64),
-        annotation_ids=chosen("ids", np.int64),
-        categories=categories,
-        warnings=warnings,
-    )
-
-
-def _by_image(image: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """The places of the usable rows, grouped by image, in their order within an image; uint32.
-
-    The same as a stable argsort, but in place, and five times as fast.
+    The same as a stable argsort, but in place and five times as fast.
     """
-    order = np.flatnonzero(usable)
-    for start in range(0, len(order), BLOCK):
-        block = order[start : start + BLOCK]
-        block |= image[block].astype(np.int64) << PLACE_BITS
-    order.sort()
-    return order.astype(np.uint32)  # the lower half: PLACE_BITS
+    keys = image_index.astype(np.int64) << ROW_BITS
+    keys |= np.arange(len(keys))
+    keys.sort()
+    return keys.astype(np.uint32), offsets(np.bincount(image_index, minlength=num_images))  # the lower half: ROW_BITS
 
 
-def _check_usable(annotations: Annotations, rows: AnnotationTable, *, training: bool) -> None:
-    """Raises DataError for a training file without a box, and for annotations that are all of other images."""
-    if len(annotations.boxes) or not (training or 0 < rows.count == rows.num_strange):
-        return
-    cause = "none has a box with an area inside its image" if rows.count else "`annotations` is empty"
-    if rows.num_strange:
-        cause = f"the first image_id that no image has is {rows.strange[0]}"
-    raise DataError(
-        f"{annotations.path}: 0 of {len(annotations)} images have a usable annotation ({cause}; images in "
-        f"{annotations.image_folder.absolute()}): give the annotation file of these images"
+def _nothing_usable(path: Path, image_folder: Path, num_images: int, table: AnnotationTable) -> DataError:
+    """The error for a training file without a box, and for annotations that all belong to other images."""
+    cause = "none has a box with an area inside its image" if table.count else "`annotations` is empty"
+    if table.num_unknown:
+        cause = f"the first image_id that no image has is {table.unknown_image_ids[0]}"
+    return DataError(
+        f"{path}: 0 of {num_images} images have a usable annotation ({cause}; images in {image_folder.absolute()}): "
+        "give the annotation file of these images"
     )
 
 
@@ -266,10 +241,10 @@ def _check_usable(annotations: Annotations, rows: AnnotationTable, *, training: 
 
 
 def locations(folder: Path, split: str) -> tuple[Path, Path]:
-    """Annotation file and image folder of a split, `train` or `val`: in the COCO 2017 layout or, if that has no such
-    file, in that of Roboflow's COCO export.
+    """Annotation file and image folder of a split, `train` or `val`.
 
-    Where neither has one, reading the file is an error that names both layouts.
+    They are in the COCO 2017 layout or, if that has no such file, in the layout of Roboflow's COCO export.  If neither
+    exists, reading the returned file raises an error that names both layouts.
     """
     file = folder / "annotations" / f"instances_{split}2017.json"
     images = folder / ROBOFLOW_FOLDERS[split]
@@ -279,25 +254,25 @@ def locations(folder: Path, split: str) -> tuple[Path, Path]:
 
 
 def check_images_exist(annotations: Annotations, *, tell: Callable[[str], None] | None = None) -> None:
-    """Raises DataError, with its full path, for the first image whose file is not there; one listing a folder.
+    """Raises DataError, with the full path, for the first image whose file is missing.  Lists each folder once.
 
-    tell: gets a line now and then while the folders take long to list.
+    tell: is called with a line of progress every few seconds.
     """
-    listed: dict[str, set[str]] = {}
-    told = ScanProgress(annotations, tell)
+    found: dict[str, set[str]] = {}
+    progress = ScanProgress(annotations, tell)
     for start in range(0, len(annotations), BLOCK):
         names = annotations.file_names(range(start, min(start + BLOCK, len(annotations))))
         for index, path in enumerate(names, start):
             folder, _, name = path.rpartition("/")
-            if folder not in listed:
-                listed[folder] = _files_in(annotations, folder, told)
-            # Not every file system tells upper and lower case apart, so the listing alone is no proof.
-            if name not in listed[folder] and not os.path.isfile(annotations.image_path(index)):
+            if folder not in found:
+                found[folder] = _files_in(annotations, folder, progress)
+            # Not every file system tells upper and lower case apart, so the listing alone proves nothing.
+            if name not in found[folder] and not os.path.isfile(annotations.image_path(index)):
                 raise _missing(annotations, index)
 
 
 def _missing(annotations: Annotations, index: int) -> DataError:
-    """Why the image's file is of no use, and which entry names it."""
+    """The error that says why the image's file cannot be used, and which entry names it."""
     path = annotations.image_path(index).absolute()
     why = "no such image file"
     try:
@@ -317,32 +292,32 @@ def _missing(annotations: Annotations, index: int) -> DataError:
 
 
 class ScanProgress:
-    """Counts files and tells how many there are, every few seconds."""
+    """Counts files and reports the count every few seconds."""
 
     def __init__(self, annotations: Annotations, tell: Callable[[str], None] | None) -> None:
         self.annotations = annotations
         self.tell = tell
         self.found = 0
-        self.next_time = time.monotonic() + TELL_EVERY
+        self.next_time = time.monotonic() + PROGRESS_INTERVAL
 
     def count(self) -> None:
         self.found += 1
-        if self.tell is not None and self.found % TELL_LOOKS == 0 and time.monotonic() > self.next_time:
-            self.next_time = time.monotonic() + TELL_EVERY
-            folder, wanted = self.annotations.image_folder, len(self.annotations)
-            self.tell(f"Looking for the {wanted} images of {folder}: {self.found} files so far")
+        if self.tell is not None and self.found % CLOCK_INTERVAL == 0 and time.monotonic() > self.next_time:
+            self.next_time = time.monotonic() + PROGRESS_INTERVAL
+            folder, total = self.annotations.image_folder, len(self.annotations)
+            self.tell(f"Looking for the {total} images of {folder}: {self.found} files so far")
 
 
-def _files_in(annotations: Annotations, folder: str, told: ScanProgress) -> set[str]:
+def _files_in(annotations: Annotations, folder: str, progress: ScanProgress) -> set[str]:
     path = (annotations.image_folder / folder).absolute()
     names = set()
     try:
         with os.scandir(path) as entries:
             for entry in entries:
-                with suppress(OSError):  # a link to itself, or into a folder that may not be entered
+                with suppress(OSError):  # a link to itself, or into a folder without permission
                     if entry.is_file():
                         names.add(entry.name)
-                told.count()
+                progress.count()
         return names
     except OSError as error:
         raise DataError(

@@ -1,4 +1,4 @@
-"""A data set's folder as training needs it."""
+"""Reads the data set in a folder for training."""
 
 import os
 from collections.abc import Callable
@@ -23,10 +23,10 @@ NO_VALIDATION = (
 def read_dataset(
     folder: Path, *, evaluating: bool, upright: bool, tell: Callable[[str], None] | None = None
 ) -> tuple[Annotations, Annotations | None]:
-    """The training annotations, and those of the validation images where they will be needed; all images are there.
+    """The training annotations and, if `evaluating`, the validation annotations; the files of all images exist.
 
-    upright: see `read_annotations`.  tell: gets a line now and then where looking for the images takes long.
-    Raises DataError where they cannot be trained on.
+    upright: see `read_annotations`.  tell: is called with a line of progress every few seconds.
+    Raises DataError if the data set cannot be trained on.
     """
     training = read_annotations(*locations(folder, "train"), upright=upright)
     validation = None

@@ -7,10 +7,10 @@ from unicodedata import normalize
 
 
 def spelled_as_on_disk(names: Sequence[str], folder: Path) -> list[str]:
-    """Names of files below `folder`, spelled as there where only the Unicode form of a name differs.
+    """The names of files below `folder`, each in the Unicode form that it has on disk.
 
-    A name stays as it is where several files, or another of the names, could be meant.  One listing a folder, and none
-    where no name has several forms.
+    A name stays unchanged if it could mean several files or another of the names.  Lists each folder once, and only
+    folders of names that have several Unicode forms.
     """
     spelled, taken = list(names), set(names)
     listed: dict[Path, dict[str, list[str]]] = {}
@@ -25,9 +25,9 @@ def spelled_as_on_disk(names: Sequence[str], folder: Path) -> list[str]:
 
 
 def _as_on_disk(name: str, folder: Path, listed: dict[Path, dict[str, list[str]]]) -> str:
-    """The name, each of its parts as the disk spells it where one entry alone is called so.
+    """The name with each part in the form it has on disk, if exactly one entry of the folder matches it.
 
-    listed: the names in the folders that have been read, by their composed form.
+    listed: a cache of folders: their entries by NFC form.
     """
     found: list[str] = []
     for part in name.split("/"):

@@ -79,7 +79,7 @@ class TrainingSet(Dataset):
             image = read_image(self.annotations, sample.image)
         except UserError as error:
             return error
-        boxes, labels = self.annotations.of_image(sample.image)
+        boxes, labels = self.annotations.targets(sample.image)
         colour, flip = NO_COLOUR, False
         if self.augment:
             random = np.random.default_rng([self.seed, sample.epoch, sample.position])

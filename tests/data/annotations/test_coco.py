@@ -26,7 +26,8 @@ from tests.helpers.datasets import CATEGORIES, annotation, write_annotations, wr
 
 def test_the_arrays_are_those_of_pycocotools(coco128):
     path = coco128 / "annotations" / "instances_train2017.json"
-    annotations = read_annotations(path, coco128 / "train2017")
+    annotations = read_annotations(path, coco128 / "train2017", for_scoring=True)
+    truth = annotations.ground_truth
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(path))
     assert len(annotations) == 128 and len(annotations.boxes) == 939 and annotations.warnings == ()
@@ -36,12 +37,11 @@ def test_the_arrays_are_those_of_pycocotools(coco128):
         image = coco.imgs[image_id]
         own = [entry for entry in coco.dataset["annotations"] if entry["image_id"] == image_id]
         rows = slice(*annotations.first_box[index : index + 2])
-        boxes, labels = annotations.of_image(index)
+        boxes, labels = annotations.targets(index)
         assert annotations.file_name(index) == image["file_name"]
         assert annotations.sizes[index].tolist() == [image["width"], image["height"]]
         assert [category_ids[label - 1] for label in labels] == [entry["category_id"] for entry in own]
-        assert annotations.annotation_ids[rows].tolist() == [entry["id"] for entry in own]
-        assert annotations.areas[rows].tolist() == [entry["area"] for entry in own]
+        assert truth.areas[truth.image_index == index].tolist() == [entry["area"] for entry in own]
         assert annotations.crowd[rows].tolist() == [bool(entry["iscrowd"]) for entry in own]
         expected = [[x, y, x + w, y + h] for x, y, w, h in (entry["bbox"] for entry in own)]
         np.testing.assert_allclose(boxes, np.array(expected).reshape(-1, 4), atol=0.011)  # clipping moves two by 0.01
@@ -51,20 +51,20 @@ def test_types_and_paths(tmp_path):
     annotations = read(tmp_path, content([annotation(2), annotation(1), annotation(2, category_id=2, iscrowd=1)]))
     kinds = {
         "image_ids": np.int64, "sizes": np.int32, "first_box": np.int64, "boxes": np.float32, "labels": np.int64,
-        "crowd": np.bool_, "areas": np.float64, "annotation_ids": np.int64,
+        "crowd": np.bool_,
     }  # fmt: skip
     assert {name: getattr(annotations, name).dtype for name in kinds} == kinds
     assert annotations.image_path(1) == tmp_path / "train2017" / "2.jpg"
-    assert annotations.annotation_ids.tolist() == [2, 1, 3]
+    assert annotations.first_box.tolist() == [0, 1, 3, 3, 3]
     assert annotations.labels.tolist() == [1, 1, 2] and annotations.crowd.tolist() == [False, False, True]
     assert annotations.with_boxes().tolist() == [0, 1]
-    assert annotations.of_image(3)[0].shape == (0, 4)
+    assert annotations.targets(3)[0].shape == (0, 4)
     assert annotations.categories == (Category(1, "square"), Category(2, "disc"))
 
 
 def test_a_boxs_copy_can_be_changed(tmp_path):
     annotations = read(tmp_path, content())
-    annotations.of_image(0)[0][:] = 0
+    annotations.targets(0)[0][:] = 0
     assert annotations.boxes.tolist() == [[20, 20, 80, 70]]
 
 
@@ -76,16 +76,19 @@ def test_workers_get_them_whole(tmp_path):
 
 
 def test_what_is_not_needed_may_be_missing(tmp_path):
-    annotations = read(tmp_path, content([without(annotation(1), "id"), {**annotation(2), "area": 12.5, "iscrowd": 1}]))
-    assert annotations.areas.tolist() == [3000, 12.5]  # 60 x 50
+    entries = [without(annotation(1), "id"), {**annotation(2), "area": 12.5, "iscrowd": 1}]
+    annotations = read(tmp_path, content(entries), for_scoring=True)
+    assert annotations.ground_truth.areas.tolist() == [3000, 12.5]  # 60 x 50
     assert annotations.crowd.tolist() == [False, True]
 
 
 def test_null_counts_as_missing(tmp_path):
     annotations = read(
-        tmp_path, content([annotation(1, area=None, iscrowd=None, segmentation=None)], info=None, licenses=None)
+        tmp_path,
+        content([annotation(1, area=None, iscrowd=None, segmentation=None)], info=None, licenses=None),
+        for_scoring=True,
     )
-    assert annotations.areas.tolist() == [3000] and not annotations.crowd.any()
+    assert annotations.ground_truth.areas.tolist() == [3000] and not annotations.crowd.any()
 
 
 def test_iscrowd_may_be_true_or_false(tmp_path):
@@ -160,8 +163,8 @@ def test_a_category_that_is_not_listed(tmp_path):
 
 
 def test_annotations_of_other_images_are_left_out(tmp_path):
-    annotations = read(tmp_path, content([annotation(99), annotation(1), annotation(98)]))
-    assert annotations.annotation_ids.tolist() == [2]
+    annotations = read(tmp_path, content([annotation(99), annotation(1, (1, 2, 3, 4)), annotation(98)]))
+    assert annotations.boxes.tolist() == [[1, 2, 4, 6]]
     assert [w for w in annotations.warnings if "2 of 3 annotations left out" in w and "image_id (99, 98)" in w]
 
 
@@ -184,17 +187,18 @@ def test_a_validation_file_may_hold_no_boxes_but_not_those_of_other_images(tmp_p
 def test_boxes_of_more_images_than_16_bits_can_number(tmp_path):
     images = [{"id": i, "file_name": f"{i}", "width": 160, "height": 120} for i in range(70_000)]
     owners = [69_999, 4_463, 65_536, 0, 69_999, 4_463]  # 69,999 is 4,463 in the lower 16 bits
-    annotations = read(tmp_path, content([annotation(owner) for owner in owners], images))
+    entries = [annotation(owner, (number, 0, 9, 9)) for number, owner in enumerate(owners, 1)]
+    annotations = read(tmp_path, content(entries, images))
     assert annotations.with_boxes().tolist() == [0, 4_463, 65_536, 69_999]
-    assert annotations.annotation_ids.tolist() == [4, 2, 6, 3, 1, 5]
+    assert annotations.boxes[:, 0].tolist() == [4, 2, 6, 3, 1, 5]
 
 
 @pytest.mark.parametrize("ids", [(LARGEST_ID, LARGEST_ID - 1), (-LARGEST_ID - 1, 0)])
 def test_the_largest_ids_come_out_exactly(tmp_path, ids):
     images = [{**image, "id": image_id} for image, image_id in zip(IMAGES, ids, strict=False)]
-    annotations = read(tmp_path, content([annotation(ids[1]), annotation(ids[0])], images))
+    annotations = read(tmp_path, content([annotation(ids[1], (2, 0, 9, 9)), annotation(ids[0], (1, 0, 9, 9))], images))
     assert annotations.image_ids.tolist() == list(ids)
-    assert annotations.annotation_ids.tolist() == [2, 1]
+    assert annotations.boxes[:, 0].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("image_id", ["7", 7.5, LARGEST_ID + 1, 10**30, None, [7], True])
@@ -220,11 +224,11 @@ def test_one_file_for_two_images(tmp_path, name):
 
 
 def test_annotations_without_ids_of_their_own_are_numbered(tmp_path):
+    boxes = [(0, 0, 9, 9), (0, 0, 0, 9)]
     for ids in ((3, 3), (None, 3)):
-        entries = [{**annotation(1), "id": number} for number in ids]
-        annotations = read_annotations(write_annotations(tmp_path, content(entries)), tmp_path)
-        assert annotations.annotation_ids.tolist() == [1, 2]
-        assert "no id of their own" in annotations.warnings[0]
+        entries = [{**annotation(1, bbox), "id": number} for number, bbox in zip(ids, boxes, strict=True)]
+        warnings = read_annotations(write_annotations(tmp_path, content(entries)), tmp_path).warnings
+        assert "(annotation ids 2)" in warnings[0] and "no id of their own" in warnings[1]
 
 
 # --- boxes -----------------------------------------------------------------------------------------------------------
@@ -234,7 +238,7 @@ def test_boxes_without_area_are_left_out(tmp_path):
     flat = [(20, 20, 0, 5), (20, 20, 5, 0), (20, 20, -5, 5), (20, 20, 5, -1e300), (20, 20, 1e-9, 5)]
     outside = [(160, 0, 5, 5), (0, 130, 5, 5), (-9, 0, 9, 5), (1e300, 0, 1e300, 5)]
     annotations = read(tmp_path, content([annotation(1, bbox=bbox) for bbox in [*flat, *outside, (20, 20, 5, 5)]]))
-    assert annotations.annotation_ids.tolist() == [10]
+    assert annotations.boxes.tolist() == [[20, 20, 25, 25]]
     joined = "\n".join(annotations.warnings)
     assert "5 of 10 annotations left out: the width or height" in joined and "annotation ids 1, 2, 3, 4, 5)" in joined
     assert "4 of 10 annotations left out: their `bbox` is outside" in joined and "ids 6, 7, 8, 9)" in joined
@@ -244,7 +248,6 @@ def test_boxes_are_clipped_to_the_image(tmp_path):
     given = [(-0.25, 0, 10, 10), (150, 110, 10.25, 10.5), (-1e6, -1e6, 2e6, 2e6), (100, -1e308, 5, 1.7e308)]
     annotations = read(tmp_path, content([annotation(1, bbox=bbox) for bbox in given]))
     assert annotations.boxes.tolist() == [[0, 0, 9.75, 10], [150, 110, 160, 120], [0, 0, 160, 120], [100, 0, 105, 120]]
-    assert np.isfinite(annotations.areas).all()
     assert "2 of 4 annotations clipped" in annotations.warnings[0] and "ids 3, 4)" in annotations.warnings[0]
 
 
@@ -356,13 +359,13 @@ def test_the_first_missing_image_is_named(tmp_path, missing):
 
 
 def test_a_long_search_for_the_images_is_told_of(tmp_path, monkeypatch):
-    monkeypatch.setattr(coco, "TELL_LOOKS", 2)
-    monkeypatch.setattr(coco, "TELL_EVERY", 0.0)
+    monkeypatch.setattr(coco, "CLOCK_INTERVAL", 2)
+    monkeypatch.setattr(coco, "PROGRESS_INTERVAL", 0.0)
     touch_images(tmp_path / "train2017", ["1.jpg", "2.jpg", "3.jpg", "4.jpg", "other.txt"])
     annotations, lines = read(tmp_path, content()), []
     check_images_exist(annotations, tell=lines.append)
     assert lines == [f"Looking for the 4 images of {tmp_path / 'train2017'}: {found} files so far" for found in (2, 4)]
-    monkeypatch.setattr(coco, "TELL_EVERY", 60.0)
+    monkeypatch.setattr(coco, "PROGRESS_INTERVAL", 60.0)
     check_images_exist(annotations, tell=lines.append)
     assert len(lines) == 2
 
@@ -464,7 +467,8 @@ def test_boxes_that_cvat_turns_are_told(tmp_path):
 def test_whole_numbers_may_be_written_as_fractions(tmp_path):
     """As pandas writes a column in which some are missing."""
     images = [{**image, "id": float(image["id"]), "width": 160.0, "height": 120.0} for image in IMAGES]
-    entries = [annotation(2.0, category_id=2.0, id=9007199254740993, iscrowd=1.0), annotation(1, id=4, iscrowd=0.0)]
+    clipped = (150, 110, 30, 30)  # its warning names the id
+    entries = [annotation(2.0, clipped, 2.0, id=9007199254740993, iscrowd=1.0), annotation(1, id=4, iscrowd=0.0)]
     categories = [{**category, "id": float(category["id"])} for category in CATEGORIES]
     text = json.dumps(content(entries, images=images, categories=categories), indent=1)
     text = text.replace("9007199254740993", "9007199254740993.00")  # which a float would not hold
@@ -472,7 +476,7 @@ def test_whole_numbers_may_be_written_as_fractions(tmp_path):
     assert annotations.image_ids.tolist() == [1, 2, 3, 4]
     assert annotations.sizes.tolist() == [[160, 120]] * 4
     assert [category.id for category in annotations.categories] == [1, 2]
-    assert annotations.annotation_ids.tolist() == [4, 9007199254740993]
+    assert annotations.warnings[0].endswith("(annotation ids 9007199254740993)")
     assert (annotations.labels.tolist(), annotations.crowd.tolist()) == ([1, 2], [False, True])
 
 

@@ -1,4 +1,4 @@
-"""An annotation file cut into pieces is read as Python reads it whole, however it is written."""
+"""An annotation file cut into chunks is read as Python reads it whole, however it is written."""
 
 import json
 import random
@@ -30,10 +30,10 @@ def read_in_pieces(path: Path, monkeypatch, size: int) -> dict[str, list]:
     """The entries of each list as plain values, decoded `size` bytes at a time."""
     lists: dict[str, list] = {}
     with monkeypatch.context() as patch:
-        patch.setattr(coco_json, "PIECE", size)
-        for part, first, entries in coco_json.pieces(path):
-            assert first == (len(lists[part]) if first else 0)
-            lists[part] = lists.get(part, [])[:first] + entries
+        patch.setattr(coco_json, "CHUNK_SIZE", size)
+        for list_name, first, entries in coco_json.read_chunks(path):
+            assert first == (len(lists[list_name]) if first else 0)
+            lists[list_name] = lists.get(list_name, [])[:first] + entries
     return {part: [plain(entry) for entry in entries] for part, entries in lists.items()}
 
 
@@ -93,12 +93,12 @@ def test_of_a_list_that_is_there_twice_the_last_counts(tmp_path, monkeypatch, si
 
 
 def test_annotations_come_after_the_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(coco_json, "PIECE", 60)
+    monkeypatch.setattr(coco_json, "CHUNK_SIZE", 60)
     path = tmp_path / "instances.json"
     value = content([annotation(1)] * 9)
     for order in (["annotations", "images", "categories"], ["images", "annotations", "categories"]):
         path.write_text(json.dumps({key: value[key] for key in order}))
-        parts = [piece.part for piece in coco_json.pieces(path)]
+        parts = [chunk.list_name for chunk in coco_json.read_chunks(path)]
         assert parts.count("annotations") > 3 and parts.index("annotations") > max(
             place for place, part in enumerate(parts) if part == "images"
         )
@@ -106,12 +106,12 @@ def test_annotations_come_after_the_images(tmp_path, monkeypatch):
 
 def test_a_piece_is_not_much_larger_than_asked_for(tmp_path, monkeypatch):
     """Even where entries hold lists of objects that begin like themselves."""
-    monkeypatch.setattr(coco_json, "PIECE", 4096)
+    monkeypatch.setattr(coco_json, "CHUNK_SIZE", 4096)
     parts = [{"id": 5, "area": 1}] * 3
     entries = [{"id": number, "segments": parts, **annotation(1), "text": "}, {"} for number in range(2000)]
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(content(entries)))
-    sizes = [len(piece.entries) for piece in coco_json.pieces(path) if piece.part == "annotations"]
+    sizes = [len(chunk.entries) for chunk in coco_json.read_chunks(path) if chunk.list_name == "annotations"]
     assert sum(sizes) == 2000 and max(sizes) < 120  # of 200 bytes each
 
 
@@ -134,7 +134,7 @@ def test_the_error_is_the_same_for_every_size_of_the_pieces(tmp_path, monkeypatc
 
 
 def test_faults_far_down_a_file_are_placed(tmp_path, monkeypatch):
-    monkeypatch.setattr(coco_json, "PIECE", 300)
+    monkeypatch.setattr(coco_json, "CHUNK_SIZE", 300)
     entries = [annotation(1, score=float("nan")) for _ in range(400)]
     entries[333] |= {"bbox": [1, 2, 3, float("inf")]}
     message = error_of(tmp_path, json.dumps(content(entries), indent=1))

@@ -104,8 +104,7 @@ def check(annotations: Annotations, clean_file: Path) -> None:
     assert len({annotations.file_name(i) for i in range(images)}) == images
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= sizes).all() and (boxes[:, 2:] > boxes[:, :2]).all()
     assert ((annotations.labels >= 1) & (annotations.labels <= len(annotations.categories))).all()
-    assert np.isfinite(annotations.areas).all()
-    assert len(set(annotations.annotation_ids.tolist())) == len(boxes)
+    assert len(annotations.labels) == len(annotations.crowd) == len(boxes)
     assert all("\n" not in line and str(annotations.path) in line for line in annotations.warnings)
     if len(boxes):
         write_clean_file(annotations, clean_file)

@@ -39,7 +39,7 @@ def found_boxes(folder) -> dict[str, list[tuple]]:
     found = {}
     for annotations in (training, validation):
         for index in range(len(annotations)):
-            boxes, labels = annotations.of_image(index)
+            boxes, labels = annotations.targets(index)
             found[annotations.file_name(index)] = sorted(
                 (annotations.categories[label - 1].name, *box)
                 for label, box in zip(labels, boxes.round(2).tolist(), strict=True)
@@ -78,7 +78,7 @@ def test_real_photographs_keep_their_939_boxes(name, tmp_path, coco128):
     for index in range(len(truth)):
         path, size = truth.image_path(index), tuple(truth.sizes[index].tolist())
         os.symlink(path, labels / "images" / path.name)
-        boxes, own = truth.of_image(index)
+        boxes, own = truth.targets(index)
         rows = [(label - 1, *box) for label, box in zip(own.tolist(), boxes.tolist(), strict=True)]
         if name == "yolo":
             text, suffix = "\n".join(yolo_line(row, size) for row in rows), ".txt"
@@ -92,7 +92,7 @@ def test_real_photographs_keep_their_939_boxes(name, tmp_path, coco128):
     found = found_boxes(tmp_path / "data")
     assert sum(map(len, found.values())) == 939
     for index in range(len(truth)):
-        boxes, own = truth.of_image(index)
+        boxes, own = truth.targets(index)
         wanted = sorted((names[label - 1], *box) for label, box in zip(own, boxes.tolist(), strict=True))
         for (found_name, *found_box), (name, *box) in zip(found[truth.file_name(index)], wanted, strict=True):
             assert found_name == name
