@@ -23,7 +23,7 @@ from src.data.annotations.annotation_table import AnnotationTable, AnnotationTab
 from src.data.annotations.annotation_warnings import listed
 from src.data.annotations.array_builders import first_repeated, offsets
 from src.data.annotations.coco_json import CategoryEntry, read_chunks
-from src.data.annotations.image_table import ImageTableBuilder
+from src.data.annotations.image_table import ImageTable, ImageTableBuilder
 from src.runtime.errors import DataError
 
 BLOCK = 2**16  # images that are worked on at once
@@ -131,15 +131,9 @@ def read_annotations(
     Raises DataError for a file that cannot be trained on or scored.
     """
     path, image_folder = Path(path), Path(image_folder)
-    image_builder, annotation_builder, category_entries = _read(path, for_scoring=for_scoring)
-    own_categories = _categories(path, category_entries)
-    if categories is not None:
-        _check_same_categories(path, own_categories, categories, categories_of)
-    images = image_builder.build()
-    image_builder.check(images, path, image_folder)
-    images = images.spelled_as_on_disk(image_folder)
-    categories = own_categories if categories is None else tuple(categories)
-    table = annotation_builder.build(path, [category.id for category in categories])
+    images, table, categories = _read_tables(
+        path, image_folder, categories=categories, categories_of=categories_of, for_scoring=for_scoring
+    )
     if not len(table.boxes) and (not for_scoring or 0 < table.count == table.num_unknown):
         raise _nothing_usable(path, image_folder, len(images.ids), table)
     order, first_box = _group_by_image(table.image_index, len(images.ids))
@@ -159,6 +153,26 @@ def read_annotations(
         upright=upright,
         ground_truth=table.ground_truth,
     )
+
+
+def _read_tables(
+    path: Path,
+    image_folder: Path,
+    *,
+    categories: tuple[Category, ...] | None,
+    categories_of: str,
+    for_scoring: bool,
+) -> tuple[ImageTable, AnnotationTable, tuple[Category, ...]]:
+    """The file's images, its usable annotations, and the categories of the labels.  As for `read_annotations`."""
+    image_builder, annotation_builder, category_entries = _read(path, for_scoring=for_scoring)
+    own_categories = _categories(path, category_entries)
+    if categories is not None:
+        _check_same_categories(path, own_categories, categories, categories_of)
+    images = image_builder.build()
+    image_builder.check(images, path, image_folder)
+    categories = own_categories if categories is None else tuple(categories)
+    table = annotation_builder.build(path, [category.id for category in categories])
+    return images.spelled_as_on_disk(image_folder), table, categories
 
 
 def _read(path: Path, *, for_scoring: bool) -> tuple[ImageTableBuilder, AnnotationTableBuilder, list[CategoryEntry]]:
