@@ -41,7 +41,7 @@ class FakeDetector(nn.Module):
         return offsets, logits
 
     def detect_truth(self, offsets, logits) -> None:
-        boxes, labels = self.annotations.of_image(self.index)
+        boxes, labels = self.annotations.targets(self.index)
         scale = torch.from_numpy(np.tile(self.annotations.sizes[self.index], 2))
         for number, (box, label) in enumerate(zip(torch.from_numpy(boxes), labels.tolist(), strict=True)):
             default_box = 1000 * number  # far apart, so that no two boxes share a default box
