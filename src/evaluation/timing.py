@@ -28,5 +28,6 @@ def summarise_ranks(ranks: Sequence[dict[str, float]]) -> dict[str, float]:
     seconds["gathering"] = ranks[0].get("gathering", 0.0)
     total = sum(ranks[0].get(phase, 0.0) for phase in PHASES)
     idle = [total - sum(rank.get(phase, 0.0) for phase in WORK_PHASES) for rank in ranks[1:]]
-    seconds["waiting"] = max(idle, default=0.0)
+    # A rank that began before rank 0 may have worked for longer than rank 0 in total.
+    seconds["waiting"] = max([0.0, *idle])
     return seconds

@@ -23,3 +23,7 @@ def test_each_phase_is_the_slowest_ranks_and_waiting_is_the_idlest_ranks():
         {"loading": 4, "network": 2, "detections": 1, "scoring": 3, "gathering": 3, "waiting": 6}
     )
     assert summarise_ranks([first])["waiting"] == 0
+
+
+def test_a_rank_that_began_before_rank_0_has_not_waited_for_less_than_nothing():
+    assert summarise_ranks([{"network": 2.0}, {"network": 2.5}])["waiting"] == 0
