@@ -153,7 +153,7 @@ def _check_images(
             ):
                 errors = list(read.faults.values())
                 if decode_check is not None:
-                    errors += decode_check.faults([index for index in chunk if index not in read.faults])
+                    errors += decode_check.find_errors([index for index in chunk if index not in read.faults])
                     for line in decode_check.messages:
                         write(f"warning: {line}")
                     decode_check.messages.clear()

@@ -90,16 +90,16 @@ def _find_orientation(file: BinaryIO) -> int:
     if read_blocks is None:
         return STORED
     blocks: list[bytes] = []
-    others: list[bytes] = []
+    texts: list[bytes] = []
     try:
         for block in read_blocks(file):
-            (blocks if block.is_exif else others).append(block.data)
+            (blocks if block.is_exif else texts).append(block.data)
     except struct.error:  # the file is cut off: decoding it raises the error
         pass
     if len(blocks) > 1:
         raise UnusualTagError(f"the file has {len(blocks)} EXIF blocks")
     tag = _parse_orientation(blocks[0]) if blocks else None
-    if tag is None and any(map(ORIENTATION_IN_TEXT.search, others)):
+    if tag is None and any(map(ORIENTATION_IN_TEXT.search, texts)):
         raise UnusualTagError("it stands in XMP or in a text")
     return STORED if tag is None else tag
 

@@ -28,14 +28,15 @@ class DaliDecodeCheck:
         self._device_id = device_index(device)
         self._start()
 
-    def faults(self, indices: Sequence[int]) -> list[DataError]:
+    def find_errors(self, indices: Sequence[int]) -> list[DataError]:
         """An error for each of these images that DALI cannot decode, or not to the annotation file's size.
 
         Their files must exist and not be empty.
         """
         if len(indices) > self.num_threads:
             starts = range(0, len(indices), self.num_threads)
-            return [fault for start in starts for fault in self.faults(indices[start : start + self.num_threads])]
+            chunks = [indices[start : start + self.num_threads] for start in starts]
+            return [error for chunk in chunks for error in self.find_errors(chunk)]
         printed: list[str] = []
         try:
             with capture_stderr(printed):
@@ -43,10 +44,10 @@ class DaliDecodeCheck:
         except RuntimeError as error:
             self._start()  # a pipeline ends with its first error, which does not name the picture
             if len(indices) > 1:
-                return [fault for index in indices for fault in self.faults([index])]
+                return [error for index in indices for error in self.find_errors([index])]
             return [decode_error(self.annotations, indices[0], f"cannot decode it ({short_reason(error)})")]
         if printed and len(indices) > 1:  # find out by which of them
-            return [fault for index in indices for fault in self.faults([index])]
+            return [error for index in indices for error in self.find_errors([index])]
         self.messages += [f"{self.annotations.image_path(indices[0]).absolute()}: DALI: {line}" for line in printed]
         return [size_error(self.annotations, index) for index, ok in zip(indices, has_size, strict=True) if not ok]
 

@@ -115,12 +115,12 @@ def training_graph(settings: Settings, annotations: Path, image_folder: Path, fi
     with the file names in the order of the first epoch.
     """
     on_gpu = settings.device_id is not None
-    files, boxes, labels, ids = read(settings, annotations, image_folder, file_names)
+    files, boxes, labels, ids = read_samples(settings, annotations, image_folder, file_names)
     sizes = fn.peek_image_shape(files, adjust_orientation=settings.upright)  # [3] height, width, 3
     nodes = {"ids": ids, "sizes": sizes}  # ids: [1]
     anchor = shape = None
     if settings.augment:
-        anchor, shape, boxes, labels = random_window(boxes, labels)
+        anchor, shape, boxes, labels = draw_random_window(boxes, labels)
         flip = fn.random.coin_flip(probability=FLIP_PROBABILITY)
         boxes = fn.bb_flip(boxes, horizontal=flip, ltrb=True)
         nodes |= {"anchor": anchor, "shape": shape, "flip": flip}
@@ -134,7 +134,7 @@ def training_graph(settings: Settings, annotations: Path, image_folder: Path, fi
     return nodes
 
 
-def read(settings: Settings, annotations: Path, image_folder: Path, file_names: list[str] | None) -> tuple:
+def read_samples(settings: Settings, annotations: Path, image_folder: Path, file_names: list[str] | None) -> tuple:
     """The next samples of this process: the file's bytes, boxes [G, 4] ltrb in 0..1, labels [G], image id [1].
 
     Every epoch after the first is shuffled over all processes.  All processes get the same number of full batches: the
@@ -164,7 +164,7 @@ def first_and_last_bytes(files: DataNode) -> DataNode:
     return fn.cat(files[:2], files[-2:])
 
 
-def random_window(boxes: DataNode, labels: DataNode) -> tuple:
+def draw_random_window(boxes: DataNode, labels: DataNode) -> tuple:
     """A window as from `augment.draw_window`, and the boxes and labels that it keeps, relative to the window.
 
     The window is its corner and its sides, [2] each, x and y in 0..1.

@@ -67,7 +67,7 @@ class DaliTrainLoader:
             self._outputs += AUGMENTATION_OUTPUTS
         if config.device.type == "cuda":
             self._outputs += GPU_OUTPUTS
-        self._complete_files: set[int] = set()  # images without JPEG's end marker that were decoded as a whole
+        self._complete_files: set[int] = set()  # images that decode, although JPEG's end marker is missing
         self._pipeline: dali.Pipeline | None = None
         self._first_epoch = 0  # that the pipeline ran
         self._position = 0  # batches that the pipeline has returned
@@ -237,9 +237,8 @@ class DaliTrainLoader:
             self._check_complete(indices, outputs["first_and_last_bytes"].numpy())
         images = outputs["images"].permute(0, 3, 1, 2)
         if self.augment:
-            images = colour_and_normalise(
-                images, self._on_device(colour_matrix(*outputs["colour"].numpy().T)), self.dtype
-            )
+            matrices = self._on_device(colour_matrix(*outputs["colour"].numpy().T))
+            images = colour_and_normalise(images, matrices, self.dtype)
         else:
             images = normalise(images, self.dtype)
         # The graph matches to the default boxes in reverse order.
@@ -276,8 +275,8 @@ class DaliTrainLoader:
             for index in suspects:
                 read_image(self.annotations, index)
             decode_check = DaliDecodeCheck(self.annotations, device=self.device, num_threads=self.num_threads)
-            for fault in decode_check.faults(suspects):
-                return fault
+            for error in decode_check.find_errors(suspects):
+                return error
         except UserError as error:
             return error
         names = ", ".join(self.annotations.file_name(index) for index in suspects[: self.batch_size])

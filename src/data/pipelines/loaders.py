@@ -17,22 +17,35 @@ PIPELINES = ("dali", "no_dali")
 
 
 class TrainLoader(Protocol):
-    """The interface of both pipelines' training loaders."""
+    """The interface of both pipelines' training loaders.
+
+    Iterating gives full batches on the device: the last batch of an epoch repeats images.
+    """
 
     num_images: int  # in an epoch, of all processes together
     warnings: list[str]  # of `load_state_dict`
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Iterations per epoch, the same on every process."""
+        ...
 
     def __iter__(self) -> Iterator[Batch]: ...
 
-    def set_epoch(self, epoch: int, start_iteration: int = 0) -> None: ...
+    def set_epoch(self, epoch: int, start_iteration: int = 0) -> None:
+        """Has the next pass start at `start_iteration` of `epoch`."""
+        ...
 
-    def state_dict(self) -> dict: ...
+    def state_dict(self) -> dict:
+        """The state after the last batch, for a checkpoint: plain values."""
+        ...
 
-    def load_state_dict(self, state: dict, *, epoch: int, iteration: int) -> None: ...
+    def load_state_dict(self, state: dict, *, epoch: int, iteration: int) -> None:
+        """Restores `state`, taken in `epoch` after `iteration` iterations.  Raises UserError if it cannot."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends worker processes or threads."""
+        ...
 
 
 class DecodeCheck(Protocol):
@@ -40,7 +53,9 @@ class DecodeCheck(Protocol):
 
     messages: list[str]  # printed by the decoder; each begins with the file's path
 
-    def faults(self, indices: Sequence[int]) -> list[DataError]: ...
+    def find_errors(self, indices: Sequence[int]) -> list[DataError]:
+        """An error for each of these images that the pipeline cannot decode."""
+        ...
 
 
 def make_decode_check(
