@@ -1,5 +1,6 @@
 """Private parts and message texts of libraries that the program relies on; a new release may change them."""
 
+import argparse
 import io
 import os
 import re
@@ -33,6 +34,10 @@ PRIVATE = [
     ("torch", "optimizer.found_inf", "training/step.py", "2.14.1"),  # GradScaler hands it to fused optimizers
     ("torch", "torch._dynamo.exc.TorchDynamoException", "training/step.py", "2.14.1"),  # the base of --compile's errors
     ("torch", "._shutdown_workers()", "data/pipelines/workers.py", "2.14.1"),  # of DataLoader's iterator
+    # Only for releases without torch.cpu.get_capabilities.
+    ("torch", "torch.cpu._is_avx512_bf16_supported()", "runtime/precision.py", "2.14.1"),
+    ("torch", "torch.cpu._is_amx_tile_supported()", "runtime/precision.py", "2.14.1"),
+    ("Python", "super()._get_help_string(action)", "flags.py", "3.11"),  # of argparse.ArgumentDefaultsHelpFormatter
 ]
 
 
@@ -56,6 +61,25 @@ def test_torch_still_has_what_training_uses():
     scaler.scale(parameter.sum()).backward()
     scaler.step(optimizer)
     assert seen == [True], f"torch {release} hands no found_inf to fused optimizers: see training/step.py"
+
+
+def test_torch_still_knows_a_cpus_bfloat16():
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    known = hasattr(torch.cpu, "get_capabilities") or all(hasattr(torch.cpu, name) for name in names)
+    assert known, f"torch {version('torch')} has neither get_capabilities nor {names}: see runtime/precision.py"
+
+
+def test_argparse_still_asks_for_a_flags_help():
+    """A formatter that overrides the method changes the text."""
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action: argparse.Action) -> str:
+            return "overridden"
+
+    parser = argparse.ArgumentParser(formatter_class=Formatter)
+    parser.add_argument("--flag", help="text")
+    shown = parser.format_help()
+    assert "overridden" in shown, f"Python {sys.version} no longer calls _get_help_string of a formatter: see flags.py"
 
 
 @linux
