@@ -166,21 +166,17 @@ def predict(
         for indices, batch in _read_batches(images.files, shard, config.batch_size):
             read = list(zip(indices, batch, strict=True))
             unreadable |= {index: error for index, error in read if isinstance(error, UserError)}
-            readable = [(index, image) for index, image in read if isinstance(image, _Image)]
-            if readable:
-                pixels = torch.stack([image.resized for _, image in readable]).to(processes.device)
-                inputs = pixels if isinstance(model, EndToEndDetector) else normalise(pixels)
-                detections, not_finite = detect_batch(network, inputs, amp=config.amp)
-                non_finite += not_finite
-                for (index, image), found in zip(readable, detections, strict=True):
-                    path, found = images.files[index], clip_to_image(found)
-                    if min_scores is not None:
-                        found = _filter_by_score(found, min_scores)
-                    name = path.relative_to(images.folder)
-                    picture = make_folder((output / name).parent) / picture_name(path.name)
-                    drawn_score = MIN_SCORE if min_scores is None else 0.0
-                    _draw_picture(path, found, categories, picture, min_score=drawn_score)
-                    records += _to_records(name.as_posix(), index, image.size, found, categories)
+            readable = {index: image for index, image in read if isinstance(image, _Image)}
+            detections, not_finite = _detect(network, list(readable.values()), processes.device, amp=config.amp)
+            non_finite += not_finite
+            for (index, image), found in zip(readable.items(), detections, strict=True):
+                kept = _filter_by_score(clip_to_image(found), min_scores)
+                path = images.files[index]
+                name = path.relative_to(images.folder)
+                picture = make_folder((output / name).parent) / picture_name(path.name)
+                drawn_score = MIN_SCORE if min_scores is None else 0.0
+                _draw_picture(path, kept, categories, picture, min_score=drawn_score)
+                records += _to_records(name.as_posix(), index, image.size, kept, categories)
             bar.update(len(batch))
     gathered = processes.gather((records, unreadable, non_finite), long_timeout=True)
     if gathered is None:
@@ -190,6 +186,17 @@ def predict(
     write_json_list(output / DETECTIONS, [records] if records else [])
     non_finite = sum(count for _, _, count in gathered)
     return Prediction(len(images.files), list(unreadable.values()), len(records), non_finite)
+
+
+def _detect(
+    network: nn.Module, images: list["_Image"], device: torch.device, *, amp: bool
+) -> tuple[list[Detections], int]:
+    """The outcome of `detect_batch` on any number of images."""
+    if not images:
+        return [], 0
+    pixels = torch.stack([image.resized for image in images]).to(device)
+    inputs = pixels if isinstance(network, EndToEndDetector) else normalise(pixels)
+    return detect_batch(network, inputs, amp=amp)
 
 
 def clip_to_image(detections: Detections) -> Detections:
@@ -257,8 +264,10 @@ def _read_image(path: Path, budget: PixelBudget) -> _Image | UserError:
         return _Image((image.shape[2], image.shape[1]), resize(image))
 
 
-def _filter_by_score(detections: Detections, min_scores: Tensor) -> Detections:
-    """The detections that reach the score of their category.  min_scores: [K]."""
+def _filter_by_score(detections: Detections, min_scores: Tensor | None) -> Detections:
+    """The detections that reach the score of their category.  min_scores: [K]; None: all detections."""
+    if min_scores is None:
+        return detections
     kept = detections.scores >= min_scores.to(detections.scores.device)[detections.labels - 1]
     return Detections(*(each[kept] for each in detections))
 

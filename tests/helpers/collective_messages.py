@@ -1,4 +1,4 @@
-"""Messages of NCCL and gloo, as they print them."""
+"""Error messages of NCCL and gloo, word for word."""
 
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
 DUPLICATE = NCCL + (

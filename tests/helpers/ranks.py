@@ -1,4 +1,4 @@
-"""Ranks played by threads."""
+"""Ranks as threads of one process."""
 
 import threading
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 
 
 class Ranks:
-    """What `evaluate` and `predict` ask of src.runtime.distributed.Processes."""
+    """Threads in the role of ranks, with the methods of `Processes` that `evaluate` and `predict` call."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size

@@ -1,4 +1,4 @@
-"""`src.evaluation.write_artifacts` that begins detections.json and never finishes it."""
+"""A `src.evaluation.write_artifacts` that starts detections.json and never finishes it."""
 
 import sys
 import time
