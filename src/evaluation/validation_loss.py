@@ -35,7 +35,7 @@ class ValidationLoss:
         labels = np.concatenate([truth[row][1] for row in rows])
         image_index = np.repeat(np.arange(len(rows)), [len(truth[row][0]) for row in rows])
         truth_boxes, truth_labels, truth_images = map(self._to_device, (boxes, labels, image_index))
-        matched = self._matcher.targets(truth_boxes, truth_labels, truth_images, len(rows))
+        matched = self._matcher.make_targets(truth_boxes, truth_labels, truth_images, len(rows))
         if len(rows) < len(indices):
             offsets, logits = offsets[rows], logits[rows]
         parts = self._criterion.parts(offsets, logits, *matched)  # means over these images

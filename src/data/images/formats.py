@@ -78,16 +78,17 @@ class _Walk:
     def files(self) -> Iterator[Path]:
         """Everything but folders: files, named pipes, broken links, and links into folders that may not be entered."""
         seen = {os.path.realpath(self.folder)} | ({os.path.realpath(self.leave_out)} if self.leave_out else set())
-        for place, folders, names in os.walk(self.folder, followlinks=True, onerror=self._record_error):
-            if place != str(self.folder) and self.marker in names:
+        for parent, folders, names in os.walk(self.folder, followlinks=True, onerror=self._record_error):
+            if parent != str(self.folder) and self.marker in names:
                 self.marked += 1
                 folders.clear()
                 continue
-            shown = sorted((name for name in folders if not name.startswith(".")), reverse=True)
-            inside = {os.path.realpath(os.path.join(place, name)): name for name in shown}  # the first of equal links
-            folders[:] = [name for real, name in inside.items() if real not in seen]
-            seen.update(inside)
-            for path in (Path(place, name) for name in names if not name.startswith(".")):
+            # In reverse order, so that of several links to a folder the first by name remains.
+            visible = sorted((name for name in folders if not name.startswith(".")), reverse=True)
+            by_target = {os.path.realpath(os.path.join(parent, name)): name for name in visible}
+            folders[:] = [name for target, name in by_target.items() if target not in seen]
+            seen.update(by_target)
+            for path in (Path(parent, name) for name in names if not name.startswith(".")):
                 try:
                     path.stat()
                 except OSError as error:

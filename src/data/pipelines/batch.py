@@ -53,9 +53,11 @@ class BatchMaker(nn.Module):
     def forward(self, host: HostBatch) -> Batch:
         host = HostBatch(*(part.to(self.defaults.device, non_blocking=True) for part in host))
         images = colour_and_normalise(host.images, host.colour, self.dtype)
-        return Batch(images, *self.targets(host.boxes, host.labels, host.image_index, len(images)))
+        return Batch(images, *self.make_targets(host.boxes, host.labels, host.image_index, len(images)))
 
-    def targets(self, boxes: Tensor, labels: Tensor, image_index: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
+    def make_targets(
+        self, boxes: Tensor, labels: Tensor, image_index: Tensor, num_images: int
+    ) -> tuple[Tensor, Tensor]:
         """Boxes [N, A, 4] cxcywh and labels [N, A] of every default box, for the ground truth of N images.
 
         boxes [T, 4] ltrb in 0..1, labels [T], image_index [T].  An unmatched default box gets itself and label 0.
@@ -75,42 +77,42 @@ def colour_and_normalise(images: Tensor, colour: Tensor, dtype: torch.dtype = to
     images [N, 3, H, W] in 0..255, H x W a multiple of PIXELS_PER_MATMUL; colour [N, 3, 4]: an affine map of RGB, whose
     results are clipped to 0..255.  Both steps are one affine map here, followed by clipping to normalised 0 and 255.
     """
-    mean, deviation = _statistics(colour.device)
+    mean, deviation = _mean_and_deviation(colour.device)
     affine = colour / (255 * deviation[:, None])  # [N, 3, 4]
     offsets = affine[:, None, :, 3] - mean / deviation  # [N, 1, 3]
     offsets, matrices = offsets.repeat(1, 1, PIXELS_PER_MATMUL), _block_diagonal(affine[..., :3].mT, PIXELS_PER_MATMUL)
-    number, channels, height, width = images.shape
-    least, greatest = black_and_white(width, colour.device)
+    num_images, channels, height, width = images.shape
+    black, white = _black_and_white(width, colour.device)
 
-    pixels = images.permute(0, 2, 3, 1).reshape(number, -1, channels * PIXELS_PER_MATMUL)
+    pixels = images.permute(0, 2, 3, 1).reshape(num_images, -1, channels * PIXELS_PER_MATMUL)
     result = torch.empty_like(pixels, dtype=torch.float32)
     # An image fits a CPU's cache; on a GPU a chunk costs kernel launches.
-    chunk = 1 if images.device.type == "cpu" else number
-    parts = zip(*(x.split(chunk) for x in (result, pixels, matrices, offsets)), strict=True)
+    chunk = 1 if images.device.type == "cpu" else num_images
+    chunks = zip(*(x.split(chunk) for x in (result, pixels, matrices, offsets)), strict=True)
     with full_float32_products():  # TF32 would change pixels by 0.002 of a deviation
-        for done, raw, matrix, offset in parts:
-            torch.baddbmm(offset, raw.float(), matrix, out=done)
-            done.view(-1, height, width * channels).clamp_(least, greatest)
-    return result.view(number, height, width, channels).permute(0, 3, 1, 2).to(dtype)
+        for changed, unchanged, matrix, offset in chunks:
+            torch.baddbmm(offset, unchanged.float(), matrix, out=changed)
+            changed.view(-1, height, width * channels).clamp_(black, white)
+    return result.view(num_images, height, width, channels).permute(0, 3, 1, 2).to(dtype)
 
 
-def black_and_white(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _black_and_white(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """A black and a white row of a normalised picture, the limits of clipping; [width x 3] each, pixel by pixel."""
-    mean, deviation = _statistics(device)
+    mean, deviation = _mean_and_deviation(device)
     return (-mean / deviation).repeat(width), ((1 - mean) / deviation).repeat(width)
 
 
 @lru_cache
-def _statistics(device: torch.device) -> Tensor:
+def _mean_and_deviation(device: torch.device) -> Tensor:
     """ImageNet's mean and deviation, [2, 3]; cached, because copying them to a GPU waits for it."""
     return torch.tensor((IMAGENET_MEAN, IMAGENET_STD), device=device)
 
 
 def _block_diagonal(matrices: Tensor, times: int) -> Tensor:
     """Each matrix of [N, I, O] repeated along the diagonal of a larger one; [N, times x I, times x O]."""
-    number, rows, columns = matrices.shape
+    count, rows, columns = matrices.shape
     blocks = torch.eye(times, device=matrices.device)[:, None, :, None] * matrices[:, None, :, None, :]
-    return blocks.reshape(number, times * rows, times * columns)
+    return blocks.reshape(count, times * rows, times * columns)
 
 
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -120,5 +122,5 @@ def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def denormalise(images: Tensor) -> Tensor:
     """Normalised images as RGB in 0..255, the inverse of `normalise`; [N, 3, H, W]."""
-    mean, deviation = _statistics(images.device)[..., None, None]  # [3, 1, 1] each
+    mean, deviation = _mean_and_deviation(images.device)[..., None, None]  # [3, 1, 1] each
     return (images * deviation + mean) * 255

@@ -163,8 +163,8 @@ class DaliTrainLoader:
                 )
             except RuntimeError as error:
                 too_large = re.search("batch size|memory|alloc", reason := short_reason(error), re.IGNORECASE)
-                remedy = "lower --batch-size" if too_large else "use --data_pipeline no_dali"
-                raise UserError(f"DALI cannot start ({reason}): {remedy}") from None
+                hint = "lower --batch-size" if too_large else "use --data_pipeline no_dali"
+                raise UserError(f"DALI cannot start ({reason}): {hint}") from None
 
     def _settings(self) -> Settings:
         return Settings(
