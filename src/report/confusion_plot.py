@@ -18,7 +18,7 @@ BACKGROUND = "background"
 
 @plot_style()
 def draw_confusion(matrix: np.ndarray, names: Sequence[str], path: Path | str) -> Figure:
-    """Draws counts [K + 1, K + 1], coloured by their share of the row, and returns the figure.
+    """Draws counts [K + 1, K + 1], coloured by their fraction of the row, and returns the figure.
 
     matrix: rows are the ground truth, columns the detections, the last of each is the background.  names: of the K
     categories.  Raises UserError.
@@ -31,10 +31,10 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str], path: Path | str) -
     side = 4 + max(3, 0.17 * len(labels) if len(labels) > MAX_ROWS_WITH_ALL_COUNTS else 0.42 * len(labels))
     figure = Figure(figsize=(side + 1, side), layout="constrained", dpi=DPI)
     axes = figure.subplots()
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    fraction = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    picture = axes.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="share of the row", shrink=0.6)
-    _draw_counts(axes, counts, share)
+    _draw_counts(axes, counts, fraction)
     size = 9 if len(labels) <= MAX_ROWS_WITH_ALL_COUNTS else 7
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size, parse_math=False)
     axes.set_yticks(range(len(labels)), labels, fontsize=size, parse_math=False)
@@ -48,10 +48,10 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str], path: Path | str) -
     return save_figure(figure, path)
 
 
-def _draw_counts(axes: Axes, counts: np.ndarray, share: np.ndarray) -> None:
+def _draw_counts(axes: Axes, counts: np.ndarray, fraction: np.ndarray) -> None:
     few_rows = len(counts) <= MAX_ROWS_WITH_ALL_COUNTS
     for row, column in np.argwhere(counts > 0).tolist():
-        if few_rows or share[row, column] >= 0.1 or row == len(counts) - 1:
-            colour = "white" if share[row, column] > 0.5 else "black"
+        if few_rows or fraction[row, column] >= 0.1 or row == len(counts) - 1:
+            colour = "white" if fraction[row, column] > 0.5 else "black"
             text, size = str(counts[row, column]), 8 if few_rows else 4.5
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)

@@ -36,7 +36,7 @@ class ConsoleStream:
             self._redirect_to_null(error)
 
     def _redirect_to_null(self, error: OSError) -> None:
-        self.failure = f"cannot write to {self._name}: {error.strerror or error}; the program goes on without it"
+        self.failure = f"cannot write to {self._name}: {error.strerror or error}; the program continues without it"
         with suppress(OSError), open(os.devnull, "w") as null:
             os.dup2(null.fileno(), self._stream.fileno())
 

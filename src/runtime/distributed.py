@@ -271,7 +271,7 @@ class Processes:
             if self._group_store.check([key]):
                 return
             if failed:
-                raise PeerLostError("it has failed or was told to stop")
+                raise PeerLostError("it has failed or was stopped")
             if time.monotonic() > deadline:
                 raise PeerLostError(f"it has not answered for {MAIN_WORK_TIMEOUT} s")
             time.sleep(POLL_SECONDS)

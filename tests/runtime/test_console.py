@@ -20,7 +20,7 @@ def test_a_closed_pipe_is_reported_once_and_printing_continues(tmp_path, monkeyp
             report.note("a line")
             report.note("another line")
             report.close()
-    warning = "cannot write to standard output: Broken pipe; the program goes on without it"
+    warning = "cannot write to standard output: Broken pipe; the program continues without it"
     assert capsys.readouterr().err == f"main.py: warning: {warning}\n"
     assert (tmp_path / "metrics.jsonl").read_text() == f'{{"kind": "warning", "text": "{warning}"}}\n'
 
