@@ -2,7 +2,8 @@
 
 Coloured discs, squares, triangles and stars on muted gradients, noise, stripes and blobs, easy enough for a network
 with random weights to learn to find them in minutes.  Each kind has its own range of hues, and an object spans a fifth
-to two thirds of the picture.  A picture depends on the seed, its split and its number only; same seed, same bytes.
+to two thirds of the picture.  A picture depends only on the seed, the split and its number, so equal seeds give equal
+bytes.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from src.runtime.errors import UserError
 
+PROGRAM = "python -m src.data.synthetic"
 README = "README.txt"
 README_TEXT = (
     "Drawn by `python -m src.data.synthetic --images {images} --val-images {val_images} --seed {seed}`;"
@@ -28,12 +30,12 @@ SPLITS = ("train", "val")
 OWN_FILES = re.compile(rf"{README}|annotations/instances_(train|val)2017\.json|(train|val)2017/\d{{6,}}\.jpg")
 
 SIZES = ((320, 240), (240, 320), (300, 300), (400, 300), (280, 360), (360, 202))  # width, height in pixels
-EMPTY_EVERY = 16  # one picture in so many has no object
-OBJECTS = (1, 3)  # in any other picture, both ends included
-OBJECT_SIZE = (0.26, 0.66)  # diameter of the circle around an object, of the picture's shorter side
-MOST_COVERED = 0.15  # of the smaller of two boxes by the other
-ATTEMPTS = 40  # at placing an object where it covers little
-SUPERSAMPLING = 4  # pixels drawn a side for each pixel kept
+EMPTY_EVERY = 16  # every 16th picture has no object
+OBJECTS = (1, 3)  # least and most in any other picture
+OBJECT_SIZE = (0.26, 0.66)  # diameter of the circle around an object, as a fraction of the picture's shorter side
+MAX_OVERLAP = 0.15  # of two boxes, as a fraction of the smaller one's area
+ATTEMPTS = 40  # to place an object before it is left out
+SUPERSAMPLING = 4  # shapes are drawn at 4 times the resolution, then reduced
 JPEG: dict[str, Any] = {"quality": 92, "subsampling": 0, "optimize": False}
 
 
@@ -43,7 +45,7 @@ class Kind(NamedTuple):
     hues: tuple[float, float]  # degrees
 
 
-# Further apart than the augmentation's +-18 degrees, so that colour alone nearly tells the kinds.
+# The augmentation shifts hues by up to 18 degrees; the gaps are wider, so colour alone nearly identifies a kind.
 KINDS = (
     Kind(1, "disc", (-12, 6)),
     Kind(3, "square", (105, 135)),
@@ -61,25 +63,25 @@ class Shape(NamedTuple):
 def draw_dataset(folder: Path | str, *, images: int, val_images: int, seed: int) -> None:
     """Draws `images` training and `val_images` validation pictures with their annotations into `folder`.
 
-    Draws over a data set of its own; raises UserError, having written nothing, where the folder holds anything else.
+    Replaces a data set that it drew earlier.  If the folder holds anything else, raises UserError and changes nothing.
     """
     if images < 1 or val_images < 1 or seed < 0:
         raise UserError("a data set needs at least one image for training, one for validation and a seed of 0 or more")
     folder = Path(folder)
     try:
         _clear(folder)
-        # Written first: it tells that a folder whose drawing was interrupted is ours.
+        # Written first, so that an interrupted drawing can be replaced too.
         (folder / README).write_text(README_TEXT.format(images=images, val_images=val_images, seed=seed))
         first_id = 1
         for split, count in zip(SPLITS, (images, val_images), strict=True):
             _draw_split(folder, split, range(first_id, first_id + count), seed)
             first_id += count
     except OSError as error:
-        raise UserError(f"cannot write the sample data set: {error}") from error
+        raise UserError(f"cannot write the data set: {error}") from error
 
 
 def _clear(folder: Path) -> None:
-    """Empties `folder` but for the README that makes it ours, if it holds nothing that this module did not write."""
+    """Empties `folder` except for the README.  Raises UserError if it holds a file that this module did not write."""
     files = [path for path in folder.rglob("*") if not path.is_dir()] if folder.exists() else []
     foreign = [path for path in files if not OWN_FILES.fullmatch(path.relative_to(folder).as_posix())]
     if foreign or (files and not (folder / README).is_file()):
@@ -133,25 +135,25 @@ def _bounds(outline: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def _scene(random: np.random.Generator, width: int, height: int) -> list[Shape]:
-    """One to three shapes that cover little of each other."""
+    """Up to three shapes that hardly overlap."""
     shapes: list[Shape] = []
     for _ in range(random.integers(OBJECTS[0], OBJECTS[1] + 1)):
         for _ in range(ATTEMPTS):
             shape = _shape(random, width, height)
-            if all(_covered(shape.outline, other.outline) <= MOST_COVERED for other in shapes):
+            if all(_overlap(shape.outline, other.outline) <= MAX_OVERLAP for other in shapes):
                 shapes.append(shape)
                 break
     return shapes
 
 
-def _covered(first: np.ndarray, second: np.ndarray) -> float:
-    """The part of the smaller bounding box that lies inside the other."""
-    corner, far_corner = (
+def _overlap(first: np.ndarray, second: np.ndarray) -> float:
+    """The fraction of the smaller bounding box's area that lies inside the other box."""
+    top_left, bottom_right = (
         np.maximum(first.min(axis=0), second.min(axis=0)),
         np.minimum(first.max(axis=0), second.max(axis=0)),
     )
     smaller = min(np.ptp(first, axis=0).prod(), np.ptp(second, axis=0).prod())
-    return (far_corner - corner).clip(0).prod() / smaller
+    return (bottom_right - top_left).clip(0).prod() / smaller
 
 
 def _shape(random: np.random.Generator, width: int, height: int) -> Shape:
@@ -159,17 +161,17 @@ def _shape(random: np.random.Generator, width: int, height: int) -> Shape:
     low, high = np.log(OBJECT_SIZE)
     radius = math.exp(random.uniform(low, high)) * min(width, height) / 2
     unit = _unit_outline(kind.name, random.uniform(-0.4, 0.4))
-    low_corner, far_corner = unit.min(axis=0) * radius, unit.max(axis=0) * radius
-    centre = random.uniform(1 - low_corner, np.array((width, height)) - 1 - far_corner)
+    top_left, bottom_right = unit.min(axis=0) * radius, unit.max(axis=0) * radius
+    centre = random.uniform(1 - top_left, np.array((width, height)) - 1 - bottom_right)
     hue, saturation, value = random.uniform(*kind.hues) / 360, random.uniform(0.8, 1), random.uniform(0.7, 1)
     return Shape(kind, unit * radius + centre, colorsys.hsv_to_rgb(hue % 1, saturation, value))
 
 
-def _unit_outline(name: str, turn: float) -> np.ndarray:
-    """The corners [P, 2] of a shape whose outermost lie on the unit circle, turned by `turn` radians."""
+def _unit_outline(name: str, angle: float) -> np.ndarray:
+    """The corners [P, 2] of a shape in the unit circle, rotated by `angle` radians."""
     corners, inner_radius = {"disc": (64, 1), "square": (4, 1), "triangle": (3, 1), "star": (10, 0.45)}[name]
-    start = math.pi / 4 if name == "square" else -math.pi / 2  # y points down: the others stand on a side
-    angles = start + turn + np.arange(corners) * 2 * math.pi / corners
+    start = math.pi / 4 if name == "square" else -math.pi / 2  # y points down
+    angles = start + angle + np.arange(corners) * 2 * math.pi / corners
     radii = np.where(np.arange(corners) % 2, inner_radius, 1)
     return np.stack((np.cos(angles) * radii, np.sin(angles) * radii), axis=1)
 
@@ -177,22 +179,22 @@ def _unit_outline(name: str, turn: float) -> np.ndarray:
 def _picture(random: np.random.Generator, size: tuple[int, int], shapes: list[Shape]) -> Image.Image:
     pixels = _background(random, *size)  # [H, W, 3]
     for shape in shapes:
-        cover = _cover(shape.outline, size)[..., None]
+        coverage = _coverage(shape.outline, size)[..., None]
         light = 1 + 0.15 * _ramp(random, *size)[..., None]
-        pixels = pixels * (1 - cover) + np.array(shape.colour) * light * cover
+        pixels = pixels * (1 - coverage) + np.array(shape.colour) * light * coverage
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def _cover(outline: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """How much of each pixel the shape covers, [H, W] in 0..1."""
+def _coverage(outline: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The fraction of each pixel that the shape covers, [H, W] in 0..1."""
     drawn = Image.new("L", (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING))
-    corners = outline * SUPERSAMPLING - 0.5  # Pillow's coordinates are of pixel centres
+    corners = outline * SUPERSAMPLING - 0.5  # Pillow's coordinates are those of pixel centres
     ImageDraw.Draw(drawn).polygon([tuple(corner) for corner in corners.tolist()], fill=255)
     return np.asarray(drawn.resize(size, Image.Resampling.BOX), dtype=np.float64) / 255
 
 
 def _background(random: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """One of four kinds of muted ground, [H, W, 3] in 0..1."""
+    """A background in muted colours and one of four patterns, [H, W, 3] in 0..1."""
     first, second = (_muted(random) for _ in range(2))
     pattern = (_ramp, _noise, _stripes, _blobs)[random.integers(4)]
     mix = pattern(random, width, height)[..., None] / 2 + 0.5
@@ -208,7 +210,7 @@ def _muted(random: np.random.Generator) -> np.ndarray:
 
 
 def _distance(random: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """How far each pixel lies in a random direction, -1..1 where that runs along the longer side."""
+    """Each pixel's signed distance from the centre along a random direction, in units of half the longer side."""
     angle = random.uniform(0, 2 * math.pi)
     y, x = np.mgrid[:height, :width]
     return ((x - width / 2) * math.cos(angle) + (y - height / 2) * math.sin(angle)) * 2 / max(width, height)
@@ -238,10 +240,8 @@ def _blobs(random: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command `python -m src.data.synthetic`; gives the exit status, 2 where the folder cannot be drawn into."""
-    parser = argparse.ArgumentParser(
-        prog="python -m src.data.synthetic", description="Draw a small data set in the COCO layout."
-    )
+    """Runs the command and returns the exit status: 2 if the folder cannot be drawn into."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Draw a small data set in the COCO layout.")
     parser.add_argument("folder", metavar="DIR", help="where to: a new or empty folder, or one drawn before")
     parser.add_argument("--images", type=int, default=256, metavar="N", help="training images (default: %(default)s)")
     parser.add_argument(
@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(args.folder).expanduser()
         draw_dataset(folder, images=args.images, val_images=args.val_images, seed=args.seed)
     except UserError as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     print(f"{folder}: {args.images} training and {args.val_images} validation images")
     return 0

@@ -1,4 +1,4 @@
-"""The drawn data set: its layout, its pictures against its annotations, and what it refuses to draw over."""
+"""The drawn data set: its layout, its pictures and annotations, and folders that it must not overwrite."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def saturated(path: Path) -> np.ndarray:
-    """Where a picture is colourful, [H, W]: objects are, grounds are not."""
+    """The colourful pixels, bool [H, W]: those of objects, because backgrounds are muted."""
     pixels = np.asarray(Image.open(path).convert("HSV"))
     return (pixels[..., 1] > 150) & (pixels[..., 2] > 120)
 
@@ -71,7 +71,7 @@ def test_the_data_set_is_varied(drawn):
     assert min(labels.count(id_) for id_ in ids) > len(labels) / len(ids) / 2
 
 
-def test_objects_as_the_network_sees_them_are_mostly_a_fifth_to_two_thirds_of_the_picture(drawn):
+def test_most_objects_span_a_fifth_to_two_thirds_of_the_network_input(drawn):
     data = content(drawn, "train")
     sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
     sides = np.array(
@@ -81,7 +81,7 @@ def test_objects_as_the_network_sees_them_are_mostly_a_fifth_to_two_thirds_of_th
     assert sides.max() / sides.min() > 3
 
 
-def test_the_splits_have_no_id_and_no_picture_in_common(drawn):
+def test_the_splits_share_no_id_and_no_picture(drawn):
     ids = [{image["id"] for image in content(drawn, split)["images"]} for split in SPLITS]
     assert not ids[0] & ids[1]
     pictures = [{path.read_bytes() for path in (drawn / f"{split}2017").iterdir()} for split in SPLITS]
@@ -108,7 +108,7 @@ def test_boxes_lie_inside_their_images_and_agree_with_pycocotools(drawn, split, 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_boxes_fit_tightly_around_the_drawn_pixels(drawn, split):
-    """The colourful pixels of a picture span what its boxes span, and none lies outside of the boxes."""
+    """The colourful pixels reach the edges of the union of the boxes, and none is outside the boxes."""
     data = content(drawn, split)
     boxes_of = boxes_by_image(data)
     spans = 0
@@ -127,7 +127,7 @@ def test_boxes_fit_tightly_around_the_drawn_pixels(drawn, split):
     assert spans >= 30
 
 
-def test_same_seed_same_bytes_and_another_seed_other_pictures(drawn, tmp_path):
+def test_equal_seeds_give_equal_bytes_and_other_seeds_other_pictures(drawn, tmp_path):
     draw_dataset(tmp_path / "again", images=64, val_images=32, seed=0)
     assert files(tmp_path / "again") == files(drawn)
     draw_dataset(tmp_path / "other", images=64, val_images=32, seed=1)
@@ -136,7 +136,7 @@ def test_same_seed_same_bytes_and_another_seed_other_pictures(drawn, tmp_path):
     assert not any(before[name] == after[name] for name in before)
 
 
-def test_a_smaller_data_set_replaces_the_larger_one_it_is_drawn_over(tmp_path):
+def test_a_smaller_data_set_replaces_a_larger_one(tmp_path):
     draw_dataset(tmp_path / "set", images=5, val_images=2, seed=0)
     draw_dataset(tmp_path / "set", images=3, val_images=1, seed=0)
     draw_dataset(tmp_path / "fresh", images=3, val_images=1, seed=0)
@@ -145,15 +145,15 @@ def test_a_smaller_data_set_replaces_the_larger_one_it_is_drawn_over(tmp_path):
 
 def test_an_interrupted_drawing_can_be_repeated(tmp_path):
     draw_dataset(tmp_path, images=2, val_images=1, seed=0)
-    whole = files(tmp_path)
+    complete = files(tmp_path)
     for path in tmp_path.glob("annotations/*"):
         path.unlink()
     draw_dataset(tmp_path, images=2, val_images=1, seed=0)
-    assert files(tmp_path) == whole
+    assert files(tmp_path) == complete
 
 
 @pytest.mark.parametrize("name", ["photo.jpg", "train2017/000000000009.png", "annotations/instances_train2017.json"])
-def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path, name):
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path, name):
     theirs = tmp_path / name
     theirs.parent.mkdir(parents=True, exist_ok=True)
     theirs.write_text("theirs")
@@ -162,7 +162,7 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path, name):
     assert files(tmp_path) == {name: b"theirs"}
 
 
-def test_what_is_added_to_a_drawn_folder_is_not_deleted(tmp_path):
+def test_a_file_added_to_a_drawn_folder_is_not_deleted(tmp_path):
     draw_dataset(tmp_path, images=2, val_images=1, seed=0)
     (tmp_path / "train2017" / "holiday.jpg").write_text("theirs")
     before = files(tmp_path)
@@ -190,15 +190,15 @@ def test_the_command_draws_into_a_new_folder(tmp_path):
 @pytest.mark.parametrize(
     "flags", [["--images", "0"], ["--val-images", "0"], ["--seed", "-1"], []], ids=["images", "val", "seed", "a file"]
 )
-def test_the_command_says_in_one_line_what_it_cannot_do(tmp_path, capsys, flags):
+def test_the_command_prints_errors_in_one_line(tmp_path, capsys, flags):
     (tmp_path / "file").write_text("")
     assert main([str(tmp_path / "new" if flags else tmp_path / "file"), *flags]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("sample.py: error: ") and error.count("\n") == 1
+    assert error.startswith("python -m src.data.synthetic: error: ") and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 
-def test_the_project_reads_what_it_draws(drawn):
+def test_the_annotation_reader_reads_the_drawn_files(drawn):
     coco = pytest.importorskip("src.data.annotations.coco")
     path = drawn / "annotations" / "instances_train2017.json"
     annotations = coco.read_annotations(path, drawn / "train2017")

@@ -57,11 +57,12 @@ def find_images(path: Path, *, leave_out: Path | None = None, marker: str | None
     files = list(walk.files())
     images = sorted(file for file in files if file.suffix.lower() in SUFFIXES or read_format(file))
     if not images:
-        others = f"{len(files)} other files"
+        others = [f"{len(files)} other files"] if files else []
         if walk.marked:
-            others += f" and {walk.marked} folders that hold {marker}"
+            others.append(f"{walk.marked} folders that hold {marker}")
+        found = f", but {' and '.join(others)}" if others else ""
         errors = "".join(f"; {error}" for error in walk.unreadable)
-        raise UserError(f"{path.absolute()}: no image in this folder or below it, but {others}{errors}")
+        raise UserError(f"{path.absolute()}: no image in this folder or below it{found}{errors}")
     return ImageFiles(path, images, len(files) - len(images), walk.unreadable, walk.marked)
 
 

@@ -1,4 +1,4 @@
-"""Writes a data set in the COCO 2017 layout, whole or not at all."""
+"""Writes a data set in the COCO 2017 layout, completely or not at all."""
 
 import json
 import os
@@ -11,21 +11,21 @@ from typing import Any
 from src.data.prepare.labels import BadLabelsError, Picture
 from src.runtime.errors import UserError
 
-Split = Mapping[str, Sequence[Picture]]  # "train" and "val"
+Splits = Mapping[str, Sequence[Picture]]  # by split, "train" and "val"
 
 
 def check_target(folder: Path) -> None:
-    """Raises UserError where the folder cannot be made because something is there."""
+    """Raises UserError unless `folder` is new or empty."""
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: is not empty; name a new folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a new folder")
 
 
-def check_names(split: Split) -> None:
-    """Raises BadLabelsError where a part has two pictures of one name: they will share a folder."""
+def check_names(splits: Splits) -> None:
+    """Raises BadLabelsError if two pictures of a split, which become files of one folder, have the same name."""
     faults = []
-    for pictures in split.values():
+    for pictures in splits.values():
         seen: dict[str, Path] = {}
         for picture in pictures:
             first = seen.setdefault(picture.path.name.casefold(), picture.path)
@@ -35,21 +35,21 @@ def check_names(split: Split) -> None:
         raise BadLabelsError(faults)
 
 
-def write_coco_folder(folder: Path, split: Split, categories: list[dict[str, Any]]) -> bool:
+def write_coco_folder(folder: Path, splits: Splits, categories: list[dict[str, Any]]) -> bool:
     """Links the pictures into `folder` and writes the annotation files; True if pictures had to be copied.
 
-    All is written into a folder beside it, which is renamed at the end.  Raises UserError.
+    Writes into a temporary folder next to it, which is renamed at the end.  Raises UserError if writing fails.
     """
     copied = False
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+        temporary = Path(mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
         try:
-            part.chmod(0o777 & ~_umask())
+            temporary.chmod(0o777 & ~_umask())
             image_id = annotation_id = 0
-            for name, pictures in split.items():
-                annotation_file = part / "annotations" / f"instances_{name}2017.json"
-                image_folder = part / f"{name}2017"
+            for name, pictures in splits.items():
+                annotation_file = temporary / "annotations" / f"instances_{name}2017.json"
+                image_folder = temporary / f"{name}2017"
                 annotation_file.parent.mkdir(exist_ok=True)
                 image_folder.mkdir()
                 images, annotations = [], []
@@ -73,9 +73,9 @@ def write_coco_folder(folder: Path, split: Split, categories: list[dict[str, Any
                         annotations.append({**defaults, **box, "image_id": own_id})
                 content = {"images": images, "annotations": annotations, "categories": categories}
                 annotation_file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-            os.replace(part, folder)  # takes the place of an empty folder
+            os.replace(temporary, folder)  # replaces an empty folder
         except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error}); nothing was left there") from None
@@ -83,8 +83,8 @@ def write_coco_folder(folder: Path, split: Split, categories: list[dict[str, Any
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Makes a hard link, or a copy where the disk cannot link; True for a copy."""
-    source = source.resolve()  # a link to a symbolic link would break with it
+    """Makes a hard link, or a copy if the disk cannot link; True for a copy."""
+    source = source.resolve()  # a hard link to a symbolic link would break with that
     try:
         os.link(source, target)
     except OSError:

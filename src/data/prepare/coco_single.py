@@ -1,4 +1,4 @@
-"""Reads one COCO file with its pictures, which has no split yet."""
+"""Reads one COCO file and its pictures, which are not split yet."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from src.runtime.errors import UserError
 
 
 def read_coco(file: Path, content: dict[str, Any], index: PictureIndex, checker: Checker) -> Labels:
-    """The pictures with their entries, all fields kept (crowds and segmentations among them).
+    """The pictures with all fields of their entries, crowds and segmentations too.
 
-    The reader of training files checks the content, so a fault has the same line here as there.
+    `read_annotations` checks the file, so errors and warnings are those of a training.
     """
     annotations = read_annotations(file, file.parent)
     pictures: dict[int, Picture] = {}
@@ -39,5 +39,7 @@ def read_coco(file: Path, content: dict[str, Any], index: PictureIndex, checker:
     notes = [f"pictures that the file does not name: {len(index.unused)}, left out"]
     if missing:
         notes.append(f"labels without a picture: {len(missing)}, left out: {missing[0]}")
-    notes += annotations.warnings
+    if annotations.warnings:
+        notes.append("boxes are written as the file has them; training on them gives these warnings:")
+        notes += annotations.warnings
     return Labels("COCO", content["categories"], list(pictures.values()), notes, upright=upright)

@@ -1,4 +1,4 @@
-"""Which format a folder of labels has, and its reader."""
+"""Finds the format of a folder of labels and reads it."""
 
 import json
 import re
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from src.data.images.formats import find_images
-from src.data.prepare.boxes_by_name import read_cvat, read_labelme, read_voc, voc_split
+from src.data.prepare.boxes_by_name import assign_voc_splits, read_cvat, read_labelme, read_voc
 from src.data.prepare.coco_single import read_coco
-from src.data.prepare.labels import Checker, Labels, Part, PictureIndex
+from src.data.prepare.labels import Checker, Labels, PictureIndex, SplitName
 from src.data.prepare.xml_lines import XmlFile
 from src.data.prepare.yolo import read_yolo_folder, read_yolo_yaml
 from src.runtime.errors import UserError
 
-# Names of folders that say which part of the data set is in them: train, train2017, valid, ...
-PART_FOLDERS: dict[Part, re.Pattern[str]] = {
+# Names of folders that hold one split: train, train2017, valid, ...
+SPLIT_FOLDERS: dict[SplitName, re.Pattern[str]] = {
     "train": re.compile(r"train(ing)?(\d{4})?", re.IGNORECASE),
     "val": re.compile(r"val(id(ation)?)?(\d{4})?", re.IGNORECASE),
     "test": re.compile(r"test(ing)?(\d{4})?", re.IGNORECASE),
@@ -24,10 +24,10 @@ FORMATS = "YOLO (data.yaml, or .txt files and a list of names), Pascal VOC, CVAT
 
 
 def read_labels(source: Path, name_list: Path | None, *, leave_out: Path) -> Labels:
-    """The labels in a folder, or those that a data.yaml, a CVAT file or a COCO file has.
+    """The labels in a folder, in a data.yaml, in a CVAT file or in a COCO file.
 
-    name_list: the names of YOLO's categories, where the folder has no list of them.  leave_out: a folder that is not
-    looked into.  Raises UserError, BadLabelsError with all faults of label files.
+    name_list: a file with the names of YOLO's categories; None: the folder has one.  leave_out: a folder that is not
+    searched.  Raises BadLabelsError for faults in label files, UserError for anything else that is wrong.
     """
     checker = Checker()
     folder = source if source.is_dir() else source.parent
@@ -42,11 +42,11 @@ def read_labels(source: Path, name_list: Path | None, *, leave_out: Path) -> Lab
     if yamls:
         labels = read_yolo_yaml(yamls[0], checker)
     else:
-        labels = _read_other(source, folder, name_list, checker, leave_out)
-        if labels.source == "Pascal VOC":
-            voc_split(folder, labels.pictures)
-        if all(picture.part is None for picture in labels.pictures):
-            _parts_from_folders(labels, folder)
+        labels = _read_by_content(source, folder, name_list, checker, leave_out)
+        if labels.format_name == "Pascal VOC":
+            assign_voc_splits(folder, labels.pictures)
+        if all(picture.split is None for picture in labels.pictures):
+            _assign_splits_by_folder(labels, folder)
     checker.raise_faults()
     labels.notes += checker.notes()
     if not any(picture.boxes for picture in labels.pictures):
@@ -54,8 +54,8 @@ def read_labels(source: Path, name_list: Path | None, *, leave_out: Path) -> Lab
     return labels
 
 
-def _read_other(source: Path, folder: Path, name_list: Path | None, checker: Checker, leave_out: Path) -> Labels:
-    """All but a data.yaml: the format shows in the files."""
+def _read_by_content(source: Path, folder: Path, name_list: Path | None, checker: Checker, leave_out: Path) -> Labels:
+    """Labels without a data.yaml: the content of the files shows their format."""
     pictures = find_images(folder, leave_out=leave_out).files
     index = PictureIndex(pictures, checker)
     files = [source] if source.is_file() else [file for file in _files(folder, leave_out) if file not in set(pictures)]
@@ -68,10 +68,10 @@ def _read_other(source: Path, folder: Path, name_list: Path | None, checker: Che
     stems = {(picture.parent.name, picture.stem) for picture in pictures}
     texts = [file for file in files if file.suffix == ".txt" and _labels_a_picture(file, stems)]
     found = {"Pascal VOC": voc, "CVAT": cvat, "COCO": coco, "LabelMe": labelme, "YOLO": texts}
-    kinds = [kind for kind, those in found.items() if those]
-    if len(kinds) > 1:
-        raise UserError(f"{source}: labels in the formats {' and '.join(kinds)}; name a folder with one")
-    if not kinds:
+    formats = [name for name, label_files in found.items() if label_files]
+    if len(formats) > 1:
+        raise UserError(f"{source}: labels in the formats {' and '.join(formats)}; name a folder with one")
+    if not formats:
         raise UserError(f"{source}: {len(pictures)} pictures, but no labels; expected {FORMATS}")
     if voc:
         return read_voc(voc, index, checker)
@@ -95,7 +95,7 @@ def _files(folder: Path, leave_out: Path) -> Iterator[Path]:
 
 
 def _labels_a_picture(file: Path, stems: set[tuple[str, str]]) -> bool:
-    """Whether a picture of that name is beside the text file, or in `images` where the file is in `labels`."""
+    """Whether a picture has the text file's name and is next to it, or in `images` if the file is in `labels`."""
     folder = "images" if file.parent.name == "labels" else file.parent.name
     return (file.parent.name, file.stem) in stems or (folder, file.stem) in stems
 
@@ -115,12 +115,12 @@ def _load_json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _parts_from_folders(labels: Labels, folder: Path) -> None:
-    """Takes the parts from folders named train, valid and the like, if pictures lie in both."""
-    parts: list[Part | None] = []
+def _assign_splits_by_folder(labels: Labels, folder: Path) -> None:
+    """Assigns splits by names of folders such as train and valid, if there are pictures in both."""
+    splits: list[SplitName | None] = []
     for picture in labels.pictures:
         inside = picture.path.relative_to(folder).parts[:-1]
-        parts.append(next((part for part, name in PART_FOLDERS.items() if any(map(name.fullmatch, inside))), None))
-    if {"train", "val"} <= set(parts):
-        for picture, part in zip(labels.pictures, parts, strict=True):
-            picture.part = part
+        splits.append(next((split for split, name in SPLIT_FOLDERS.items() if any(map(name.fullmatch, inside))), None))
+    if {"train", "val"} <= set(splits):
+        for picture, split in zip(labels.pictures, splits, strict=True):
+            picture.split = split

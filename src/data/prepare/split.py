@@ -1,4 +1,4 @@
-"""Which pictures train and which validate."""
+"""Chooses which pictures train and which validate."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,35 +14,35 @@ from src.runtime.errors import UserError
 def split_at_random(pictures: Sequence[Picture], *, fraction: float, seed: int) -> list[bool]:
     """Whether each picture validates: `fraction` of all, and of each category as far as possible.
 
-    The choice depends on the seed and on the pictures' names and labels, not on the order or the folder.
-    The rarest category chooses first, because common ones have more pictures left to choose from.  A category of
-    two pictures or more gets one in each part, unless rarer ones have taken all its pictures.
+    Depends on the seed and on the pictures' names and labels, not on their order or folder.  Splits the rarest category
+    first, because common ones have more pictures left to choose from.  A category of two or more pictures has one in
+    each split, unless rarer categories have already put all its pictures into one.
     """
     by_name = sorted(range(len(pictures)), key=lambda index: normalize("NFC", pictures[index].path.name))
-    order = [by_name[place] for place in np.random.default_rng(seed).permutation(len(pictures))]
-    holders: dict[int, list[int]] = defaultdict(list)
+    order = [by_name[position] for position in np.random.default_rng(seed).permutation(len(pictures))]
+    pictures_with: dict[int, list[int]] = defaultdict(list)
     for index in order:
         for category in sorted(pictures[index].categories):
-            holders[category].append(index)
+            pictures_with[category].append(index)
     validates: dict[int, bool] = {}
-    for category in sorted(holders, key=lambda category: (len(holders[category]), category)):
-        _assign(holders[category], validates, fraction)
+    for category in sorted(pictures_with, key=lambda category: (len(pictures_with[category]), category)):
+        _assign(pictures_with[category], validates, fraction)
     _assign([index for index in order if not pictures[index].boxes], validates, fraction)
-    # Left are pictures with crowds only.  They train as boxes do.
+    # Only pictures whose boxes are all crowds are left: they train.
     return [validates.get(index, False) for index in range(len(pictures))]
 
 
-def _assign(members: list[int], validates: dict[int, bool], fraction: float) -> None:
-    """Decides for those members that have no part yet, so that about `fraction` of all members validate."""
-    wanted = min(max(1, round(fraction * len(members))), len(members) - 1) if len(members) > 1 else 0
-    missing = wanted - sum(validates.get(index, False) for index in members)
-    for index in [index for index in members if index not in validates]:
+def _assign(indices: list[int], validates: dict[int, bool], fraction: float) -> None:
+    """Adds the pictures that have no split yet to `validates`, so that about `fraction` of `indices` validates."""
+    goal = min(max(1, round(fraction * len(indices))), len(indices) - 1) if len(indices) > 1 else 0
+    missing = goal - sum(validates.get(index, False) for index in indices)
+    for index in [index for index in indices if index not in validates]:
         validates[index] = missing > 0
         missing -= 1
 
 
 def split_by_list(pictures: Sequence[Picture], file: Path) -> list[bool]:
-    """Whether each picture is in the list: a name a line, with or without folder and suffix.
+    """Whether each picture is in the list `file`, which has a name a line, with or without folder and suffix.
 
     Raises UserError for a line that names no picture.
     """
@@ -63,7 +63,7 @@ def split_by_list(pictures: Sequence[Picture], file: Path) -> list[bool]:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a text file.  Raises UserError."""
+    """The lines of a text file.  Raises UserError if it cannot be read."""
     try:
         return file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:

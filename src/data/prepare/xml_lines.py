@@ -1,4 +1,4 @@
-"""XML read with the line of every element, which xml.etree does not keep."""
+"""Reads XML and keeps the line of every element, which xml.etree does not."""
 
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -8,7 +8,7 @@ from src.runtime.errors import UserError
 
 
 class XmlFile:
-    """The tree of an XML file.  Raises UserError, with the line, where it is not well-formed."""
+    """The tree of an XML file.  Raises UserError, with the line, if it is not well-formed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -342,7 +342,7 @@ def test_shapes_that_are_no_boxes_and_turned_boxes_are_counted(tmp_path, capsys)
     assert main([str(cvat), str(tmp_path / "data")]) == 0
     told = capsys.readouterr().out
     assert "shapes that are no boxes, left out: 1 polygon" in told
-    assert f"turned boxes: 1, taken as if they were not: {file}:13" in told
+    assert f"rotated boxes: 1, taken without their rotation: {file}:13" in told
 
 
 def test_all_faults_are_told_up_to_twenty(tmp_path, capsys):
@@ -390,7 +390,7 @@ def test_a_missing_picture_is_told_and_left_out(tmp_path, capsys):
 def test_a_box_that_reaches_beyond_its_picture_is_cut_off(tmp_path, capsys):
     labels = write_voc(tmp_path / "labels", BOXES | {"a.jpg": [(0, -30, 20, 60, 90)]}, NAMES)
     assert main([str(labels), str(tmp_path / "data")]) == 0
-    assert f"cut off at its edge: {labels / 'Annotations' / 'a.xml'}:4: box = -30 20 60 90" in capsys.readouterr().out
+    assert f"clipped to it: {labels / 'Annotations' / 'a.xml'}:4: box = -30 20 60 90" in capsys.readouterr().out
     assert found_boxes(tmp_path / "data")["a.jpg"] == [("dog", 0, 20, 60, 90)]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from src.data.prepare.labels import Picture
 from src.data.prepare.split import split_at_random
-from src.data.recipes import RECIPES, fitting_recipe
+from src.data.recipes import RECIPES, closest_recipe
 
 
 def picture(name: str, *categories: int) -> Picture:
@@ -53,7 +53,7 @@ def test_few_pictures_are_in_both_parts(count):
 
 @pytest.mark.parametrize("pictures", [60, 100, 150, 223, 224, 500, 999, 1001, 2000, 4472, 4473, 10_000, 20_000])
 def test_a_recipe_fits(pictures):
-    recipe = fitting_recipe(pictures)
+    recipe = closest_recipe(pictures)
     per_epoch = math.ceil(pictures / recipe.batch_size)
     iterations = per_epoch * recipe.epochs
     assert recipe.iterations(pictures) == iterations >= 3_000
