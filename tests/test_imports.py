@@ -1,6 +1,7 @@
 """Imports run one way: from what uses to what is used."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,13 @@ def test_imports_run_one_way():
 def test_every_room_stands_in_the_order_and_is_there():
     rooms = {room(file.relative_to(HERE).with_suffix("").parts) for file in files(HERE)}
     assert rooms - {"__init__"} == LEVEL.keys()
+
+
+def test_no_test_module_is_imported():
+    """What tests share stands in tests/helpers."""
+    files = sorted((HERE / "tests").rglob("*.py"))
+    found = [f"{file.relative_to(HERE)}: {'.'.join(name)}" for file in files for name in imported(file, HERE)]
+    assert [line for line in found if re.search(r": tests\..*\btest_", line)] == []
 
 
 @pytest.mark.parametrize(

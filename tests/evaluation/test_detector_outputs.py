@@ -11,9 +11,9 @@ from torchvision.ops import box_convert
 import main
 from src.data.annotations.coco import read_annotations
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, encode
-from tests.evaluation.test_scoring import plain_scorer
 from tests.helpers.datasets import annotation, write_coco
-from tests.integration.test_main import flags
+from tests.helpers.pycocotools_scorer import plain_scorer
+from tests.helpers.small_runs import flags
 
 pytestmark = pytest.mark.usefixtures("narrow")
 

@@ -5,25 +5,14 @@ import os
 
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from src.data.annotations.coco import read_annotations
 from src.evaluation.results import Results, join_results, write_results
 from src.evaluation.scoring import METRIC_NAMES, Scores, merge_shards, score, score_shard, shard_categories
 from tests.helpers.datasets import annotation, write_annotations
+from tests.helpers.pycocotools_scorer import plain_scorer
 
 NO_RESULTS = Results(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
-
-
-def plain_scorer(annotation_file, results_file) -> COCOeval:
-    """pycocotools' usual evaluation of the two files."""
-    truth = COCO(str(annotation_file))
-    scorer = COCOeval(truth, truth.loadRes(str(results_file)), "bbox")
-    scorer.evaluate()
-    scorer.accumulate()
-    scorer.summarize()
-    return scorer
 
 
 def noisy_results(file, *, seed: int, extra: int = 3, digits: int = 2) -> Results:

@@ -25,13 +25,13 @@ from src.runtime.preemption import GracefulShutdown
 from src.ssd.detect import detect
 from src.training.checkpoint import Position
 from src.training.loop import train_epoch
-from src.training.optimizer import make_optimizer
 from src.training.schedule import Schedule
 from src.training.step import Trainer
 from tests.helpers.datasets import annotation, write_coco
 from tests.helpers.fake_cuda import CPU, GPU, Event, FakeGpu, GpuTensor, Operator, fake_gpu
 from tests.helpers.rank_programs import small_network
 from tests.helpers.tiny_model import narrow_network
+from tests.helpers.trainers import make_trainer
 
 IMAGES, BATCH, LABELS = 6, 2, 3
 # What an iteration copies to the GPU, all from pinned memory: a HostBatch, whose images have a box each.
@@ -56,10 +56,8 @@ def annotations_of(data: Path, split: str = "train") -> Annotations:
     return read_annotations(*locations(data, split), for_scoring=True)
 
 
-def make_trainer(device: torch.device, *, half: bool = False) -> Trainer:
-    model = small_network().to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, momentum=0.9, weight_decay=5e-4)
-    return Trainer(model, optimizer, Processes.single(device), amp=half)
+def small_trainer(device: torch.device, *, half: bool = False) -> Trainer:
+    return make_trainer(small_network().to(device, memory_format=torch.channels_last), device=device, half=half)
 
 
 def detecting_network(device: torch.device) -> torch.nn.Module:
@@ -78,7 +76,7 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
 
 def train(device: torch.device, batches, *, half: bool = False) -> list[torch.Tensor]:
     """The weights after an epoch on these batches."""
-    trainer = make_trainer(device, half=half)
+    trainer = small_trainer(device, half=half)
     stop = GracefulShutdown(trainer.processes)
     schedule = Schedule(base_learning_rate=0.01, global_batch_size=BATCH)
     try:
@@ -314,7 +312,7 @@ def test_a_batch_and_a_step_are_of_so_many_operators(half):
     with fake_gpu() as gpu:
         make_batch = BatchMaker(config.dtype).to(GPU)
         make_batch(host)  # copies mean and deviation
-        trainer = make_trainer(GPU, half=half)
+        trainer = small_trainer(GPU, half=half)
         first = len(gpu.operators)
         batch = make_batch(host)
         second = len(gpu.operators)
@@ -347,7 +345,7 @@ def test_predictions_are_the_cpus(data, tmp_path):
 
 def test_a_benchmark_waits_for_each_step_and_inside_it_for_no_more_than_a_run_does(gpu, data, monkeypatch):
     monkeypatch.setattr("src.benchmark.STEPS", 1)
-    trainer, start = make_trainer(GPU), len(gpu.events)
+    trainer, start = small_trainer(GPU), len(gpu.events)
     benchmark(
         trainer,
         torch_loader(data, GPU),

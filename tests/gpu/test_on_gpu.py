@@ -23,15 +23,13 @@ from src.runtime.precision import image_dtype
 from src.ssd.model import SSD300
 from src.training.step import Trainer
 from src.weights.files import load_checkpoint
-from tests.data.pipelines import test_data_errors
 from tests.helpers import rank_programs
-from tests.helpers.both_pipelines import read, train_loader
+from tests.helpers.both_pipelines import train_loader
 from tests.helpers.dali_loaders import loader, small
-from tests.helpers.datasets import annotation, write_coco
+from tests.helpers.datasets import annotation, read, write_coco
 from tests.helpers.launch import NARROW, SMALL, command, launch
-from tests.integration.test_main import flags
-from tests.runtime.test_distributed import steps_by_hand
-from tests.training.test_step import make_trainer
+from tests.helpers.small_runs import flags
+from tests.helpers.trainers import make_trainer
 
 GPU = torch.device("cuda", 0)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -95,13 +93,6 @@ def test_a_batch_without_dali_is_the_cpus(data, workers):
         assert (on_host(other.images) - one.images).abs().max() < 0.01
         assert torch.equal(other.labels.cpu(), one.labels)
         torch.testing.assert_close(other.boxes.cpu(), one.boxes)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("fault", test_data_errors.BROKEN)
-def test_a_broken_image_is_named(tmp_path, capsys, fault):
-    test_data_errors.test_a_broken_image_ends_the_run_with_its_full_path("dali", tmp_path, capsys, fault)
 
 
 @pytest.mark.gpu
@@ -204,7 +195,7 @@ def test_two_gpus_take_the_steps_of_one_and_share_buffers(tmp_path, oracle):
     assert reports[0]["weights"] == reports[1]["weights"]
     assert reports[0]["buffers"] == reports[1]["buffers"]
     start = rank_programs.small_network().state_dict()
-    expected = steps_by_hand(defaults)
+    expected = rank_programs.steps_by_hand(defaults)
     for name, weights in torch.load(tmp_path / "weights.pt").items():
         moved = (expected[name] - start[name]).double()
         assert (weights - expected[name]).double().norm() <= 1e-2 * moved.norm(), name

@@ -5,16 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from src.data.annotations.coco import Annotations, read_annotations
+from src.data.annotations.coco import Annotations
 from src.data.pipelines.dali_pipeline import DaliTrainLoader
 from src.data.pipelines.loaders import LoaderConfig
-from tests.helpers.datasets import annotation, write_coco
+from tests.helpers.datasets import annotation, read, write_coco
 
 CPU = torch.device("cpu")
-
-
-def read(folder: Path) -> Annotations:
-    return read_annotations(folder / "annotations" / "instances_train2017.json", folder / "train2017")
 
 
 def small(folder: Path, images: int = 7, *, seed: int = 0) -> Annotations:

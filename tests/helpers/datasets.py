@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from src.data.annotations.coco import Annotations, locations, read_annotations
+
 CATEGORIES = [{"id": 1, "name": "square"}, {"id": 2, "name": "disc"}]
 
 
@@ -49,6 +51,11 @@ def write_coco(
                 write_image(folder / f"{split}2017" / entry["file_name"], entry["width"], entry["height"], seed=number)
         write_annotations(folder, content, split)
     return folder
+
+
+def read(folder: Path, split: str = "train", **options) -> Annotations:
+    """The annotations of one split."""
+    return read_annotations(*locations(folder, split), **options)
 
 
 def to_roboflow(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A small run that calls every method of a report, and readers of its files."""
+"""A small run that calls every method of a report, and a reader of mlperf.log."""
 
 import json
 import re
@@ -91,15 +91,6 @@ def run(report: Report, start: int = 0, stop: int | None = None) -> None:
         report.begin_epoch(stage.epoch, ITERATIONS, stage.iteration - stage.epoch * ITERATIONS)
     for stage in stages()[start:stop]:
         stage.play(report)
-
-
-def metrics(folder: Path) -> list[dict]:
-    """The objects of metrics.jsonl; the parser refuses NaN and Infinity."""
-
-    def refuse(constant: str):
-        raise AssertionError(f"{constant} is no JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def tags(folder: Path) -> list[tuple[str, object]]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from src.data.annotations.coco import Annotations, locations, read_annotations
+from src.data.annotations.coco import Annotations
 from src.data.pipelines.batch import Batch
 from src.data.pipelines.dali_pipeline import DaliTrainLoader
 from src.data.pipelines.loader_config import LoaderConfig
@@ -23,11 +23,12 @@ from src.evaluation.evaluate import Evaluation, evaluate
 from src.flags import parse_args
 from src.runtime import process_group
 from src.runtime.distributed import Processes
+from src.ssd.loss import MultiBoxLoss
 from src.ssd.model import SSD300
 from src.training.optimizer import make_optimizer
 from src.training.schedule import Schedule
 from src.training.step import Trainer
-from tests.helpers.datasets import annotation, write_coco
+from tests.helpers.datasets import annotation, read, write_coco
 from tests.helpers.oracle_inputs import loss_inputs
 from tests.helpers.tiny_model import narrow_network
 
@@ -52,10 +53,6 @@ def write_data(folder: Path) -> None:
             annotation(FIRST_ID + i, [*rng.uniform(0, 40, 2), *rng.uniform(60, 79, 2)], 1 + i % 2) for i in range(count)
         ]
         write_coco(folder / str(count), boxes, images=images)
-
-
-def read(folder: Path, count: int, split: str = "train") -> Annotations:
-    return read_annotations(*locations(folder / str(count), split), for_scoring=True)
 
 
 class SmallNetwork(nn.Module):
@@ -104,6 +101,22 @@ def train_steps(processes: Processes, folder: Path) -> str:
     if processes.is_main:
         torch.save(network.state_dict(), folder / "weights.pt")
     return digest_of(network.state_dict().values())
+
+
+def steps_by_hand(default_boxes: np.ndarray) -> dict[str, torch.Tensor]:
+    """The weights that `train_steps` should reach, computed on the whole batch by the formulas of SGD with momentum."""
+    network, batch = small_network(), step_batch(default_boxes)
+    rate = 2.6e-3 * STEP_BATCH / 32
+    velocity = dict.fromkeys(dict(network.named_parameters()), 0)
+    for _ in range(STEPS):
+        loss = MultiBoxLoss()(*network(batch.images), batch.boxes, batch.labels)
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        with torch.no_grad():
+            for (name, parameter), gradient in zip(network.named_parameters(), gradients, strict=True):
+                decay = 5e-4 if parameter.dim() > 1 else 0
+                velocity[name] = 0.9 * velocity[name] + gradient + decay * parameter
+                parameter -= rate * velocity[name]
+    return network.state_dict()
 
 
 def shared_buffers(processes: Processes) -> str:
@@ -173,14 +186,14 @@ def main(folder: Path, local_rank: int) -> None:
         if STEP_BATCH % processes.world_size == 0:
             report["weights"] = train_steps(processes, folder)
         report["images"] = {
-            f"{pipeline} {count}": images_of_epochs(read(folder, count), pipeline, processes)
+            f"{pipeline} {count}": images_of_epochs(read(folder / str(count)), pipeline, processes)
             for pipeline in PIPELINES
             for count in SIZES
         }
-        report["augmented"] = {name: augmented_digests(read(folder, 1), name, processes) for name in PIPELINES}
+        report["augmented"] = {name: augmented_digests(read(folder / "1"), name, processes) for name in PIPELINES}
         report["metrics"] = {}
         for count in (2, 8):
-            found = evaluation(read(folder, count, "val"), processes)
+            found = evaluation(read(folder / str(count), "val", for_scoring=True), processes)
             report["metrics"][count] = found.scores.metrics
             if processes.is_main:
                 np.savez(folder / f"results-{count}.npz", **found.results._asdict())

@@ -1,6 +1,5 @@
 """Runs of main.py that are stopped and continued, in this process and in two on gloo."""
 
-import json
 import os
 import shutil
 import signal
@@ -60,15 +59,6 @@ def run_and_stop(data: Path, folder: Path, stops: list[int | None], start: Calla
         resumed = ["--resume"] if number else []
         assert start(data, folder / "stopped", *resumed, signalled_at=stop) == (main.TERMINATED if stop else main.DONE)
         shutil.copy(folder / "stopped" / "last.pt", folder / next(names, "later.pt"))
-
-
-def records(folder: Path, kind: str) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
-
-
-def losses(folder: Path) -> list[float]:
-    return [entry["loss"] for entry in records(folder, "iteration")]
 
 
 def state_of(folder: Path) -> dict:

@@ -16,6 +16,7 @@ from src.runtime.distributed import GROUP_TIMEOUT_VARIABLE
 from tests.helpers import preloaded_python
 from tests.helpers.datasets import annotation, write_coco
 from tests.helpers.launch import HALF, LIMIT, NARROW, NO_DALI, SMALL, command, launch
+from tests.helpers.small_runs import records
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -48,11 +49,6 @@ def whole(data, tmp_path_factory) -> tuple[Path, str]:
 def told(text: str) -> list[str]:
     """The program's own lines of what a launcher and its processes printed to stderr."""
     return re.findall(r"^main\.py: .*$", text, re.MULTILINE)
-
-
-def records(output: Path, kind: str) -> list[dict]:
-    lines = (json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
 
 
 def test_only_one_process_prints(whole):

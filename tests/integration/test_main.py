@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 from src.weights.files import load_checkpoint
 from tests.helpers import preloaded_python
 from tests.helpers.datasets import annotation, write_annotations, write_coco, write_image
 from tests.helpers.launch import HALF, LIMIT, NARROW
-from tests.training.test_step import make_trainer
+from tests.helpers.small_runs import flags, losses
+from tests.helpers.trainers import ScalarReads, make_trainer
 
 PROGRAM = Path(main.__file__)
 LINES = (
@@ -28,21 +28,11 @@ LINES = (
 )
 
 
-def flags(data: Path, output: Path, *more: str) -> list[str]:
-    small = "--data_pipeline no_dali --backbone resnet18 --backbone-weights none -b 2 --ebs 2 -e 1 --num-workers 0"
-    return ["--data", str(data), "--output", str(output), *small.split(), *HALF, *more]
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     """Three annotated images and one without boxes."""
     folder = tmp_path_factory.mktemp("small")
     return write_coco(folder, [annotation(image, (30, 20, 90, 80), 1 + image % 2) for image in (1, 2, 3)], images=4)
-
-
-def losses(output: Path) -> list[float]:
-    entries = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [entry["loss"] for entry in entries if entry["kind"] == "iteration"]
 
 
 def weights(path: Path) -> dict:
@@ -264,16 +254,6 @@ def test_signals(small, tmp_path, signal_sent, status):
     assert "Traceback" not in errors
     state = load_checkpoint(tmp_path / "last.pt")
     assert state["iteration"] == 2 * state["epoch"] + state["within"] >= 2
-
-
-class ScalarReads(TorchDispatchMode):
-    """Counts the times that a value is read from the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
 
 
 def test_an_iteration_reads_nothing_from_the_device():

@@ -12,15 +12,10 @@ from src.export.export import label_categories, read_pictures
 from src.report.report import Report
 from tests.helpers.datasets import annotation, to_roboflow, write_coco
 from tests.helpers.label_folders import write_voc, write_yolo
-from tests.helpers.launch import HALF
+from tests.helpers.small_runs import flags
 
 NAMES = ["square", "disc", "star"]
 BOXES = {f"Bild {n} größer.jpg": [(n % 2, 20, 20, 120, 80)] for n in range(10)}
-
-
-def flags(data: Path, output: Path, *more: str) -> list[str]:
-    small = "--data_pipeline no_dali --backbone resnet18 --backbone-weights none -b 2 --ebs 2 -e 1 --num-workers 0"
-    return ["--data", str(data), "--output", str(output), *small.split(), *HALF, *more]
 
 
 @pytest.fixture(scope="module")

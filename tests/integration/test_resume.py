@@ -1,7 +1,6 @@
 """Runs that are stopped and continued: main.py in this process, in two on gloo, and as a process of its own."""
 
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ import torch
 import main
 from tests.helpers import preloaded_python
 from tests.helpers.launch import NARROW, free_ports
+from tests.helpers.small_runs import losses, records
 from tests.helpers.stopped_runs import (
     BOUNDARY,
     FLAGS,
@@ -25,8 +25,6 @@ from tests.helpers.stopped_runs import (
     be_one_of_two,
     flags,
     idle_run,
-    losses,
-    records,
     run,
     run_and_stop,
     same,
@@ -49,13 +47,6 @@ def check_same(folder: Path, *, length: int, rates: list[float]) -> None:
     assert [entry["iteration"] for entry in records(stopped, "epoch")] == list(range(length, len(rates) + 1, length))
     inside = torch.load(folder / INSIDE)
     assert [inside[name] for name in ("epoch", "within", "iteration")] == [0, length - 1, length - 1]
-
-
-@pytest.fixture(autouse=True)
-def _signals_as_before() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,10 +15,10 @@ import main
 from src.flags import parse_args
 from src.runtime.errors import UserError, escape_control_characters
 from src.runtime.output_files import convert_write_errors
-from tests.helpers.both_pipelines import error_line, read, train_loader
-from tests.helpers.datasets import annotation, write_coco
+from tests.helpers.both_pipelines import train_loader
+from tests.helpers.datasets import annotation, read, write_coco
+from tests.helpers.small_runs import error_line, flags
 from tests.helpers.stopped_runs import idle_run
-from tests.integration.test_main import flags
 
 pytestmark = pytest.mark.usefixtures("narrow")
 

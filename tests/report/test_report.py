@@ -13,14 +13,8 @@ import torch
 
 from src.report.report import Report
 from src.runtime.errors import UserError
-from tests.helpers.example_run import (
-    end_epoch,
-    log_iteration,
-    metrics,
-    run,
-    tags,
-    train_and_log,
-)
+from tests.helpers.example_run import end_epoch, log_iteration, run, tags, train_and_log
+from tests.helpers.small_runs import metrics
 
 
 def test_lines_have_the_documented_forms(tmp_path):

@@ -5,17 +5,8 @@ import io
 import pytest
 
 from src.report.report import Report
-from tests.helpers.example_run import (
-    CONSTANTS,
-    ITERATIONS,
-    PER_EPOCH,
-    end_epoch,
-    log_iteration,
-    metrics,
-    run,
-    stages,
-    tags,
-)
+from tests.helpers.example_run import CONSTANTS, ITERATIONS, PER_EPOCH, end_epoch, log_iteration, run, stages, tags
+from tests.helpers.small_runs import metrics
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 
 from src.report.report import Report
 from src.report.run_folder import set_aside_old_run
-from tests.helpers.example_run import ITERATIONS, PER_EPOCH, log_iteration, metrics, run
+from tests.helpers.example_run import ITERATIONS, PER_EPOCH, log_iteration, run
+from tests.helpers.small_runs import metrics
 
 
 class FailingWriter:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from src.runtime.distributed import Processes
-from src.ssd.loss import MultiBoxLoss
 from tests.helpers import rank_programs
+from tests.helpers.datasets import read
 from tests.helpers.launch import TORCHRUN, command
 from tests.helpers.preloaded_python import launch
 
@@ -37,22 +37,6 @@ def test_every_process_knows_its_rank(launched):
     assert [report["local_rank"] for report in reports] == [rank * passed for rank in range(len(reports))]
 
 
-def steps_by_hand(default_boxes: np.ndarray) -> dict[str, torch.Tensor]:
-    """The weights after the steps of rank_programs on the whole batch, by the formulas of SGD with momentum."""
-    network, batch = rank_programs.small_network(), rank_programs.step_batch(default_boxes)
-    rate = 2.6e-3 * rank_programs.STEP_BATCH / 32
-    velocity = dict.fromkeys(dict(network.named_parameters()), 0)
-    for _ in range(rank_programs.STEPS):
-        loss = MultiBoxLoss()(*network(batch.images), batch.boxes, batch.labels)
-        gradients = torch.autograd.grad(loss, list(network.parameters()))
-        with torch.no_grad():
-            for (name, parameter), gradient in zip(network.named_parameters(), gradients, strict=True):
-                decay = 5e-4 if parameter.dim() > 1 else 0
-                velocity[name] = 0.9 * velocity[name] + gradient + decay * parameter
-                parameter -= rate * velocity[name]
-    return network.state_dict()
-
-
 def test_two_processes_take_the_steps_of_one_on_the_whole_batch(launched, oracle):
     folder, reports = launched
     if len(reports) != 2:
@@ -60,7 +44,7 @@ def test_two_processes_take_the_steps_of_one_on_the_whole_batch(launched, oracle
         return
     assert reports[0]["weights"] == reports[1]["weights"]
     start = rank_programs.small_network().state_dict()
-    expected = steps_by_hand(oracle("default_boxes.npz")["xywh"])
+    expected = rank_programs.steps_by_hand(oracle("default_boxes.npz")["xywh"])
     for name, weights in torch.load(folder / "weights.pt").items():
         moved = (expected[name] - start[name]).double()
         assert (weights - expected[name]).double().norm() <= 1e-4 * moved.norm(), name
@@ -94,7 +78,7 @@ def test_processes_and_epochs_augment_an_image_differently(launched, pipeline):
 def test_evaluation_gives_the_same_metrics_on_any_number_of_processes(launched, count):
     """2 images are fewer than 3 processes; 8 is a data set of 9 images, one without boxes."""
     folder, reports = launched
-    annotations = rank_programs.read(folder, count, "val")
+    annotations = read(folder / str(count), "val", for_scoring=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     alone = rank_programs.evaluation(annotations, ALONE)

@@ -28,13 +28,12 @@ from src.ssd.default_boxes import NUM_DEFAULT_BOXES
 from src.training.checkpoint import Position
 from src.training.divergence import NEVER, NonFiniteLossMonitor
 from src.training.loop import train_epoch
-from src.training.optimizer import make_optimizer
 from src.training.schedule import Schedule
 from src.training.step import Trainer
-from tests.helpers.both_pipelines import CPU, error_line, read, run, train_loader
-from tests.helpers.datasets import annotation, write_coco
-from tests.helpers.example_run import metrics
-from tests.integration.test_main import ScalarReads
+from tests.helpers.both_pipelines import CPU, train_loader
+from tests.helpers.datasets import annotation, read, write_coco
+from tests.helpers.small_runs import error_line, metrics, run
+from tests.helpers.trainers import ScalarReads, make_trainer
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -63,19 +62,13 @@ class Steep(nn.Module):
         return 1e6 * self.offsets.expand(len(images), -1, -1), 1e6 * self.logits.expand(len(images), -1, -1)
 
 
-def make_trainer() -> Trainer:
-    model = Steep()
-    optimizer = make_optimizer(model, momentum=0.9, weight_decay=0.0)
-    return Trainer(model, optimizer, ALONE, amp=False)
-
-
 @pytest.fixture
 def scaled_trainer(monkeypatch) -> Trainer:
     """A trainer with loss scaling, as on a GPU, from a scale at which the first gradients overflow."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     with monkeypatch.context() as patched:
         patched.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
-        return make_trainer()
+        return make_trainer(Steep())
 
 
 def test_steps_that_loss_scaling_skips_are_counted_and_told(scaled_trainer, tmp_path):
@@ -96,7 +89,7 @@ def test_steps_that_loss_scaling_skips_are_counted_and_told(scaled_trainer, tmp_
     assert (first["skipped_steps"], last["skipped_steps"]) == (1, skipped)
     assert lines.getvalue().count("skipped") == 1
     assert f"Epoch  0: {skipped} steps skipped because float16 gradients overflowed\n" in lines.getvalue()
-    plain = make_trainer()
+    plain = make_trainer(Steep())
     for _ in range(22 - skipped):
         plain.step(batch, schedule.learning_rate(0, 0))
     assert skipped < 20 and plain.model.logits.any()

@@ -7,7 +7,8 @@ import pytest
 import main
 from src.training.schedule import Schedule, schedule_warnings
 from tests.helpers.launch import NARROW, NO_DALI, SMALL, command, launch
-from tests.helpers.stopped_runs import INSIDE, flags, losses, run, run_and_stop, same, small, state_of
+from tests.helpers.small_runs import losses
+from tests.helpers.stopped_runs import INSIDE, flags, run, run_and_stop, same, small, state_of
 
 BACKBONE = "feature_extractor."
 LEARNING = ("conf.0.weight", "additional_blocks.0.0.weight", "additional_blocks.0.1.running_mean")

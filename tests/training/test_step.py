@@ -13,16 +13,11 @@ from src.ssd.model import SSD300
 from src.training.divergence import NonFiniteLossMonitor
 from src.training.optimizer import make_optimizer
 from src.training.schedule import Schedule
-from src.training.step import Trainer
 from tests.helpers.oracle_inputs import fill_weights, images, loss_inputs
+from tests.helpers.trainers import make_trainer
 
 CPU = torch.device("cpu")
 ALONE = Processes.single(CPU)
-
-
-def make_trainer(model, amp=False, device=CPU, weight_decay=5e-4, **options) -> Trainer:
-    optimizer = make_optimizer(model, momentum=0.9, weight_decay=weight_decay)
-    return Trainer(model, optimizer, Processes.single(device), amp=amp, **options)
 
 
 def oracle_steps(
@@ -97,7 +92,7 @@ def test_a_checkpoint_continues_in_another_layout():
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("amp", "tolerance"), [(False, CHAOTIC_TOLERANCE), (True, 1e-1)])
 def test_six_steps_on_a_gpu_follow_the_oracles_trajectory(oracle, amp, tolerance, compiled):
-    losses, expected, _ = oracle_steps(oracle, "resnet50", torch.device("cuda"), amp=amp, compiled=compiled)
+    losses, expected, _ = oracle_steps(oracle, "resnet50", torch.device("cuda"), half=amp, compiled=compiled)
     assert losses == pytest.approx(expected, rel=tolerance)
 
 

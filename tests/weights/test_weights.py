@@ -3,9 +3,7 @@
 import functools
 import io
 import json
-import signal
 import socket
-from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
 
@@ -28,13 +26,6 @@ from tests.helpers.launch import HALF
 OURS = (Category(7, "square"), Category(9, "disc"))
 SAVED = [list(category) for category in OURS]
 FILE = Path("ssd.pt")
-
-
-@pytest.fixture(autouse=True)
-def _signals_as_before() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from src.data.annotations import coco_json
 from src.runtime.errors import DataError
-from tests.data.annotations.test_coco_property import SOUND, good
 from tests.helpers.annotation_files import IMAGES, content, error_of
+from tests.helpers.annotation_strategies import SOUND, good
 from tests.helpers.datasets import CATEGORIES, annotation
 
 QUICKLY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)

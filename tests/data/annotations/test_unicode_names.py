@@ -7,8 +7,8 @@ import pytest
 
 from src.data.annotations.coco import check_images_exist
 from src.data.annotations.unicode_names import spelled_as_on_disk
-from tests.helpers.both_pipelines import read, train_loader
-from tests.helpers.datasets import annotation, write_annotations, write_coco
+from tests.helpers.both_pipelines import train_loader
+from tests.helpers.datasets import annotation, read, write_annotations, write_coco
 
 COMPOSED, APART = (normalize(form, "é ü.jpg") for form in ("NFC", "NFD"))
 

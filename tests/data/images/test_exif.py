@@ -22,8 +22,8 @@ from src.data.pipelines.torch_pipeline import EvaluationLoader
 from src.runtime.errors import DataError
 from tests.helpers.both_pipelines import CPU, train_loader
 from tests.helpers.datasets import annotation, write_annotations, write_image
-from tests.helpers.example_run import metrics
 from tests.helpers.image_files import chunk
+from tests.helpers.small_runs import metrics
 from tests.helpers.stopped_runs import flags, idle_run
 
 KINDS = [*((tag, "jpg") for tag in range(1, 9)), (6, "png"), (8, "webp")]  # orientation tag and format

@@ -13,8 +13,8 @@ from nvidia.dali import fn
 from src.data.annotations.coco import Annotations, read_annotations
 from src.data.pipelines.dali_files import write_clean_file, write_reader_files
 from src.runtime.distributed import Shard
-from tests.helpers.dali_loaders import all_same, epoch, loader, read, small
-from tests.helpers.datasets import annotation, write_coco
+from tests.helpers.dali_loaders import all_same, epoch, loader, small
+from tests.helpers.datasets import annotation, read, write_coco
 
 FILES = ("counts", "filenames", "labels", "offsets", "original_ids")
 LAST_BITS = 2**-22  # the last two of a float32 in 0.5..1

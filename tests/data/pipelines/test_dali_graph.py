@@ -19,8 +19,8 @@ from src.data.pipelines.dali_graph import (
     training_graph,
 )
 from src.ssd.default_boxes import default_boxes, default_boxes_ltrb, match
-from tests.helpers.dali_loaders import epoch, loader, read
-from tests.helpers.datasets import annotation, write_coco
+from tests.helpers.dali_loaders import epoch, loader
+from tests.helpers.datasets import annotation, read, write_coco
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOLERANCE = 0.02

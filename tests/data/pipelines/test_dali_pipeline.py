@@ -16,8 +16,8 @@ from src.data.pipelines.dali_graph import OUTPUTS
 from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import TorchTrainLoader
 from src.runtime.errors import DataError
-from tests.helpers.dali_loaders import CPU, epoch, loader, orders, read, same, small
-from tests.helpers.datasets import annotation, write_coco
+from tests.helpers.dali_loaders import CPU, epoch, loader, orders, same, small
+from tests.helpers.datasets import annotation, read, write_coco
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 255
 DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 255

@@ -12,10 +12,9 @@ from PIL import Image
 import main
 from src.data.pipelines.batch import denormalise
 from src.runtime.errors import UserError
-from tests.helpers.both_pipelines import error_line, read, run, train_loader
-from tests.helpers.datasets import annotation, write_annotations, write_coco, write_image
-from tests.helpers.example_run import metrics
-from tests.integration.test_main import flags
+from tests.helpers.both_pipelines import train_loader
+from tests.helpers.datasets import annotation, read, write_annotations, write_coco, write_image
+from tests.helpers.small_runs import error_line, flags, metrics, run
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -143,6 +142,9 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize(
+    "pipeline", ["no_dali", "dali", pytest.param("dali", marks=pytest.mark.gpu, id="dali on a GPU")], indirect=True
+)
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_image_ends_the_run_with_its_full_path(pipeline, tmp_path, capsys, fault):
     data = write_coco(tmp_path / "data", [annotation(1)], images=1)

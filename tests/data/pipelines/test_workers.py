@@ -22,9 +22,9 @@ from src.data.pipelines import torch_pipeline, workers
 from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import EvaluationLoader, TorchTrainLoader
 from src.runtime.errors import UserError
-from tests.helpers.both_pipelines import CPU, error_line, read
-from tests.helpers.datasets import annotation, write_coco
-from tests.integration.test_main import flags
+from tests.helpers.both_pipelines import CPU
+from tests.helpers.datasets import annotation, read, write_coco
+from tests.helpers.small_runs import error_line, flags
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults are put into forked processes")
 IMAGES = 6
