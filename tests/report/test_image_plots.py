@@ -1,4 +1,4 @@
-"""Images with boxes: what was given against matplotlib's own objects and the pixels of the files."""
+"""Images with boxes: the given boxes against matplotlib's objects and the pixels of the files."""
 
 from itertools import combinations
 
@@ -18,7 +18,7 @@ def drawn_boxes(axes) -> list[tuple[float, ...]]:
     ]
 
 
-def test_detections_stand_beside_the_ground_truth(tmp_path):
+def test_detections_are_drawn_next_to_the_ground_truth(tmp_path):
     image = random_image(160, 120)
     truth, found = random_boxes(2, 160, 120, seed=1), random_boxes(3, 160, 120, seed=2)
     one = Example(image, truth, ["dog", "cat"], found, ["dog", "bird", "cat"], np.array([0.95, 0.5, 0.1]))
@@ -27,13 +27,13 @@ def test_detections_stand_beside_the_ground_truth(tmp_path):
     assert len(figure.axes) == 6
     left, right = figure.axes[:2]
     assert np.array(drawn_boxes(left)) == pytest.approx(truth)
-    assert np.array(drawn_boxes(right)) == pytest.approx(found[:2]), "0.1 is below the score that is asked for"
+    assert np.array(drawn_boxes(right)) == pytest.approx(found[:2]), "0.1 is below min_score"
     assert texts(left) == ["dog", "cat"] and texts(right) == ["dog 0.95", "bird 0.50"]
     assert left.get_title(loc="left") == "ground truth: 2"
     assert "2 of 3" in right.get_title(loc="left") and "0 of 0" in figure.axes[3].get_title(loc="left")
     assert drawn_boxes(figure.axes[2]) == drawn_boxes(figure.axes[3]) == []
     colours = [axes.patches[0].get_edgecolor() for axes in (left, right, *figure.axes[4:])]
-    assert len(set(colours)) == 1, "a category has one colour in the picture"
+    assert len(set(colours)) == 1, "a category has the same colour everywhere"
     assert left.patches[0].get_edgecolor() != left.patches[1].get_edgecolor()
     for axes in figure.axes:
         size = axes.images[0].get_array().shape
@@ -46,7 +46,7 @@ def test_labels_do_not_overlap_and_stay_inside_their_image(tmp_path):
     crowded = Example(random_image(640, 480), boxes, names, boxes, names, np.linspace(1, 0.3, count))
     figure = draw_detections([crowded], tmp_path / "detections.png")
     for axes in figure.axes:
-        assert len(drawn_boxes(axes)) == 40, "every box of these is drawn, labelled or not"
+        assert len(drawn_boxes(axes)) == 40, "40 boxes are drawn, with or without labels"
         extents = [text.get_window_extent() for text in axes.texts]
         assert len(extents) > 15
         assert not any(first.overlaps(second) for first, second in combinations(extents, 2))
@@ -87,7 +87,7 @@ def test_a_batch_is_shown_as_the_network_sees_it(tmp_path, kind):
     assert [axes.get_title(loc="left") for axes in figure.axes][1] == "image 1, boxes: 0"
 
 
-def test_of_a_large_batch_the_first_images_are_shown(tmp_path):
+def test_a_large_batch_shows_its_first_images(tmp_path):
     images = np.zeros((40, 3, 20, 20), dtype=np.uint8)
     figure = draw_batch(images, [np.zeros((0, 4))] * 40, [[]] * 40, tmp_path / "batch.png")
     assert len(figure.axes) == 16
@@ -100,7 +100,7 @@ def test_a_prediction_has_the_pixels_of_its_image(tmp_path, size):
     assert (np.asarray(Image.open(tmp_path / "prediction.png").convert("RGB")) == image).all()
 
 
-def test_a_prediction_has_its_boxes_where_they_belong(tmp_path):
+def test_a_prediction_has_its_boxes_at_their_coordinates(tmp_path):
     image = np.full((200, 300, 3), 255, dtype=np.uint8)
     box = np.array([[40, 60, 220, 150.0]])
     draw_prediction(image, box, ["dog"], np.array([0.87]), tmp_path / "prediction.png")

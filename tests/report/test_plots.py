@@ -69,7 +69,9 @@ def test_every_picture_is_a_png_file_with_the_same_bytes_each_time(tmp_path):
             assert min(picture.size) >= 48
             assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 2, "something is drawn"
         assert path.read_bytes() == second[name].read_bytes()
-    assert {path.name for path in (tmp_path / "first").iterdir()} == {*first, "metrics.jsonl"}, "nothing is left over"
+    assert {path.name for path in (tmp_path / "first").iterdir()} == {*first, "metrics.jsonl"}, (
+        "no temporary file stays"
+    )
 
 
 def test_pyplot_is_not_imported(tmp_path):
@@ -85,7 +87,7 @@ def test_pyplot_is_not_imported(tmp_path):
     assert run.returncode == 0, run.stderr
 
 
-def test_settings_of_the_user_neither_count_nor_change(tmp_path):
+def test_the_users_matplotlib_settings_are_ignored_and_kept(tmp_path):
     for folder in ("theirs", "ours"):
         (tmp_path / folder).mkdir()
     ours = draw_each(tmp_path / "ours")
@@ -96,7 +98,7 @@ def test_settings_of_the_user_neither_count_nor_change(tmp_path):
     assert [path.read_bytes() for path in theirs.values()] == [path.read_bytes() for path in ours.values()]
 
 
-def test_a_picture_that_cannot_be_written_is_a_user_error_and_the_old_one_stays(tmp_path, monkeypatch):
+def test_an_unwritable_picture_is_a_user_error_and_the_old_one_stays(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot write .*nowhere.*picture\.png: No such file or directory"):
         draw_detections([example()], tmp_path / "nowhere" / "picture.png")
     (tmp_path / "picture.png").write_text("the old one")

@@ -15,7 +15,7 @@ def random_precision(categories: int, undefined=()) -> np.ndarray:
     return precision
 
 
-def test_curves_are_the_mean_over_the_categories_that_have_ground_truth(tmp_path):
+def test_curves_are_the_mean_over_categories_with_ground_truth(tmp_path):
     precision = random_precision(4, undefined=[1])
     figure = draw_precision_recall(precision, IOU_THRESHOLDS, RECALLS, list("abcd"), tmp_path / "curves.png")
     curves, bars = figure.axes

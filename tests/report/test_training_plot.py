@@ -37,7 +37,7 @@ def test_training_curves_are_the_logged_numbers(tmp_path):
     for label, values in (("mAP", [0.1, 0.3]), ("AP50", [0.2, 0.6]), ("AP75", [0.1, 0.3])):
         x, y = line_data(accuracy, label)
         assert y.tolist() == values
-        assert x == pytest.approx([32, 96], rel=0.3), "where the epochs ended, as closely as the log tells"
+        assert x == pytest.approx([32, 96], rel=0.3), "the ends of the epochs, estimated from the log"
     assert "0.3000 mAP after epoch 2" in accuracy.get_title()
     assert losses.get_xlim() == rate.get_xlim() == accuracy.get_xlim()
     for axes in (losses, accuracy):
@@ -45,7 +45,7 @@ def test_training_curves_are_the_logged_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("length", [1, 7, 20, 32, 100, 458])
-def test_an_evaluation_stands_at_the_end_of_its_epoch(tmp_path, length):
+def test_an_evaluation_stands_at_the_estimated_end_of_its_epoch(tmp_path, length):
     epochs = 12
     entries = [iteration_entry(number, number // length) for number in range(0, epochs * length, 20)]
     entries.append(evaluation_entry(epochs - 1, 0.1))
@@ -55,8 +55,8 @@ def test_an_evaluation_stands_at_the_end_of_its_epoch(tmp_path, length):
 
 
 @pytest.mark.parametrize("lengths", [[8, 8, 8], [32, 32], [4], [6, 12, 12]])
-def test_evaluations_stand_where_the_log_says_that_their_epochs_ended(tmp_path, lengths):
-    """Few iterations of a short run are logged; and one that is continued with another batch size has other epochs."""
+def test_an_evaluation_stands_at_the_logged_end_of_its_epoch(tmp_path, lengths):
+    """A short run logs few iterations; a run that continues with another batch size has epochs of another length."""
     ends = np.cumsum(lengths).tolist()
     entries = [
         iteration_entry(number, int(np.searchsorted(ends, number, "right"))) for number in range(0, ends[-1], 20)
@@ -110,6 +110,6 @@ def test_a_metrics_file_may_be_short_or_unfinished(tmp_path, entries, ending, re
     assert (tmp_path / "training.png").stat().st_size > 1000
 
 
-def test_a_metrics_file_that_is_not_there_is_a_user_error(tmp_path):
+def test_a_missing_metrics_file_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*metrics\.jsonl: No such file"):
         draw_training(tmp_path / "metrics.jsonl", tmp_path / "training.png")
