@@ -1,7 +1,7 @@
 """All benchmarks in one table: `python -m benchmarks [NAME ...] [--data DIR] [--gpu] [--json FILE]`.
 
-Each figure stands beside a yardstick that was measured in the same run, since machines differ and their speed drifts:
-what counts is the ratio.
+Each figure has a baseline that is measured in turns with it, because machines differ and their speed drifts: the ratio
+counts.  A ratio whose turns spread by more than a tenth is unsteady: measure again on a quiet machine.
 """
 
 import argparse
@@ -18,17 +18,17 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks import annotations, evaluation, export, loaders, step
-from benchmarks.machine import describe, fitting_batch
+from benchmarks import annotations, evaluation, export, gpu, loaders, step
+from benchmarks.machine import describe
 from benchmarks.table import header, line
 from src.data.synthetic import draw_dataset
 from src.runtime.devices import configure
 
-DRAWN_IMAGES = 256  # where no --data is given
+DRAWN_IMAGES = 256  # without --data
 
 
 def cpu_benchmarks(data: Path) -> dict[str, Callable[[], Iterable[dict]]]:
-    """What can be run, by name."""
+    """The benchmarks of a CPU by name."""
     return {
         "loaders": lambda: loaders.run(data),
         "step": step.run,
@@ -40,26 +40,20 @@ def cpu_benchmarks(data: Path) -> dict[str, Callable[[], Iterable[dict]]]:
 
 
 def gpu_benchmarks(data: Path) -> dict[str, Callable[[], Iterable[dict]]]:
-    """The same with batches that the GPU's memory holds: the step is measured in float32 too, a run with --fp16."""
-    cuda = torch.device("cuda", torch.cuda.current_device())
-    free, _ = torch.cuda.mem_get_info(cuda)
-    return {
-        "run": lambda: step.whole_run(data, cuda, batch_size=fitting_batch(free, "--fp16")),
-        "evaluation": lambda: evaluation.run(device=cuda),
-        "step": lambda: step.run(cuda, batch_size=fitting_batch(free, "float32")),  # which ends with compiling
-    }
+    """The benchmarks of a GPU by name."""
+    return {"gpu": lambda: gpu.run(data, torch.device("cuda", torch.cuda.current_device()))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is asked for; the exit status."""
+    """Runs the named benchmarks; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="loaders, step, run, evaluation, export, annotations; all"
     )
     parser.add_argument("--data", type=Path, default=None, help="a folder in the COCO 2017 layout; drawn if left out")
-    parser.add_argument("--gpu", action="store_true", help="the CUDA set: run, evaluation, step")
+    parser.add_argument("--gpu", action="store_true", help="the figures of a GPU")
     parser.add_argument(
-        "--json", type=Path, default=None, metavar="FILE", help="write the rows and the machine there, too"
+        "--json", type=Path, default=None, metavar="FILE", help="also write the rows and the machine there"
     )
     args = parser.parse_args(argv)
     if args.gpu and not torch.cuda.is_available():
@@ -80,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.names or chosen:
             for row in chosen[name]():
                 rows.append(row)
-                print(line(row), flush=True)  # at once, as what comes next may take longer than somebody waits
+                print(line(row), flush=True)  # at once: the next row may take longer than a user waits
                 if args.json:
                     args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
     return 0

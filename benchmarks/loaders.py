@@ -1,11 +1,9 @@
-"""Images prepared a second, as batches on the CPU: `python -m benchmarks.loaders --data DIR`.
+"""Images/s that the loaders prepare, as batches on the CPU: `python -m benchmarks loaders --data DIR`.
 
-Each pipeline is measured beside its yardstick with as many workers or threads, in turns: no_dali beside a DataLoader
-that decodes and resizes and no more, dali beside a DALI graph that decodes the window and resizes it and no more.
+The baseline of no_dali is a DataLoader that only decodes and resizes; that of dali is a DALI graph that only decodes
+the window and resizes it.  Both have as many workers or threads.
 """
 
-import argparse
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,7 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks import table
+from benchmarks.table import speed
+from benchmarks.turns import CPU, Pair, in_turns
 from src.data.annotations.coco import Annotations, locations, read_annotations
 from src.data.images.decode import resize
 from src.data.pipelines.dali_pipeline import DaliTrainLoader
@@ -26,15 +25,14 @@ from src.data.pipelines.workers import PREFETCH
 
 WORKERS = (1, 2, 4)
 GOAL_WORKERS = 2
-GOALS = {"no_dali": 0.5, "dali": 0.7}  # of the yardstick's images a second
+GOALS = {"no_dali": 0.5, "dali": 0.7}  # least ratio to the baseline
 BATCH_SIZE = 32
 BATCHES = 8  # in a measurement
-REPEATS = 5
-CPU = torch.device("cpu")
+TURNS = 5
 
 
 class DecodedImages(Dataset):
-    """The images of the annotations, again and again, decoded and resized."""
+    """The images of the annotations, decoded and resized, repeated many times."""
 
     def __init__(self, annotations: Annotations) -> None:
         self.annotations = annotations
@@ -47,39 +45,35 @@ class DecodedImages(Dataset):
         return resize(read_image(self.annotations, self.images[position % len(self.images)]))
 
 
-def run(data: Path, *, batches: int = BATCHES, repeats: int = REPEATS) -> list[dict]:
-    """Rows name, ours and yardstick (images a second, medians), ratio, goal (least ratio, or None), met."""
+def run(data: Path, *, batches: int = BATCHES, turns: int = TURNS) -> Iterator[dict]:
+    """A row for each pipeline and number of workers or threads."""
     annotations = read_annotations(*locations(data, "train"))
-    rows = []
     for workers in WORKERS:
-        speeds = measure(annotations, workers, batches, repeats)
         for pipeline, unit in (("no_dali", "workers"), ("dali", "threads")):
+            pair = measure(pipeline, annotations, workers, batches=batches, turns=turns)
             goal = GOALS[pipeline] if workers == GOAL_WORKERS else None
-            name = f"{pipeline}, {unit}: {workers} (images/s)"
-            rows.append(table.speed(name, speeds[pipeline], speeds[f"{pipeline} yardstick"], goal))
-    return rows
+            yield speed(f"{pipeline}, {unit}: {workers} (images/s)", pair, goal)
 
 
-def measure(annotations: Annotations, workers: int, batches: int, repeats: int) -> dict[str, float]:
-    """Images a second of both pipelines and both yardsticks, the median of measurements taken in turns."""
+def measure(pipeline: str, annotations: Annotations, workers: int, *, batches: int, turns: int) -> Pair:
+    """Images/s of a pipeline and of its baseline."""
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)  # in this process: the cores are the workers' and DALI's, as they are beside a GPU
-        advance = {
-            "no_dali": torch_batches(annotations, workers, stack),
-            "no_dali yardstick": decoded_batches(annotations, workers),
-            "dali": dali_batches(annotations, workers, stack),
-            "dali yardstick": window_batches(annotations, workers),
-        }
-        speeds: dict[str, list[float]] = {name: [] for name in advance}
-        for _ in range(repeats):
-            for name, next_batch in advance.items():
-                speeds[name].append(speed(next_batch, batches, warm_up=PREFETCH * workers + 1))
-    return {name: statistics.median(figures) for name, figures in speeds.items()}
+        torch.set_num_threads(1)  # the cores belong to the workers and to DALI, as beside a GPU
+        if pipeline == "dali":
+            ours, baseline = dali_batches(annotations, workers, stack), window_batches(annotations, workers)
+        else:
+            ours, baseline = torch_batches(annotations, workers, stack), decoded_batches(annotations, workers)
+        warm_up = PREFETCH * workers + 1  # batches that were prepared while the other was measured
+        return in_turns(
+            lambda: images_per_second(ours, batches, warm_up),
+            lambda: images_per_second(baseline, batches, warm_up),
+            turns,
+            warm_up=0,
+        )
 
 
-def speed(next_batch: Callable, batches: int, warm_up: int) -> float:
-    """Images a second, without the batches that were prepared while others were measured."""
+def images_per_second(next_batch: Callable, batches: int, warm_up: int) -> float:
     for _ in range(warm_up):
         next_batch()
     start = time.perf_counter()
@@ -88,7 +82,7 @@ def speed(next_batch: Callable, batches: int, warm_up: int) -> float:
     return batches * BATCH_SIZE / (time.perf_counter() - start)
 
 
-# --- what is measured: functions that give the next batch ------------------------------------------------------------
+# --- functions that return the next batch ---------------------------------------------------------------------------
 
 
 def torch_batches(annotations: Annotations, workers: int, stack: ExitStack) -> Callable:
@@ -122,17 +116,5 @@ def window_batches(annotations: Annotations, threads: int) -> Callable:
 
 
 def endless(images: np.ndarray) -> np.ndarray:
-    """More images than any measurement takes: epochs of a few batches would be measured with their starts."""
+    """More images than a measurement takes: the starts of short epochs would distort it."""
     return np.resize(images, 100_000)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loaders", description=__doc__)
-    parser.add_argument("--data", "-d", type=Path, required=True, help="a data set in the COCO 2017 layout")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="measurements of each (default: %(default)s)")
-    options = parser.parse_args()
-    print(table.table(run(options.data, repeats=options.repeats)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What the benchmarks were run on, and how large a batch its GPU's memory holds."""
+"""The machine that the benchmarks run on, and the batch that its GPU's memory holds."""
 
 import math
 import platform
@@ -9,15 +9,15 @@ from torch.utils import collect_env
 
 from src.report.run_folder import versions
 
-GPU_BATCH = 128  # the figures to reach are stated for it
-# Of a training step of ResNet-50: the peaks at batch 128 on an H100, less the reserve; cuDNN's trials are the greater
-# part in float32.
+GPU_BATCH = 128  # the goals are stated for it
+# MiB an image of a training step of ResNet-50: the peak at batch 128 on an H100 without the reserve.  In float32 the
+# greater part is for cuDNN's trials.
 MIB_AN_IMAGE = {"float32": 330, "--fp16": 117}
-RESERVE = 3072  # MiB: weights, momentum, cuDNN's workspaces, what CUDA itself takes
+RESERVE = 3072  # MiB: weights, momentum, cuDNN's workspaces and CUDA itself
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The device, its driver and the versions of what runs on it; plain values."""
+    """The device, its driver and the versions of the libraries, as plain values."""
     machine: dict[str, Any] = {"device": platform.processor() or platform.machine(), "versions": versions()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -34,6 +34,6 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def fitting_batch(free: int, precision: str) -> int:
-    """Images of a training step of ResNet-50 that `free` bytes hold: a power of two, 2 to GPU_BATCH."""
+    """The batch size of ResNet-50 for which `free` bytes suffice: a power of two from 2 to GPU_BATCH."""
     images = (free / 2**20 - RESERVE) / MIB_AN_IMAGE[precision]
     return min(GPU_BATCH, 2 ** int(math.log2(max(2.0, images))))

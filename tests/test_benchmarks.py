@@ -1,10 +1,9 @@
-"""The benchmarks run; what they measure is not looked at."""
+"""The benchmarks run with every row; what they measure is not looked at, what they compute from it is."""
 
 import json
-import os
 import re
-import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,15 +12,14 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import annotations, learning, loaders, machine, sharing, step
-from benchmarks.table import cost, speed, table
+from benchmarks import annotations, evaluation, gpu, learning, loaders, machine, step
+from benchmarks.table import cost, figure, limit, speed, table
+from benchmarks.turns import CPU, Pair, cpu_seconds, in_turns, pair
 from src.benchmark import Timing, peak_memory
 from src.data.annotations.coco import locations, read_annotations
-from src.evaluation.scoring import Results
 from tests.helpers.datasets import annotation, write_coco
 
-CPU = torch.device("cpu")
-FIELDS = {"name", "ours", "yardstick", "ratio", "goal", "met"}
+FIELDS = {"name", "ours", "baseline", "ratio", "spread", "goal", "verdict"}
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +28,19 @@ def data(tmp_path_factory) -> Path:
     return write_coco(tmp_path_factory.mktemp("data"), entries, images=4)
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """One turn of one step each."""
+    monkeypatch.setattr(step, "TURNS", 1)
+    monkeypatch.setattr(step, "BARE_STEPS", {"cpu": 1})
+
+
+@pytest.mark.usefixtures("narrow", "small")
 @pytest.mark.parametrize("fast", [True, False])
-def test_the_step_has_a_row_a_kind_that_the_processor_computes(monkeypatch, capsys, fast):
-    monkeypatch.setattr(step, "STEPS", {"cpu": 1})
+def test_the_step_has_a_row_for_each_precision_of_the_processor(monkeypatch, capsys, fast):
     monkeypatch.setattr(step, "half_is_fast", lambda device: fast)
     rows = list(step.run(backbone="resnet18", batch_size=2))
-    assert [row["goal"] for row in rows] == ([step.GOAL_FLOAT32, step.GOAL_HALF] if fast else [step.GOAL_PLAIN_CPU])
+    assert [row["goal"] for row in rows] == ([1.2, 2.4] if fast else [1.0])
     assert [row.keys() for row in rows] == [FIELDS] * len(rows)
     assert json.loads(json.dumps(rows)) == rows
     assert len(table(rows).splitlines()) == len(rows) + 1
@@ -44,24 +48,30 @@ def test_the_step_has_a_row_a_kind_that_the_processor_computes(monkeypatch, caps
     assert capsys.readouterr().out == ("" if fast else left_out)
 
 
-@pytest.mark.usefixtures("narrow")
-def test_a_whole_run_has_a_row_a_pipeline(data, monkeypatch):
-    monkeypatch.setattr(step, "TRIALS", 1)
-    monkeypatch.setattr(step, "BARE_STEPS", {"cpu": 1})
-    rows = list(step.whole_run(data, CPU, backbone="resnet18", batch_size=2))
+@pytest.mark.usefixtures("narrow", "small")
+def test_a_whole_run_has_a_row_for_each_pipeline(data):
+    rows = list(step.whole_run(data, backbone="resnet18", batch_size=2))
     assert [row["goal"] for row in rows] == [step.GOAL_WHOLE] * 2
-    assert all(row["ours"] > 0 and row["yardstick"] > 0 for row in rows)
+    assert all(row["ours"] > 0 and row["baseline"] > 0 for row in rows)
 
 
-def test_ten_times_coco_is_read_where_there_is_room(monkeypatch, capsys):
+def test_an_annotation_file_of_cocos_fields_is_read_in_every_row(monkeypatch):
     monkeypatch.setattr(annotations, "in_new_process", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(annotations, "WATCH_EVERY", 1e-4)
+    monkeypatch.setattr(annotations, "TURNS", 1)
+    monkeypatch.setattr(annotations, "first_batch", lambda pipeline, file, image_folder: 1.0)
+    rows = list(annotations.run(images=200))
+    assert [row["goal"] for row in rows] == [0.1, 1.0, 1.0, 1.0, 1.0, None, None]
+    assert rows[2]["ours"] > 1
+
+
+def test_ten_times_coco_is_read_if_there_is_room(monkeypatch, capsys):
+    monkeypatch.setattr(annotations, "in_new_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(annotations, "TEN_TIMES_DISK", 0)
     monkeypatch.setattr(annotations, "TEN_TIMES_MEMORY", 0)
     seconds, memory = annotations.ten_times_rows(1.0, images=50)
     assert seconds["ours"] > 0 and memory["ours"] > 1 and capsys.readouterr().out == ""
     monkeypatch.setattr(annotations, "TEN_TIMES_MEMORY", 10**6)
-    assert annotations.ten_times_rows(1.0, images=50) == []
+    assert list(annotations.ten_times_rows(1.0, images=50)) == []
     assert capsys.readouterr().out.startswith("ten times COCO: left out, ")
 
 
@@ -71,40 +81,123 @@ def test_learning_trains_and_scores(data, monkeypatch):
     assert 0 <= learning.run(data, seed=1) <= 1
 
 
-def test_loaders_have_a_row_a_pipeline_and_number_of_workers(data, monkeypatch):
+def test_loaders_have_a_row_for_each_pipeline_and_number_of_workers(data, monkeypatch):
     monkeypatch.setattr(loaders, "WORKERS", (1,))
     monkeypatch.setattr(loaders, "BATCH_SIZE", 2)
-    rows = loaders.run(data, batches=1, repeats=1)
+    rows = list(loaders.run(data, batches=1, turns=1))
     assert [row["name"] for row in rows] == ["no_dali, workers: 1 (images/s)", "dali, threads: 1 (images/s)"]
-    assert all(row["ratio"] == row["ours"] / row["yardstick"] for row in rows)
+    assert all(row["ratio"] == row["ours"] / row["baseline"] for row in rows)
 
 
+@pytest.fixture
+def small_evaluation(monkeypatch) -> None:
+    for name, value in {"TURNS": 1, "SCORING_TURNS": 1, "IMAGES": 20, "DETECTIONS": 100, "BATCH": 2}.items():
+        monkeypatch.setattr(evaluation, name, value)
+
+
+@pytest.mark.usefixtures("narrow", "small_evaluation")
 @pytest.mark.parametrize("cores", [1, 2])
-def test_scoring_shared_out_has_its_rows(data, tmp_path, monkeypatch, cores):
-    file = shutil.copy(locations(data, "val")[0], tmp_path)
-    annotations = read_annotations(file, tmp_path, for_scoring=True)
-    ones = np.ones(4)
-    results = Results(annotations.image_ids, ones.astype(int), np.tile([20.0, 20, 60, 50], (4, 1)), ones)
-    # One process, this one, in the place of the launcher's two.
+def test_an_evaluation_has_a_row_for_each_part(monkeypatch, cores):
     pinned = []
+    monkeypatch.setattr(evaluation.os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.setattr(evaluation.os, "sched_setaffinity", lambda process, to: pinned.append(to), raising=False)
+    monkeypatch.setattr(evaluation.multiprocessing, "spawn", score_alone)
+    rows = list(evaluation.run())
+    assert len(rows) == 6 + (cores > 1) + 1
+    assert all(row["ours"] > 0 for row in rows)
+    assert pinned == ([{0}, {0, 1}] * 2 if cores == 2 else [])
 
-    def launch(line, check, cwd) -> None:
-        folder, name, *rest = line[line.index("benchmarks.sharing") + 1 :]
-        sharing.main(Path(folder), name, a_core_each=rest == [sharing.A_CORE_EACH])
 
-    monkeypatch.setattr(sharing.subprocess, "run", launch)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
-    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: pinned.append(cores))
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    rows = sharing.rows(annotations, results, tmp_path)
-    assert [row.keys() for row in rows] == [FIELDS] * (cores + 1)
-    assert all(row["ours"] >= 0 for row in rows)
-    assert pinned == ([{0}, {0, 1}, {1}, {0, 1}] if cores == 2 else [])
+def score_alone(function, arguments, nprocs) -> None:
+    """This process in place of two: `function` is the first of one rank."""
+    assert nprocs == 2
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "0")
+        patch.setattr(evaluation, "WORLD_SIZE", 1)
+        function(0, *arguments)
+
+
+@pytest.mark.usefixtures("narrow", "small", "small_evaluation")
+def test_a_gpus_figures_have_every_row(data, monkeypatch):
+    """On a CPU in its place, with eager steps for the compiled ones: not every machine has a compiler."""
+    for name, value in {
+        "WORKERS": (1, 2),
+        "EPOCH": 2,
+        "LOADER_BATCHES": 2,
+        "COPIED": 2**10,
+        "COMPILED": step.HALF,
+    }.items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(evaluation, "scoring_rows", lambda scene, folder: [])
+    rows = list(gpu.run(data, CPU, backbone="resnet18", batch_size=2))
+    named = [
+        "bandwidth", "step.*float32", "step.*--fp16, beside its bound", "--compile, beside the eager step",
+        "--compile, beside its bound", "dali alone, 1 threads", "cores", "dali alone, 2 threads", "cores",
+        "no_dali alone, 1 workers", "cores", "no_dali alone, 2 workers", "cores", "cores below which dali starves",
+        "cores below which no_dali starves", "whole run.*, dali", "cores", "whole run.*no_dali", "cores",
+        "peak memory", "detections", "detections", "network", "network", "detections",
+    ]  # fmt: skip
+    assert len(rows) == len(named)
+    assert all(re.search(name, row["name"]) for name, row in zip(named, rows, strict=True))
+    assert all(row["ours"] > 0 for row in rows)
+    assert json.loads(json.dumps(rows)) == rows
+
+
+@pytest.mark.parametrize(
+    ("traffic", "bandwidth", "expected"), [(1343, 2900, 1725), (977, 2900, 2205), (1343, 4155, 2165)]
+)
+def test_the_bound_is_that_of_a_sum_over_all_layers(traffic, bandwidth, expected):
+    """In practice, of an H100, eager and fused, and of an H200."""
+    assert gpu.bound(traffic, bandwidth) == pytest.approx(expected, rel=0.01)
+
+
+def test_the_cores_that_a_step_needs_are_those_of_as_many_images():
+    """4 cores for 800 images/s are 5 ms of a core an image."""
+    loads = [gpu.Load(800, 4), gpu.Load(1200, 6), gpu.Load(1000, 16)]
+    assert gpu.cores_needed(1500, loads) == pytest.approx(7.5)
+
+
+def test_two_gpus_are_held_to_twice_one(data, monkeypatch):
+    """On two processes of a CPU, with the tiny network."""
+    seen = []
+    monkeypatch.setattr(gpu.subprocess, "run", lambda line, **options: seen.append(line) or leave_metrics(line))
+    row = gpu.two_gpus_row(data, 2, ("--backbone", "resnet18"))
+    assert [line[line.index("main.py") - 1] for line in seen] == ["--nproc_per_node=1", "--nproc_per_node=2"]
+    assert (row["ours"], row["baseline"], row["ratio"]) == (180.0, 200.0, 0.9)
+    assert row["verdict"] == "NOT MET"
+
+
+def leave_metrics(line) -> None:
+    output = Path(line[line.index("--output") + 1])
+    speeds = {"--nproc_per_node=1": 100.0, "--nproc_per_node=2": 180.0}
+    of = speeds[line[line.index("main.py") - 1]]
+    entries = [{"kind": "epoch", "images_per_second": value} for value in (1.0, of)]
+    (output / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def test_workers_that_still_run_count_with_their_processor_time():
+    from multiprocessing import get_context
+
+    before, own = cpu_seconds(), time.process_time()
+    worker = get_context("fork").Process(target=burn)
+    worker.start()
+    deadline = time.monotonic() + 60
+    while cpu_seconds() - before < 10 * (time.process_time() - own) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    counted, own = cpu_seconds() - before, time.process_time() - own
+    worker.kill()
+    worker.join()
+    assert counted >= 10 * own
+
+
+def burn() -> None:
+    while True:
+        pass
 
 
 def test_a_repeated_data_set_has_each_image_as_often(data, tmp_path):
-    annotations = read_annotations(*locations(step.repeated(data, 9, tmp_path), "train"))
+    annotations = read_annotations(*locations(gpu.repeat_data(data, 9, tmp_path), "train"))
     assert len(annotations) == len(annotations.boxes) == 12
     assert len({annotations.image_path(index).resolve() for index in range(12)}) == 4
 
@@ -132,26 +225,48 @@ def test_figures_come_with_card_driver_and_versions(monkeypatch):
 
 
 def test_a_goal_is_the_least_ratio_of_a_speed_and_the_greatest_of_a_cost():
-    assert [speed("", ours, 10.0, 0.5)["met"] for ours in (4.9, 5.0, 5.1)] == [False, True, True]
-    assert [cost("", ours, 10.0, 0.5)["met"] for ours in (4.9, 5.0, 5.1)] == [True, True, False]
-    assert speed("", 4.0, 10.0)["met"] is None
-    assert cost("", 4.0) == {"name": "", "ours": 4.0, "yardstick": None, "ratio": None, "goal": None, "met": None}
-    verdicts = [line.split()[-1] for line in table([cost("a", 1, 2, 1), cost("b", 3, 2, 1)]).splitlines()[1:]]
-    assert verdicts == ["met", "MET"]
+    assert [speed("", Pair(ours, 10.0, 0), 0.5)["verdict"] for ours in (4.9, 5.0, 5.1)] == ["NOT MET", "met", "met"]
+    assert [cost("", Pair(ours, 10.0, 0), 0.5)["verdict"] for ours in (4.9, 5.0, 5.1)] == ["met", "met", "NOT MET"]
+    assert speed("", Pair(4.0, 10.0, 0.0))["verdict"] is None
+    assert [limit("", value, 10.0)["verdict"] for value in (9.0, 11.0)] == ["met", "NOT MET"]
+    assert figure("", 4.0).keys() == FIELDS and figure("", 4.0)["ratio"] is None
+
+
+def test_a_ratio_that_spreads_by_more_than_a_tenth_is_unsteady():
+    assert [speed("", Pair(9.0, 10.0, spread), 0.5)["verdict"] for spread in (0.1, 0.11)] == ["met", "unsteady"]
+    assert speed("", Pair(9.0, 10.0, 0.5))["verdict"] is None
+    rows = [cost("a", Pair(1, 2, 0), 1), cost("b", Pair(3, 2, 0), 1), cost("c", Pair(1, 2, 0.2), 1)]
+    assert [line.split()[-1] for line in table(rows).splitlines()[1:]] == ["met", "MET", "unsteady"]
+
+
+def test_the_spread_is_the_interquartile_range_of_the_turns_ratios():
+    found = pair([8.0, 9.0, 10.0, 11.0, 12.0], [10.0] * 5)  # quartiles 0.9, 1.0 and 1.1
+    assert found == (10.0, 10.0, pytest.approx(0.2))
+    assert pair([8.0], [10.0]) == (8.0, 10.0, 0.0)
+    both = pair([10.0, 20.0, 40.0], [5.0, 10.0, 20.0])  # a machine that slows down, and equal ratios
+    assert both.spread == 0
+
+
+def test_turns_alternate_and_the_first_does_not_count():
+    called = []
+    ours, baseline = iter([9.0, 2.0, 4.0]), iter([9.0, 1.0, 1.0])
+    found = in_turns(lambda: called.append("ours") or next(ours), lambda: called.append("base") or next(baseline), 2)
+    assert called == ["ours", "base"] * 3
+    assert (found.ours, found.baseline) == (3.0, 1.0)
 
 
 def test_what_was_measured_is_kept_when_the_rest_is_not(data, tmp_path, monkeypatch, capsys):
     def interrupted():
-        yield cost("first", 1, 2)
+        yield cost("first", Pair(1, 2, 0.0))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(benchmarks, "cpu_benchmarks", lambda folder: {"quick": lambda: [], "long": interrupted})
     file = tmp_path / "figures.json"
     with pytest.raises(KeyboardInterrupt):
         benchmarks.main(["--data", str(data), "--json", str(file)])
-    assert capsys.readouterr().out.splitlines()[1].split() == ["first", "1.00", "2.00", "0.500"]
+    assert capsys.readouterr().out.splitlines()[1].split() == ["first", "1.00", "2.00", "0.500", "0.000"]
     kept = json.loads(file.read_text())
-    assert kept["rows"] == [cost("first", 1, 2)] and "versions" in kept["machine"]
+    assert kept["rows"] == [cost("first", Pair(1, 2, 0.0))] and "versions" in kept["machine"]
 
 
 def test_the_spread_holds_nine_of_ten_steps():

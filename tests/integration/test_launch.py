@@ -4,18 +4,18 @@ import json
 import os
 import re
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import two_nodes
 from main import DONE, main
 from src.runtime.distributed import GROUP_TIMEOUT_VARIABLE
 from tests.helpers import preloaded_python
 from tests.helpers.datasets import annotation, write_coco
-from tests.helpers.launch import HALF, LIMIT, NARROW, NO_DALI, SMALL, command, launch
+from tests.helpers.launch import LIMIT, NARROW, NO_DALI, SMALL, command, free_ports, launch
 from tests.helpers.small_runs import records
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -166,8 +166,18 @@ def test_a_loss_that_is_not_finite_ends_all_with_one_message(data, tmp_path):
     assert re.findall(r"exitcode +: (\d+)", text) == ["1", "1"]
 
 
+def children(parent: int) -> set[int]:
+    """The running processes that `parent` started."""
+    found = set()
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            if int(status.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.add(int(status.parent.name))
+    return found
+
+
 def descendants(process: int) -> set[int]:
-    found = set(two_nodes.children(process))
+    found = children(process)
     return found.union(*map(descendants, found))
 
 
@@ -184,14 +194,28 @@ def test_interrupting_the_launcher_leaves_no_process_behind(data, tmp_path):
     assert told(text) == []
 
 
-def test_two_nodes_train_together_and_a_stopped_process_is_noticed_in_time(tmp_path, data, monkeypatch):
-    if reason := two_nodes.hindrance():
-        pytest.skip(reason)
-    monkeypatch.setenv(GROUP_TIMEOUT_VARIABLE, "8")
-    seen = two_nodes.run(tmp_path, data, program=NARROW, flags=HALF)
-    assert "Device: CPU, processes: 2" in seen.text
-    assert re.search(r"^Epoch  0, Accuracy: 0\.\d{4} mAP$", seen.text, re.MULTILINE)
-    assert seen.second == ""
-    (message,) = told(seen.text)
+def test_two_nodes_train_together_and_a_stopped_process_is_noticed_in_time(tmp_path, data):
+    """Two launchers, as on two machines.  A stopped process (SIGSTOP) is as silent as a machine that hangs."""
+    (port,) = free_ports(1)
+
+    def node(rank: int) -> list[str]:
+        nodes = ("--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}")
+        script = [*NARROW, "--data", data, "--output", tmp_path / "run", *ENDLESS, "--evaluation", 0]
+        return command(script, processes=1, launcher=("-m", "torch.distributed.run", *nodes))
+
+    limit = {GROUP_TIMEOUT_VARIABLE: "8"}
+    with preloaded_python.started(node(0), **limit) as first, preloaded_python.started(node(1), **limit) as second:
+        first.wait_for("Epoch  1 finished")
+        assert [text.read_text() for text in second.texts] == ["", ""]
+        (victim,) = children(second.pid)
+        os.kill(victim, signal.SIGSTOP)
+        try:
+            printed, errors = first.communicate()
+        finally:
+            os.kill(victim, signal.SIGCONT)
+        second.communicate()
+        assert first.returncode != 0 and second.returncode != 0
+    assert "Device: CPU, processes: 2" in printed
+    assert re.search(r"^Epoch  0, Accuracy: 0\.\d{4} mAP$", printed, re.MULTILINE)
+    (message,) = told(errors)
     assert re.match(r"main.py: error: rank 0: lost touch with rank 1 \(Timed out waiting 8000 ?ms", message)
-    assert 0 not in seen.statuses
