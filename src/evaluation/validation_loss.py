@@ -9,6 +9,7 @@ from torch import Tensor
 
 from src.data.annotations.coco import Annotations
 from src.data.pipelines.batch import BatchMaker
+from src.runtime.devices import copy_to_device
 from src.ssd.loss import MultiBoxLoss
 
 LOSS_NAMES = ("validation_loss", "validation_localisation_loss", "validation_label_loss")  # as in metrics.jsonl
@@ -26,23 +27,23 @@ class ValidationLoss:
 
     def add(self, offsets: Tensor, logits: Tensor, indices: np.ndarray) -> None:
         """Adds the losses of a batch.  offsets, logits: see `MultiBoxLoss.parts`.  indices: [N], in the annotations."""
-        truth = [self.annotations.targets(index) for index in indices.tolist()]
-        rows = [row for row, (boxes, _) in enumerate(truth) if len(boxes)]
+        images = [self.annotations.targets(index) for index in indices.tolist()]
+        rows = [row for row, (boxes, _) in enumerate(images) if len(boxes)]
         if not rows:
             return
         sizes = self.annotations.sizes[indices]
-        boxes = np.concatenate([truth[row][0] / np.tile(sizes[row], 2) for row in rows]).astype(np.float32)
-        labels = np.concatenate([truth[row][1] for row in rows])
-        image_index = np.repeat(np.arange(len(rows)), [len(truth[row][0]) for row in rows])
-        truth_boxes, truth_labels, truth_images = map(self._to_device, (boxes, labels, image_index))
+        boxes = np.concatenate([images[row][0] / np.tile(sizes[row], 2) for row in rows]).astype(np.float32)
+        labels = np.concatenate([images[row][1] for row in rows])
+        image_index = np.repeat(np.arange(len(rows)), [len(images[row][0]) for row in rows])
+        truth_boxes, truth_labels, truth_images = (
+            copy_to_device(array, self.device) for array in (boxes, labels, image_index)
+        )
         matched = self._matcher.make_targets(truth_boxes, truth_labels, truth_images, len(rows))
         if len(rows) < len(indices):
-            offsets, logits = offsets[rows], logits[rows]
+            kept = copy_to_device(np.array(rows), self.device)
+            offsets, logits = offsets[kept], logits[kept]
         parts = self._criterion.parts(offsets, logits, *matched)  # means over these images
         self._sums += torch.stack(parts).double() * len(rows)
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def sums(self) -> list[float]:
         """The sums of the localisation and the label part; waits for the device."""

@@ -4,7 +4,9 @@ import socket
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from src.runtime.errors import UserError
 
@@ -63,3 +65,11 @@ def configure(device: torch.device) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
+
+
+def copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor on the device; the host does not wait for the copy to a GPU."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":  # only copies from pinned memory do not block the host
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

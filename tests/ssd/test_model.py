@@ -6,7 +6,7 @@ from src.ssd.detect import detect
 from src.ssd.model import BACKBONES, SSD300, fold_batch_norms, training_memory_format
 from tests.helpers.oracle_inputs import fill_weights, images
 
-FOLDED = ("resnet18", "resnet50")  # the other backbones are made of more of their blocks
+FOLDED = ("resnet18", "resnet50")  # the other backbones have more of the same blocks
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -62,7 +62,13 @@ def test_folded_batch_norms_detect_the_same_and_leave_the_model_as_it_was():
         assert close.any(dim=0)[certain].float().mean() >= 0.99  # an overlap may be the threshold to the last digit
 
 
-def test_what_has_nothing_to_fold_is_given_back():
+def test_folded_weights_are_channels_last_whatever_the_models_are():
+    copy = fold_batch_norms(SSD300("resnet18", 5).to(memory_format=torch.contiguous_format))
+    weights = [module.weight for module in copy.modules() if isinstance(module, nn.Conv2d)]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
+def test_a_model_without_anything_to_fold_is_returned_itself():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3))
     assert fold_batch_norms(model) is model
 

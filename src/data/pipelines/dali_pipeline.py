@@ -37,6 +37,7 @@ from src.data.pipelines.dali_graph import (
 )
 from src.data.pipelines.image_reader import read_image
 from src.data.pipelines.loader_config import LoaderConfig
+from src.runtime.devices import copy_to_device
 from src.runtime.errors import UserError
 from src.runtime.output_files import convert_write_errors
 
@@ -237,8 +238,8 @@ class DaliTrainLoader:
             self._check_complete(indices, outputs["first_and_last_bytes"].numpy())
         images = outputs["images"].permute(0, 3, 1, 2)
         if self.augment:
-            matrices = self._on_device(colour_matrix(*outputs["colour"].numpy().T))
-            images = colour_and_normalise(images, matrices, self.dtype)
+            colour = copy_to_device(colour_matrix(*outputs["colour"].numpy().T), self.device)
+            images = colour_and_normalise(images, colour, self.dtype)
         else:
             images = normalise(images, self.dtype)
         # The graph matches to the default boxes in reverse order.
@@ -255,12 +256,6 @@ class DaliTrainLoader:
             if index not in self._complete_files:
                 read_image(self.annotations, index)
                 self._complete_files.add(index)
-
-    def _on_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":  # only copies from pinned memory do not block the host
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
 
     # --- a broken image ---
 
