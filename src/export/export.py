@@ -1,4 +1,4 @@
-"""`--mode export`: writes a trained detector as files that other programs run, and compares them with it."""
+"""`--mode export`: writes a trained detector as files for other programs and compares them with the detector."""
 
 import json
 import os
@@ -27,18 +27,18 @@ from src.weights.files import load_checkpoint
 
 DETECTOR, NETWORK, DEFAULT_BOXES = "detector.onnx", "network.onnx", "default_boxes.json"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-NUM_PICTURES = 8  # on which the files are compared with the network
+NUM_PICTURES = 8  # for the comparison of the files with the network
 CPU = torch.device("cpu")
-MATCH_DISTANCE = 1e-2  # in box (fractions of the image) and score: nearer ones are the same detection
-TOLERANCE = 1e-4  # difference in boxes and scores that needs no warning: 32-bit rounding reaches some 1e-5
+MATCH_DISTANCE = 1e-2  # in boxes (fractions of the image) and scores: nearer ones are the same detection
+TOLERANCE = 1e-4  # a larger difference in boxes or scores causes a warning; float32 rounding causes about 1e-5
 
 
 def export(checkpoint: Path, data: Path, output: Path, *, backbone: str, report: Report) -> None:
-    """Writes a checkpoint's detector into `output` as files that other programs run; compares them on pictures.
+    """Writes a checkpoint's detector into `output` as files for other programs; compares them on pictures.
 
-    data: an image, a folder of images, or a data set, of which the validation images are used.  Its categories name
-    the labels of a checkpoint that does not name them.  backbone: used where the checkpoint does not name its own.
-    Raises UserError before any work if a package is missing, no picture can be read, or the checkpoint is none.
+    data: an image, a folder of images, or a data set with validation images, whose categories serve a checkpoint that
+    names none.  backbone: used if the checkpoint names none.  Raises UserError before any work if a package is
+    missing, no picture is readable, or the file is no checkpoint.
     """
     require(PACKAGES, what="--mode export")
     pictures = read_pictures(data, report)
@@ -57,10 +57,10 @@ def export(checkpoint: Path, data: Path, output: Path, *, backbone: str, report:
 
 
 def label_categories(state: dict, data: Path, *, source: Path, report: Report) -> tuple[Category, ...]:
-    """The categories of a checkpoint's labels; if it does not name them, those of the data set in their order.
+    """The categories of a checkpoint's labels; if it names none, those of the data set in their order.
 
-    Without a data set each label is taken for its category's id.  Raises UserError where the data set has other
-    categories than the checkpoint.
+    Without a data set each label serves as its category's id.  Raises UserError if the data set has other categories
+    than the checkpoint.
     """
     if "categories" in state:
         return known_categories(state)
@@ -97,7 +97,7 @@ def read_pictures(data: Path, report: Report) -> Tensor:
 def exported_files(
     trained: nn.Module, categories: Sequence[Category], score_thresholds: dict | None = None
 ) -> dict[str, bytes]:
-    """The content of the files by name.  score_thresholds: of the checkpoint, which an older one does not have."""
+    """The content of the files by name.  score_thresholds: of the checkpoint; None for an older one."""
     from src.export.onnx_graph import detector_graph, network_graph, with_metadata  # here, because onnx is optional
 
     metadata = {
@@ -128,7 +128,7 @@ def default_boxes_file() -> str:
 
 
 def log_differences(trained: nn.Module, pictures: Tensor, output: Path, report: Report) -> None:
-    """A line for each file: its size, and how far its output is from that of the trained network."""
+    """Reports each file's size and the largest difference of its output from the trained network's."""
     normalised = normalise(pictures)
     with torch.inference_mode():
         offsets, logits = trained(normalised)
@@ -151,7 +151,7 @@ def log_differences(trained: nn.Module, pictures: Tensor, output: Path, report: 
 
 
 def run_network(file: Path, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets and logits that network.onnx gives for normalised images."""
+    """The offsets and logits of network.onnx for normalised images."""
     import onnxruntime  # here, because it is optional
 
     session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
@@ -163,8 +163,8 @@ class Difference(NamedTuple):
     """How two detectors differ on the same pictures."""
 
     detections: int  # of the first
-    farthest: float  # largest difference of a matched detection's box (fractions of the image) or score
-    unmatched: int  # detections of either that the other does not have
+    farthest: float  # largest difference of matched boxes (fractions of the image) or scores
+    unmatched: int  # detections of one detector that the other lacks
 
     def line(self, pictures: int) -> str:
         missed = f", {self.unmatched} detections of one only" if self.unmatched else ""
@@ -175,7 +175,7 @@ class Difference(NamedTuple):
 
 
 def compare(first: Sequence[Detections], second: Sequence[Detections]) -> Difference:
-    """Compares two detectors' detections on the same images; near ones of one label are the same detection."""
+    """Compares two detectors on the same images; detections of one label within MATCH_DISTANCE are the same."""
     nearest = [torch.cat(_nearest(*pair)) for pair in zip(first, second, strict=True)]
     distances = torch.cat([*nearest, torch.zeros(0)])
     matched = distances[distances < MATCH_DISTANCE]
@@ -184,11 +184,11 @@ def compare(first: Sequence[Detections], second: Sequence[Detections]) -> Differ
 
 
 def _nearest(first: Detections, second: Detections) -> tuple[Tensor, Tensor]:
-    """The distance of each detection in an image to the nearest one of the same label of the other; [D], [E]."""
+    """The distance of each detector's detections to the other's nearest with the same label, in one image; [D], [E]."""
     distance = (first.boxes[:, None] - second.boxes).abs().amax(dim=2)
     distance = torch.maximum(distance, (first.scores[:, None] - second.scores).abs())  # [D, E]
     distance = torch.where(first.labels[:, None] == second.labels, distance, torch.inf)
-    nothing = torch.full((1, 1), torch.inf)  # so that the minimum exists where the other has no detection
+    nothing = torch.full((1, 1), torch.inf)  # so that a minimum exists if the other has no detections
     to_second = torch.cat((distance, nothing.expand(len(distance), 1)), dim=1).amin(dim=1)
     to_first = torch.cat((distance, nothing.expand(1, distance.shape[1])), dim=0).amin(dim=0)
     return to_second, to_first

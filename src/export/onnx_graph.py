@@ -1,6 +1,6 @@
-"""The ONNX files: the network by torch, and what comes before and after it as graphs of ONNX's own operators.
+"""The ONNX files: torch exports the network; graphs of ONNX operators come before and after it.
 
-The only module that imports onnx and onnxscript, which are optional.
+Only this module imports onnx and onnxscript, which are optional.
 Shapes: N images, A = 8,732 default boxes, C labels, K categories, T = 200 candidates, D = 200 detections.
 """
 
@@ -24,7 +24,7 @@ def _tensor(values: ArrayLike, dtype: type = np.float32) -> TensorProto:
     return numpy_helper.from_array(np.array(values, dtype))
 
 
-# Constants of the graphs, all of them tensors: onnxslim makes a double of the attribute `value_float`.
+# The graphs' constants are tensors, because onnxslim turns the attribute `value_float` into a double.
 _MEAN, _DEVIATION = (np.array(values, np.float32).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 SCALE, SHIFT = _tensor(1 / (255 * _DEVIATION)), _tensor(_MEAN / _DEVIATION)
 DEFAULT_BOXES = _tensor(default_boxes().numpy())
@@ -43,7 +43,7 @@ Boxes, Labels, Scores = FLOAT["N", MAX_DETECTIONS, 4], INT64["N", MAX_DETECTIONS
 
 @script(default_opset=op)
 def normalised(images: Bytes) -> Pixels:
-    """`src.data.pipelines.batch.normalise`.  Every value has a name, none of which is one of `detections`'."""
+    """`src.data.pipelines.batch.normalise`.  Its values have names that `detections` does not use."""
     values = op.Cast(images, to=FLOAT.dtype)
     scale = op.Constant(value=SCALE)
     shift = op.Constant(value=SHIFT)
@@ -73,7 +73,7 @@ def detections(offsets: Offsets, logits: Logits) -> tuple[Boxes, Labels, Scores]
     flat_indices = op.Reshape(indices, [0, -1])  # [N, K x T]
     boxes_of_candidates = op.GatherND(decoded, op.Unsqueeze(flat_indices, [2]), batch_dims=1)  # [N, K x T, 4]
 
-    # Each class of each image is an image of one class to NonMaxSuppression, so that it sees that class's candidates.
+    # NonMaxSuppression gets each class of each image as an image of one class.
     rows = op.Reshape(candidates, op.Constant(value=ROWS_OF_SCORES))  # [N x K, T]
     kept = op.NonMaxSuppression(
         op.Reshape(boxes_of_candidates, op.Constant(value=ROWS_OF_BOXES)),
@@ -96,31 +96,33 @@ def detections(offsets: Offsets, logits: Logits) -> tuple[Boxes, Labels, Scores]
 
 
 def network_graph(network: nn.Module) -> ModelProto:
-    """normalised [N, 3, 300, 300] to offsets [N, 4, A] and logits [N, C, A].  network: on the CPU, in evaluation."""
+    """A graph from normalised [N, 3, 300, 300] to offsets [N, 4, A] and logits [N, C, A].
+
+    network: on the CPU, in evaluation mode."""
     program = torch.onnx.export(
         network, (torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE),), dynamo=True, verbose=False, opset_version=OPSET,
         dynamic_shapes=({0: "N"},), input_names=["normalised"], output_names=["offsets", "logits"],
     )  # fmt: skip
     model = program.model_proto
-    for node in model.graph.node:  # traces with the paths of this machine's files
+    for node in model.graph.node:  # they hold paths of this machine's files
         node.ClearField("metadata_props")
     return model
 
 
 def detector_graph(network: ModelProto) -> ModelProto:
-    """images [N, 3, 300, 300] uint8 to boxes, labels and scores, around `network_graph`."""
+    """A graph from images [N, 3, 300, 300] uint8 to boxes, labels and scores.  network: from `network_graph`."""
     before, after = normalised.to_model_proto(), detections.to_model_proto()
     before.ir_version = after.ir_version = network.ir_version
     for node in (*before.graph.node, *after.graph.node):
-        node.ClearField("name")  # both count from n0
+        node.ClearField("name")  # both number from n0
     model = compose.merge_models(before, network, io_map=[("pixels", "normalised")])
     model = compose.merge_models(model, after, io_map=[("offsets", "offsets"), ("logits", "logits")])
-    del model.opset_import[1:]  # each part imports the same one; quantize_dynamic takes only a single import
+    del model.opset_import[1:]  # all parts import the same opset; quantize_dynamic takes a single import
     return model
 
 
 def with_metadata(model: ModelProto, metadata: dict[str, str]) -> bytes:
-    """The content of a file: the model, checked, with metadata."""
+    """The content of a file with the model and metadata; checks the model."""
     onnx.helper.set_model_props(model, metadata)
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()

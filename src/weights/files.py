@@ -1,4 +1,4 @@
-"""Files with a network's weights: checkpoints of any kind, read without running code, and whether they fit."""
+"""Reads files with a network's weights without running code in them, and checks whether the weights fit."""
 
 import re
 import warnings
@@ -14,7 +14,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from src.runtime.errors import UserError
 from src.ssd.model import BACKBONES
 
-ONNX, TORCH_PROGRAM = ".onnx", ".pt2"  # suffixes of exported files, of this version and of earlier ones
+ONNX, TORCH_PROGRAM = ".onnx", ".pt2"  # suffixes of exported files: this version's, earlier versions'
 FOREIGN_FILES = {
     b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself with `git lfs pull`",
     b"<!doctype": "an HTML page: the address leads to a page and not to the file; download the file itself",
@@ -22,7 +22,7 @@ FOREIGN_FILES = {
     b"<?xml": "an XML text, perhaps a server's error: download the file again",
     b"\x1f\x8b": "a gzip file: unpack it (gunzip, or tar -xzf)",
     b"\x89hdf": "an HDF5 file, as Keras writes it",
-}  # by their first bytes
+}  # first bytes of a file: what it is
 KINDS = {
     "pytorch-lightning_version": "a checkpoint of PyTorch Lightning",
     "model_ema": "averaged weights (EMA)",
@@ -30,7 +30,7 @@ KINDS = {
     "ema": "averaged weights (EMA)",
     "ema_state_dict": "averaged weights (EMA)",
     "meta": "a checkpoint of MMDetection",
-}  # what a dict with such a key is
+}  # key of a dict: what the dict is
 LIBRARIES = {
     "pytorch_lightning": "a checkpoint of PyTorch Lightning: save its state_dict alone",
     "lightning": "a checkpoint of PyTorch Lightning: save its state_dict alone",
@@ -39,15 +39,15 @@ LIBRARIES = {
     "mmcv": "a checkpoint of MMDetection: save its state_dict alone",
     "mmdet": "a checkpoint of MMDetection: save its state_dict alone",
     "ultralytics": "a model of Ultralytics YOLO, which is another network",
-}  # by the package that a file needs
+}  # package that a file needs: what the file is
 REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+) (?:was not an allowed|whose module)")  # in torch's messages
 
 
 def load_checkpoint(path: Path) -> dict:
-    """What is in a checkpoint: a dict with `model` at least; a bare state_dict becomes that.  On the CPU.
+    """The content of a checkpoint, on the CPU: a dict with at least `model`; a bare state_dict becomes `model`.
 
-    A file of torch.save or safetensors.  Parameter names lose the `module.` of several processes.  Raises UserError
-    for what is no checkpoint.
+    Reads files of torch.save and safetensors.  Parameter names lose DistributedDataParallel's prefix `module.`.
+    Raises UserError if the file is no checkpoint.
     """
     state = _load_safely(path)
     if not isinstance(state, dict):
@@ -72,7 +72,7 @@ def _is_parameter(entry: tuple) -> bool:
 
 
 def _where_network_is(state: dict) -> str:
-    """What a dict without `model` seems to be, and the key that holds the weights."""
+    """For a message: what a dict without `model` seems to be, and which key holds the weights."""
     keys = [key for key, value in state.items() if _is_network(value)]
     if not keys:
         return " (a dict of tensors by name, under `model` or by itself)"
@@ -87,7 +87,7 @@ def _where_network_is(state: dict) -> str:
 
 
 def _check_fields(path: Path, state: dict) -> None:
-    """Raises UserError that names the first of the fields about the network which is not as this program writes it."""
+    """Raises UserError, which names the first field about the network that this program would not write so."""
     for name, tensor in state["model"].items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
             raise UserError(f"{path}: model[{name!r}] is {tensor.dtype}, {tensor.layout}: expected plain numbers")
@@ -120,7 +120,7 @@ def short(value: object) -> str:
 
 
 def _load_safely(path: Path) -> Any:
-    """What a file of torch.save or safetensors holds, none of whose code is run."""
+    """The content of a file of torch.save or safetensors; runs no code in it."""
     try:
         with open(path, "rb") as file:
             start = file.read(512)
@@ -134,24 +134,24 @@ def _load_safely(path: Path) -> Any:
     try:
         if start[8:9] == b"{":  # safetensors: the length of a JSON object in eight bytes, and that object
             return load_file(path)
-        if zipfile.is_zipfile(path):  # its sums, which torch does not look at
+        if zipfile.is_zipfile(path):  # torch does not check the checksums
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
                 raise zipfile.BadZipFile(f"{damaged} is not as it was written")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle's protocol, while any other file's bytes are taken for pickle
+            warnings.simplefilter("ignore")  # about pickle's protocol: other files are parsed as pickle too
             return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # whatever strange bytes make the readers raise
+    except Exception as error:  # damaged bytes make the readers raise many kinds
         if path.suffix in (ONNX, TORCH_PROGRAM):
             raise UserError(f"{path}: is no checkpoint: give that from which it was exported") from None
         raise UserError(f"{path}: {_refusal(error)}") from None
 
 
 def _refusal(error: Exception) -> str:
-    """Why a file was not loaded, in a line; torch's own reasons are long."""
+    """Why a file was not loaded, in one line; torch's messages are long."""
     needed = REFUSED_GLOBAL.search(str(error))
     if needed:
         package = needed[1].partition(".")[0]
@@ -162,7 +162,7 @@ def _refusal(error: Exception) -> str:
 
 
 def check_fit(expected: dict[str, Tensor], weights: dict[str, Tensor], *, source: Path) -> None:
-    """Raises UserError that names the first parameter that is missing, of another shape, or unknown."""
+    """Raises UserError, which names the first parameter that is missing, unknown or has another shape."""
     for name, tensor in expected.items():
         if name not in weights:
             raise UserError(f"{source}: does not fit this network: it has no {name} {list(tensor.shape)}")
