@@ -17,13 +17,8 @@ from src.runtime.errors import UserError
 
 LABELME_SHAPES = ("rectangle", "polygon")  # of a polygon the box around its points
 CVAT_SHAPES = ("box", "polygon", "polyline", "points", "ellipse", "mask", "cuboid", "skeleton")
-READ_ERRORS = (
-    AssertionError,
-    ParsingError,
-    ValueError,
-    TypeError,
-    KeyError,
-)  # raised by globox for entries that it cannot read
+# Raised by globox for entries that it cannot read.
+READ_ERRORS = (AssertionError, ParsingError, ValueError, TypeError, KeyError)
 
 
 class LabelCollector:

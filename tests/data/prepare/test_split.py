@@ -1,3 +1,5 @@
+"""The random split of `prepare`, and the recipes for small data sets."""
+
 import math
 from collections import Counter
 from pathlib import Path
@@ -26,7 +28,7 @@ def test_the_fraction_holds_for_all_and_for_each_category():
     assert all(counts[c] == pytest.approx(0.2 * totals[c], abs=1.5) for c in (1, 2, 3, 4))
 
 
-def test_a_rare_category_is_in_both_parts_and_a_single_picture_trains():
+def test_a_rare_category_is_in_both_splits_and_a_single_picture_trains():
     for seed in range(20):
         validates = split_at_random(PICTURES, fraction=0.2, seed=seed)
         assert validates[4] != validates[50]
@@ -38,7 +40,7 @@ def test_pictures_without_boxes_are_split_too():
     assert sum(validates[100:]) == 2
 
 
-def test_the_split_depends_on_names_and_seed_alone():
+def test_the_split_depends_only_on_names_labels_and_seed():
     first = split_at_random(PICTURES, fraction=0.2, seed=0)
     moved = [Picture(Path("elsewhere") / p.path, 10, 10, p.boxes) for p in reversed(PICTURES)]
     assert split_at_random(moved, fraction=0.2, seed=0) == first[::-1]
@@ -46,13 +48,13 @@ def test_the_split_depends_on_names_and_seed_alone():
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_few_pictures_are_in_both_parts(count):
+def test_two_or_three_pictures_are_in_both_splits(count):
     validates = split_at_random([picture(f"{n}.jpg", 1) for n in range(count)], fraction=0.2, seed=0)
     assert sum(validates) == 1
 
 
 @pytest.mark.parametrize("pictures", [60, 100, 150, 223, 224, 500, 999, 1001, 2000, 4472, 4473, 10_000, 20_000])
-def test_a_recipe_fits(pictures):
+def test_the_closest_recipe_fits(pictures):
     recipe = closest_recipe(pictures)
     per_epoch = math.ceil(pictures / recipe.batch_size)
     iterations = per_epoch * recipe.epochs
@@ -64,5 +66,5 @@ def test_a_recipe_fits(pictures):
     assert recipe.batch_size * 0.13 < 6
 
 
-def test_recipes_are_those_of_the_table():
+def test_there_are_four_recipes():
     assert [recipe.pictures for recipe in RECIPES] == [100, 500, 2_000, 10_000]
