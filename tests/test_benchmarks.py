@@ -159,7 +159,7 @@ def test_the_cores_that_a_step_needs_are_those_of_as_many_images():
 
 
 def test_two_gpus_are_held_to_twice_one(data, monkeypatch):
-    """On two processes of a CPU, with the tiny network."""
+    """The speed is that of the second epoch.  The runs are replaced by files of their metrics."""
     seen = []
     monkeypatch.setattr(gpu.subprocess, "run", lambda line, **options: seen.append(line) or leave_metrics(line))
     row = gpu.two_gpus_row(data, 2, ("--backbone", "resnet18"))
