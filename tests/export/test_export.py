@@ -177,11 +177,11 @@ def test_compare_matches_detections_in_any_order():
 def test_the_benchmark_compares_the_file_with_the_evaluation(files, monkeypatch):
     written = {path.name: path.read_bytes() for path in files.exported.iterdir()}
     monkeypatch.setattr(benchmark, "exported_files", lambda *_: written)
-    monkeypatch.setattr(benchmark, "REPEATS", 1)
+    monkeypatch.setattr(benchmark, "TURNS", 1)
     with narrow_network():
         rows = benchmark.run(backbone="resnet18", labels=3, batch_size=2)
     (row,) = rows
-    assert row["name"].startswith("detector.onnx ") and row["ours"] > 0 and row["yardstick"] > 0
+    assert row["name"].startswith("detector.onnx ") and row["ours"] > 0 and row["baseline"] > 0
 
 
 def test_unreadable_pictures_are_left_out(tmp_path, capsys):
