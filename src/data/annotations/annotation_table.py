@@ -19,8 +19,8 @@ import numpy as np
 from src.data.annotations.annotation_warnings import KEPT, AnnotationWarnings, listed
 from src.data.annotations.array_builders import Column, IndexLookup, field, first_repeated
 from src.data.annotations.clip_boxes import clip_boxes
+from src.data.annotations.coco_entries import NO_ATTRIBUTES, AnnotationEntry
 from src.data.annotations.coco_errors import describe
-from src.data.annotations.coco_json import NO_ATTRIBUTES, AnnotationEntry
 from src.data.annotations.image_table import ImageTable
 from src.runtime.errors import DataError
 

@@ -22,7 +22,8 @@ import numpy as np
 from src.data.annotations.annotation_table import AnnotationTable, AnnotationTableBuilder, GroundTruth
 from src.data.annotations.annotation_warnings import listed
 from src.data.annotations.array_builders import first_repeated, offsets
-from src.data.annotations.coco_json import CategoryEntry, read_chunks
+from src.data.annotations.coco_entries import CategoryEntry
+from src.data.annotations.coco_json import read_chunks
 from src.data.annotations.image_table import ImageTable, ImageTableBuilder
 from src.runtime.errors import DataError
 

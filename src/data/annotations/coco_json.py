@@ -12,17 +12,15 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import msgspec
-from msgspec import DecodeError, Meta, Raw, Struct, ValidationError
+from msgspec import DecodeError, ValidationError
 
+from src.data.annotations.coco_entries import DECODERS
 from src.data.annotations.coco_errors import (
     BYTE_ORDER_MARK,
     FIELD_HELP,
-    LARGEST_ID,
-    LEAST_ID,
-    LONGEST_SIDE,
     SPACE,
     Array,
     Object,
@@ -60,43 +58,6 @@ OTHER_FILES = {
 # about ten wrong cuts at most.  200 MB of entries that hold such lists take 1.44 of a plain file's time.
 FIRST_RUN_DIVISOR = 256
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-
-NO_ATTRIBUTES = Raw()
-
-Id = Annotated[int, Meta(ge=LEAST_ID, le=LARGEST_ID)]
-Side = Annotated[int, Meta(ge=1, le=LONGEST_SIDE)]
-
-
-Box = tuple[float, float, float, float]  # x, y, width, height in pixels
-
-
-class ImageEntry(Struct, gc=False):
-    id: Id
-    file_name: Annotated[str, Meta(min_length=1)]
-    width: Side
-    height: Side
-
-
-class AnnotationEntry(Struct, gc=False):
-    image_id: Id
-    category_id: Id
-    bbox: Box
-    id: Any = None  # only for messages: other programs write UUIDs and other text
-    area: Any = None  # ignored unless it is a number
-    iscrowd: int | bool | None = 0
-    attributes: Raw = NO_ATTRIBUTES  # CVAT's may hold a rotation of the box
-
-
-class CategoryEntry(Struct, gc=False):
-    id: Id
-    name: str
-
-
-DECODERS: dict[str, msgspec.json.Decoder] = {
-    "images": msgspec.json.Decoder(list[ImageEntry]),
-    "annotations": msgspec.json.Decoder(list[AnnotationEntry]),
-    "categories": msgspec.json.Decoder(list[CategoryEntry]),
-}
 
 
 class Chunk(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from src.data.annotations.array_builders import Column, field, first_repeated, offsets
-from src.data.annotations.coco_json import ImageEntry
+from src.data.annotations.coco_entries import ImageEntry
 from src.data.annotations.unicode_names import spelled_as_on_disk
 from src.runtime.errors import DataError
 

@@ -1,4 +1,4 @@
-"""An annotation file cut into chunks is read as Python reads it whole, however it is written."""
+"""Reading an annotation file in chunks gives what Python's JSON reader gives, whatever the file's layout."""
 
 import json
 import random
@@ -26,7 +26,7 @@ ORDERS = st.permutations(["info", "images", "annotations", "categories", "more"]
 FORMS = st.sampled_from([{}, {"separators": (",", ":")}, {"indent": 1}, {"ensure_ascii": False}, {"indent": "\t"}])
 
 
-def read_in_pieces(path: Path, monkeypatch, size: int) -> dict[str, list]:
+def read_in_chunks(path: Path, monkeypatch, size: int) -> dict[str, list]:
     """The entries of each list as plain values, decoded `size` bytes at a time."""
     lists: dict[str, list] = {}
     with monkeypatch.context() as patch:
@@ -34,22 +34,22 @@ def read_in_pieces(path: Path, monkeypatch, size: int) -> dict[str, list]:
         for list_name, first, entries in coco_json.read_chunks(path):
             assert first == (len(lists[list_name]) if first else 0)
             lists[list_name] = lists.get(list_name, [])[:first] + entries
-    return {part: [plain(entry) for entry in entries] for part, entries in lists.items()}
+    return {name: [plain(entry) for entry in entries] for name, entries in lists.items()}
 
 
 def plain(entry) -> dict:
     return {name: getattr(entry, name) for name in entry.__struct_fields__ if name != "attributes"}
 
 
-def expected(value: dict, part: str) -> list[dict]:
-    """The same entries, taken from what Python's reader has made of them."""
+def expected(value: dict, list_name: str) -> list[dict]:
+    """The entries of a list that Python's reader has read, with the fields that `read_chunks` reads."""
     optional = {"id": None, "area": None, "iscrowd": 0}
     fields = {
         "images": ("id", "file_name", "width", "height"),
         "annotations": ("image_id", "category_id", "bbox", "id", "area", "iscrowd"),
         "categories": ("id", "name"),
     }
-    entries = [{name: entry.get(name, optional.get(name)) for name in fields[part]} for entry in value[part]]
+    entries = [{name: entry.get(name, optional.get(name)) for name in fields[list_name]} for entry in value[list_name]]
     return [{**entry, "bbox": tuple(entry["bbox"])} if "bbox" in entry else entry for entry in entries]
 
 
@@ -57,10 +57,10 @@ def expected(value: dict, part: str) -> list[dict]:
 def written(draw) -> str:
     """A sound file's text in some order of keys and some layout, with odd fields that are not read."""
     value = draw(good())
-    for part in ("images", "annotations", "categories"):
-        value[part] = [
+    for name in ("images", "annotations", "categories"):
+        value[name] = [
             {**draw(st.dictionaries(st.just("parts"), INNER)), **entry, **draw(st.dictionaries(st.just("more"), INNER))}
-            for entry in value[part]
+            for entry in value[name]
         ]
     value |= {"info": draw(INNER), "more": draw(INNER)}
     text = json.dumps({key: value[key] for key in draw(ORDERS)}, **draw(FORMS))
@@ -69,17 +69,17 @@ def written(draw) -> str:
 
 @QUICKLY
 @given(written(), st.sampled_from([1, 20, 90, 400, 2**24]))
-def test_pieces_together_are_the_whole(tmp_path, monkeypatch, text, size):
+def test_chunks_together_equal_the_whole_file(tmp_path, monkeypatch, text, size):
     path = tmp_path / "instances.json"
     path.write_bytes(text.encode(errors="surrogatepass"))
     value = json.loads(text.removeprefix("\ufeff"))
-    found = read_in_pieces(path, monkeypatch, size)
-    assert found == {part: expected(value, part) for part in ("images", "annotations", "categories")}
+    found = read_in_chunks(path, monkeypatch, size)
+    assert found == {name: expected(value, name) for name in ("images", "annotations", "categories")}
 
 
 @pytest.mark.parametrize("size", [1, 50, 2**24])
-def test_of_a_list_that_is_there_twice_the_last_counts(tmp_path, monkeypatch, size):
-    """As for Python's reader; the boxes are those of the images that count."""
+def test_the_last_of_two_equal_keys_counts(tmp_path, monkeypatch, size):
+    """As in Python's reader; boxes belong to the images of the last list."""
     path = tmp_path / "instances.json"
     one, other = content([annotation(1)] * 3), content([annotation(2)] * 2, images=IMAGES[1:])
     for order in (["annotations", "images", "annotations", "images"], ["images", "annotations", "images"]):
@@ -88,8 +88,8 @@ def test_of_a_list_that_is_there_twice_the_last_counts(tmp_path, monkeypatch, si
         text = "{" + ", ".join([*parts, f'"c\\u0061tegories": {json.dumps(CATEGORIES)}']) + "}"
         path.write_text(text)
         value = json.loads(text)
-        found = read_in_pieces(path, monkeypatch, size)
-        assert found == {part: expected(value, part) for part in ("images", "annotations", "categories")}
+        found = read_in_chunks(path, monkeypatch, size)
+        assert found == {name: expected(value, name) for name in ("images", "annotations", "categories")}
 
 
 def test_annotations_come_after_the_images(tmp_path, monkeypatch):
@@ -98,17 +98,17 @@ def test_annotations_come_after_the_images(tmp_path, monkeypatch):
     value = content([annotation(1)] * 9)
     for order in (["annotations", "images", "categories"], ["images", "annotations", "categories"]):
         path.write_text(json.dumps({key: value[key] for key in order}))
-        parts = [chunk.list_name for chunk in coco_json.read_chunks(path)]
-        assert parts.count("annotations") > 3 and parts.index("annotations") > max(
-            place for place, part in enumerate(parts) if part == "images"
+        list_names = [chunk.list_name for chunk in coco_json.read_chunks(path)]
+        assert list_names.count("annotations") > 3 and list_names.index("annotations") > max(
+            index for index, name in enumerate(list_names) if name == "images"
         )
 
 
-def test_a_piece_is_not_much_larger_than_asked_for(tmp_path, monkeypatch):
-    """Even where entries hold lists of objects that begin like themselves."""
+def test_chunks_are_hardly_larger_than_the_chunk_size(tmp_path, monkeypatch):
+    """Even if entries hold lists of objects that begin like entries."""
     monkeypatch.setattr(coco_json, "CHUNK_SIZE", 4096)
-    parts = [{"id": 5, "area": 1}] * 3
-    entries = [{"id": number, "segments": parts, **annotation(1), "text": "}, {"} for number in range(2000)]
+    segments = [{"id": 5, "area": 1}] * 3
+    entries = [{"id": number, "segments": segments, **annotation(1), "text": "}, {"} for number in range(2000)]
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(content(entries)))
     sizes = [len(chunk.entries) for chunk in coco_json.read_chunks(path) if chunk.list_name == "annotations"]
@@ -119,21 +119,21 @@ def test_a_piece_is_not_much_larger_than_asked_for(tmp_path, monkeypatch):
 
 
 @QUICKLY
-@example(122, 2, b"NaN")  # in a text that lasts over the end of its entry
+@example(122, 2, b"NaN")  # in a string that goes on after the end of its entry
 @given(st.integers(0, len(SOUND)), st.integers(0, 3), st.sampled_from([b"", b"NaN", b"}", b"]", b'"', b",", b"\xff"]))
-def test_the_error_is_the_same_for_every_size_of_the_pieces(tmp_path, monkeypatch, place, removed, piece):
+def test_errors_do_not_depend_on_the_chunk_size(tmp_path, monkeypatch, place, removed, inserted):
     path = tmp_path / "instances.json"
-    path.write_bytes(SOUND[:place] + piece + SOUND[place + removed :])
+    path.write_bytes(SOUND[:place] + inserted + SOUND[place + removed :])
     outcomes = []
     for size in (1, 64, 2**24):
         try:
-            outcomes.append(read_in_pieces(path, monkeypatch, size))
+            outcomes.append(read_in_chunks(path, monkeypatch, size))
         except DataError as error:
             outcomes.append(str(error))
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
-def test_faults_far_down_a_file_are_placed(tmp_path, monkeypatch):
+def test_errors_far_down_a_file_name_the_entry_or_the_line(tmp_path, monkeypatch):
     monkeypatch.setattr(coco_json, "CHUNK_SIZE", 300)
     entries = [annotation(1, score=float("nan")) for _ in range(400)]
     entries[333] |= {"bbox": [1, 2, 3, float("inf")]}

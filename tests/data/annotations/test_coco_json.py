@@ -18,7 +18,7 @@ BBOX_FAULTS = ["[]", "[1, 2, 3]", "[1, 2, 3, 4, 5]", '[1, 2, "3", 4]', "[1, 2, 3
 
 
 @pytest.mark.parametrize("bbox", BBOX_FAULTS)
-def test_a_bbox_that_is_not_four_numbers(tmp_path, bbox):
+def test_a_bbox_that_is_not_four_finite_numbers_is_refused(tmp_path, bbox):
     entries = [annotation(1), annotation(1, score="S"), annotation(1, bbox=["B"]), annotation(1, bbox=["B"])]
     text = json.dumps(content(entries), indent=1)
     text = re.sub(r'\[\s*"B"\s*\]', bbox, text).replace('"S"', "NaN")
@@ -31,21 +31,21 @@ def test_a_bbox_that_is_not_four_numbers(tmp_path, bbox):
 
 
 @pytest.mark.parametrize("field", ["bbox", "image_id", "category_id"])
-def test_an_annotation_without_a_field(tmp_path, field):
+def test_an_annotation_without_a_field_is_refused(tmp_path, field):
     assert f"annotations[1] (id 2) has no {field}: it must be" in error_of(
         tmp_path, content([annotation(1), without(annotation(1), field)])
     )
 
 
 @pytest.mark.parametrize("field", ["file_name", "width", "height", "id"])
-def test_an_image_without_a_field(tmp_path, field):
+def test_an_image_without_a_field_is_refused(tmp_path, field):
     message = error_of(tmp_path, content(images=[IMAGES[0], without(IMAGES[1], field)]))
     known = {"id": 'file_name "2.jpg"', "file_name": "id 2"}.get(field, 'id 2, file_name "2.jpg"')
     assert f"images[1] ({known}) has no {field}: it must be" in message
 
 
 @pytest.mark.parametrize("field", ["id", "name"])
-def test_a_category_without_a_field(tmp_path, field):
+def test_a_category_without_a_field_is_refused(tmp_path, field):
     assert f"has no {field}" in error_of(tmp_path, content(categories=[CATEGORIES[0], without(CATEGORIES[1], field)]))
 
 
@@ -61,7 +61,7 @@ def test_a_category_without_a_field(tmp_path, field):
         ("width", None),
     ],
 )
-def test_a_wrong_field_of_an_image(tmp_path, field, value):
+def test_a_wrong_field_of_an_image_is_refused(tmp_path, field, value):
     message = error_of(tmp_path, content(images=[{**IMAGES[0], field: value}, IMAGES[1]]))
     assert f"{field} is {json.dumps(value)} in images[0]" in message
 
@@ -72,7 +72,7 @@ def test_a_file_name_must_stay_in_the_folder(tmp_path, name):
     assert "images[1]" in message and repr(name) in message and str(tmp_path / "train2017") in message
 
 
-def test_a_wrong_optional_field(tmp_path):
+def test_a_wrong_iscrowd_is_refused(tmp_path):
     assert 'iscrowd is "much" in annotations[0] (id 1): it must be' in error_of(
         tmp_path, content([annotation(1, iscrowd="much")])
     )
@@ -94,7 +94,7 @@ def test_an_annotation_id_may_be_anything(tmp_path, given):
 
 @pytest.mark.parametrize("written", ["1e0", "1.0e+0", "10E-1", "100e-2", "0.1e1", "1.0"])
 @pytest.mark.parametrize("after", ["", ', "more": [1, {"id": 2.0}]'])
-def test_whole_numbers_of_any_form(tmp_path, written, after):
+def test_whole_numbers_in_float_notation_are_read(tmp_path, written, after):
     text = json.dumps(content([annotation(1), annotation(2)])).replace('"image_id": 1,', f'"image_id": {written},')
     text = text.replace("160", "1.6e+02").replace("120", "12E1")[:-1] + after + "}"
     annotations = read(tmp_path, text)
@@ -103,12 +103,12 @@ def test_whole_numbers_of_any_form(tmp_path, written, after):
 
 
 @pytest.mark.parametrize("written", ["1e-1", "1.5", "1e400", "12e-1", "1e19"])
-def test_numbers_that_are_not_whole_or_too_large(tmp_path, written):
+def test_numbers_that_are_not_whole_or_too_large_are_refused(tmp_path, written):
     text = json.dumps(content([annotation(1), annotation(2)])).replace('"image_id": 1,', f'"image_id": {written},')
     assert " in annotations[0] (id 1): it must be the id of an entry of `images`" in error_of(tmp_path, text)
 
 
-def test_a_fault_behind_whole_numbers_of_another_form_is_placed_in_the_file(tmp_path):
+def test_the_byte_of_an_error_after_numbers_in_float_notation_is_right(tmp_path):
     text = json.dumps(content()).replace("160", "1.6e+02").replace('"annotations"', '"annotations" ?')
     assert f"(byte {text.index('?')})" in error_of(tmp_path, text)
 
@@ -130,14 +130,14 @@ def test_files_of_another_kind_are_named(tmp_path, beginning, what):
         read_annotations(path, tmp_path)
 
 
-@pytest.mark.parametrize("part", ["images", "annotations", "categories"])
-def test_parts_that_are_missing_or_no_list(tmp_path, part):
-    assert f"has no `{part}`" in error_of(tmp_path, without(content(), part))
-    assert f"`{part}` is of type null" in error_of(tmp_path, {**content(), part: None})
-    assert f"{part}[0] must be an object with" in error_of(tmp_path, {**content(), part: [3]})
+@pytest.mark.parametrize("name", ["images", "annotations", "categories"])
+def test_lists_that_are_missing_or_of_another_type_are_refused(tmp_path, name):
+    assert f"has no `{name}`" in error_of(tmp_path, without(content(), name))
+    assert f"`{name}` is of type null" in error_of(tmp_path, {**content(), name: None})
+    assert f"{name}[0] must be an object with" in error_of(tmp_path, {**content(), name: [3]})
 
 
-def test_no_images(tmp_path):
+def test_an_empty_list_of_images_is_refused(tmp_path):
     message = error_of(tmp_path, content(images=[]))
     assert "`images` is empty" in message and str(tmp_path / "train2017") in message
 
@@ -162,17 +162,17 @@ def test_no_images(tmp_path):
         (json.dumps(content()).replace("annotations", "annotat\\NaN"), "invalid escape character"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_json_object(tmp_path, text, expected):
+def test_a_file_that_is_no_json_object_is_refused(tmp_path, text, expected):
     assert expected in error_of(tmp_path, text)
 
 
-def test_other_encodings(tmp_path):
+def test_other_encodings_are_refused(tmp_path):
     path = write_annotations(tmp_path, "")
     path.write_bytes(json.dumps(content()).encode("utf-16"))
     with pytest.raises(DataError, match="UTF-16 text: save it as UTF-8"):
         read_annotations(path, tmp_path)
     latin = json.dumps(content(), ensure_ascii=False).replace("2.jpg", "ä.jpg").encode("latin-1")
-    for before in (b"{", b'{"info":\n "' + "ä".encode() * BLOCK + b'", '):  # a block of it begins inside a letter
+    for before in (b"{", b'{"info":\n "' + "ä".encode() * BLOCK + b'", '):  # a block begins inside a letter
         path.write_bytes(before + latin[1:])
         lines = (before + latin[1:]).partition(b"\xe4.jpg")[0].split(b"\n")
         with pytest.raises(DataError, match=rf"not UTF-8 at line {len(lines)}, column {len(lines[-1]) + 1} "):
@@ -180,13 +180,13 @@ def test_other_encodings(tmp_path):
 
 
 @pytest.mark.parametrize("extra", [b'"info": "\xff"', b'"info": {"by": "\xff"}', b'"\xff": 1'])
-def test_an_encoding_does_not_matter_where_nothing_is_read(tmp_path, extra):
+def test_other_encodings_in_ignored_fields_are_accepted(tmp_path, extra):
     path = write_annotations(tmp_path, "")
     path.write_bytes(json.dumps(content()).encode().replace(b"{", b"{" + extra + b", ", 1))
     assert len(read_annotations(path, tmp_path).image_ids) == len(content()["images"])
 
 
-def test_an_annotation_file_that_cannot_be_read(tmp_path):
+def test_an_unreadable_annotation_file_is_named(tmp_path):
     path = tmp_path / "annotations.json"
     with pytest.raises(DataError, match=rf"{path}: no such annotation file"):
         read_annotations(path, tmp_path)
@@ -201,8 +201,8 @@ def test_an_annotation_file_that_cannot_be_read(tmp_path):
         read_annotations(path / "below-a-file", tmp_path)
 
 
-def test_a_pipe_is_read_too(tmp_path):
-    """`--data` may hold what a decompressor writes."""
+def test_an_annotation_file_may_be_a_pipe(tmp_path):
+    """A decompressor may write the annotation file."""
     reading, writing = os.pipe()
     os.write(writing, json.dumps(content()).encode())
     os.close(writing)

@@ -1,4 +1,4 @@
-"""Faulty annotations and images in whole runs of both pipelines.  test_coco.py tests the annotation reader alone."""
+"""Faulty annotations and images in whole runs of both pipelines.  tests/data/annotations tests the reader alone."""
 
 import json
 import os
