@@ -117,11 +117,14 @@ def detect_batch(
 
 
 def prepare_for_inference(model: nn.Module, *, device: torch.device, amp: bool) -> nn.Module:
-    """The model with its batch-norms folded into the convolutions, which is faster.
+    """The model with its batch-norms folded into the convolutions, which is faster; in bfloat16 the model itself.
 
-    In half precision it is the model itself, because rounding folded weights to float16 would move detections.
+    The weights are folded in float32; autocast rounds them later.
     """
-    return model if amp and half_is_fast(device) else fold_batch_norms(model)
+    # On the 16 photographs that a ResNet-18 was trained on (mAP 0.558), folding moved mAP by 5e-6 in emulated float16,
+    # but by 1e-4 in emulated bfloat16 and by 5e-3 in a CPU's own bfloat16.
+    in_bfloat16 = amp and device.type == "cpu" and half_is_fast(device)
+    return model if in_bfloat16 else fold_batch_norms(model)
 
 
 def to_results(detections: list[Detections], indices: np.ndarray, annotations: Annotations) -> Results:

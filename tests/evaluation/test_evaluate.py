@@ -144,7 +144,7 @@ def test_any_number_of_processes_scores_the_same_on_every_rank(annotations, worl
 
 
 @pytest.mark.parametrize(("amp", "fast", "folds"), [(False, True, True), (True, True, False), (True, False, True)])
-def test_batch_norms_are_folded_except_in_half_precision(monkeypatch, amp, fast, folds):
+def test_on_a_cpu_batch_norms_are_folded_except_in_half_precision(monkeypatch, amp, fast, folds):
     monkeypatch.setattr("src.evaluation.evaluate.half_is_fast", lambda device: fast)
     model = SSD300("resnet18", 3).eval()
     assert (prepare_for_inference(model, device=CPU, amp=amp) is not model) == folds

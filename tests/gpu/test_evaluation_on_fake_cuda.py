@@ -67,6 +67,7 @@ def test_detections_equal_the_cpus_and_wait_as_often_for_five_images_as_for_one(
             nonzero, counts, converged, kept = detection_waits(images)
             assert waits_and_copies(gpu, first) == [nonzero, counts, converged, "aten._local_scalar_dense", kept]
             assert_about(len(gpu.operators) - first_operator, DETECTION_OPERATORS)
+            assert dtypes(computed(gpu, "aten._softmax")) == {"float32"}
             assert "mixed" not in gpu.kinds()
         for one, other in zip(ours, detect(offsets, logits), strict=True):
             assert len(other.scores) > 0
@@ -120,6 +121,7 @@ def test_an_evaluation_has_the_cpus_metrics_and_waits_per_batch_not_per_image(da
     assert found == evaluation_waits(batches, batch_size)
     network_operators = computed(gpu, "aten.convolution", "aten.addmm", first=first_operator)
     assert dtypes(network_operators) == {"float16" if half else "float32"}
+    assert not [operator for operator in gpu.operators[first_operator:] if "batch_norm" in operator.name]
     for convolution in network_operators[::2]:
         assert ["channels last" in part for part in convolution.tensors[:2]] == [True, True]
     if not half:

@@ -20,6 +20,7 @@ from tests.helpers.fake_cuda_runs import (
     IMAGES,
     annotations_of,
     assert_about,
+    computed,
     dtypes,
     on_host,
     small_trainer,
@@ -140,3 +141,4 @@ def test_a_batch_and_a_step_take_as_many_operators_as_today(half):
     assert "float64" not in dtypes(gpu.operators[first:])
     assert_about(second - first, BATCH_OPERATORS)
     assert_about(len(gpu.operators) - second, HALF_STEP_OPERATORS if half else STEP_OPERATORS)
+    assert not computed(gpu, "aten.zero_", "aten._foreach_zero_", first=second)  # gradients are dropped instead

@@ -80,4 +80,6 @@ def test_a_benchmark_waits_after_each_step_and_inside_it_only_as_a_run_does(gpu,
     assert [[event.what for event in step] for step in whole[1:]] == [HOST_BATCH] * WARM_UP
     assert detecting[2:] == detecting[1:2] * (WARM_UP - 1)  # the first copies the default boxes
     assert dtypes(computed(gpu, "aten.convolution", "aten.addmm")) == {"float16" if half else "float32"}
+    casts = [one for one in computed(gpu, "aten._to_copy") if "float32 [2, 3, 300, 300] channels last" in one.tensors]
+    assert len(casts) == (WARM_UP + 1 if half else 0)  # of real batches after normalising; noise is float16 already
     assert "mixed" not in gpu.kinds()

@@ -18,7 +18,7 @@ from src.runtime.errors import UserError
 from src.ssd.model import SSD300
 from src.training.checkpoint import save_checkpoint
 from src.weights.backbone import load_backbone_weights
-from src.weights.detector import known_categories, load_detector, read_labelled
+from src.weights.detector import build_trained_model, known_categories, load_detector, read_labelled
 from src.weights.files import load_checkpoint
 from tests.helpers.datasets import annotation, write_coco
 from tests.helpers.launch import HALF
@@ -172,6 +172,14 @@ def test_classification_heads_start_afresh_for_other_categories(small_state, ext
         (line,) = lines
         assert line.startswith(f"ssd.pt: its categories are not the data's ({difference}): backbone, extra blocks and")
         assert line.endswith("the classification heads start afresh")
+
+
+def test_a_checkpoints_network_is_channels_last(small_state):
+    model = build_trained_model(
+        {"model": small_state}, backbone="resnet18", num_categories=2, source=FILE, device=torch.device("cpu")
+    )
+    weights = [parameter for parameter in model.parameters() if parameter.dim() == 4]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
 
 
 def test_the_categories_of_a_published_checkpoint_are_its_labels(small_state):
