@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.tiny_model import narrow_network
+from tests.helpers.tiny_model import use_tiny_model
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's, with which matplotlib cannot be imported
 HERE = Path(__file__).parent
@@ -89,9 +89,9 @@ def encode_oracle() -> dict:
 
 
 @pytest.fixture
-def narrow() -> Iterator[None]:
+def tiny_model() -> Iterator[None]:
     """Runs of the program in this process get a network of a few channels."""
-    with narrow_network():
+    with use_tiny_model():
         yield
 
 

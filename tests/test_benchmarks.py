@@ -35,7 +35,7 @@ def small(monkeypatch) -> None:
     monkeypatch.setattr(step, "BARE_STEPS", {"cpu": 1})
 
 
-@pytest.mark.usefixtures("narrow", "small")
+@pytest.mark.usefixtures("tiny_model", "small")
 @pytest.mark.parametrize("fast", [True, False])
 def test_the_step_has_a_row_for_each_precision_of_the_processor(monkeypatch, capsys, fast):
     monkeypatch.setattr(step, "half_is_fast", lambda device: fast)
@@ -48,7 +48,7 @@ def test_the_step_has_a_row_for_each_precision_of_the_processor(monkeypatch, cap
     assert capsys.readouterr().out == ("" if fast else left_out)
 
 
-@pytest.mark.usefixtures("narrow", "small")
+@pytest.mark.usefixtures("tiny_model", "small")
 def test_a_whole_run_has_a_row_for_each_pipeline(data):
     rows = list(step.whole_run(data, backbone="resnet18", batch_size=2))
     assert [row["goal"] for row in rows] == [step.GOAL_WHOLE] * 2
@@ -75,7 +75,7 @@ def test_ten_times_coco_is_read_if_there_is_room(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("ten times COCO: left out, ")
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("tiny_model")
 def test_learning_trains_and_scores(data, monkeypatch):
     monkeypatch.setattr(learning, "ITERATIONS", 2)
     assert 0 <= learning.run(data, seed=1) <= 1
@@ -95,7 +95,7 @@ def small_evaluation(monkeypatch) -> None:
         monkeypatch.setattr(evaluation, name, value)
 
 
-@pytest.mark.usefixtures("narrow", "small_evaluation")
+@pytest.mark.usefixtures("tiny_model", "small_evaluation")
 @pytest.mark.parametrize("cores", [1, 2])
 def test_an_evaluation_has_a_row_for_each_part(monkeypatch, cores):
     pinned = []
@@ -118,7 +118,7 @@ def score_alone(function, arguments, nprocs) -> None:
         function(0, *arguments)
 
 
-@pytest.mark.usefixtures("narrow", "small", "small_evaluation")
+@pytest.mark.usefixtures("tiny_model", "small", "small_evaluation")
 def test_a_gpus_figures_have_every_row(data, monkeypatch):
     """On a CPU in its place, with eager steps for the compiled ones: not every machine has a compiler."""
     for name, value in {

@@ -186,10 +186,10 @@ def undecodable_picture() -> str:
 def too_large_batch() -> str:
     pytest.importorskip("nvidia.dali")
     from src.data.pipelines.dali_graph import OUTPUTS
-    from tests.helpers.dali_loaders import loader, small
+    from tests.helpers.dali_loaders import loader, random_annotations
 
     with tempfile.TemporaryDirectory() as folder:
-        train_loader = loader(small(Path(folder)), batch_size=2**31 - 1)
+        train_loader = loader(random_annotations(Path(folder)), batch_size=2**31 - 1)
         return error_of(lambda: train_loader.build(OUTPUTS)).removesuffix(": lower --batch-size")
 
 

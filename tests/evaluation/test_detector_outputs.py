@@ -15,7 +15,7 @@ from tests.helpers.datasets import annotation, write_coco
 from tests.helpers.pycocotools_scorer import plain_scorer
 from tests.helpers.small_runs import flags
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 class FakeDetector(nn.Module):

@@ -26,7 +26,7 @@ from src.weights.exported import build_trained_detector, load_checkpoint_or_expo
 from src.weights.files import load_checkpoint
 from tests.helpers.datasets import write_image
 from tests.helpers.exported import CATEGORIES
-from tests.helpers.tiny_model import narrow_network
+from tests.helpers.tiny_model import use_tiny_model
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parents[2]
@@ -178,7 +178,7 @@ def test_the_benchmark_compares_the_file_with_the_evaluation(files, monkeypatch)
     written = {path.name: path.read_bytes() for path in files.exported.iterdir()}
     monkeypatch.setattr(benchmark, "exported_files", lambda *_: written)
     monkeypatch.setattr(benchmark, "TURNS", 1)
-    with narrow_network():
+    with use_tiny_model():
         rows = benchmark.run(backbone="resnet18", labels=3, batch_size=2)
     (row,) = rows
     assert row["name"].startswith("detector.onnx ") and row["ours"] > 0 and row["baseline"] > 0

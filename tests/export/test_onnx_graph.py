@@ -14,7 +14,7 @@ from src.export.onnx_graph import detections, detector_graph, network_graph, wit
 from src.ssd.detect import Detections, detect, strip_padding
 from tests.helpers.exported import random_network
 from tests.helpers.oracle_inputs import ORACLE_CASES, oracle_output, quiet_output, random_output
-from tests.helpers.tiny_model import narrow_network
+from tests.helpers.tiny_model import use_tiny_model
 
 # Rounding may move the score or the overlap of this share of detections across a threshold.
 AT_A_THRESHOLD = 0.01
@@ -83,7 +83,7 @@ def test_a_box_beyond_the_largest_coordinate_and_one_without_area_are_detected_a
     assert_same(strip_padding(*onnx_detections(offsets, logits)), expected)
 
 
-@pytest.mark.parametrize(("made", "categories"), [(narrow_network, 1), (nullcontext, 80)], ids=["narrow", "ResNet-50"])
+@pytest.mark.parametrize(("made", "categories"), [(use_tiny_model, 1), (nullcontext, 80)], ids=["tiny", "ResNet-50"])
 def test_an_onnx_file_detects_what_its_network_detects(made, categories):
     """ResNet-50 has every kind of layer that the other backbones have."""
     with made():

@@ -25,9 +25,9 @@ from src.training.step import Trainer
 from src.weights.files import load_checkpoint
 from tests.helpers import rank_programs
 from tests.helpers.both_pipelines import train_loader
-from tests.helpers.dali_loaders import loader, small
+from tests.helpers.dali_loaders import loader, random_annotations
 from tests.helpers.datasets import annotation, read, write_coco
-from tests.helpers.launch import NARROW, SMALL, command, launch
+from tests.helpers.launch import SMALL, TINY_MODEL, command, launch
 from tests.helpers.small_runs import flags
 from tests.helpers.trainers import make_trainer
 
@@ -58,7 +58,7 @@ def on_host(part: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 def test_dalis_windows_flips_and_colours_are_those_that_it_drew(tmp_path, device):
     """Made again by torchvision from the file."""
-    annotations = small(tmp_path, 12)
+    annotations = random_annotations(tmp_path, 12)
     ours = loader(annotations, batch_size=12, device=device_of(device))
     pipeline = ours.build((*OUTPUTS, "colour", "anchor", "shape", "flip"))
     outputs = [np.asarray(output.as_cpu().as_tensor()) for output in pipeline.run()]
@@ -139,7 +139,7 @@ def test_from_the_second_step_on_the_host_never_waits(half):
     trainer.loss_monitor.check(epoch=0, iteration=0, learning_rate=1e-4)
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("tiny_model")
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "fp16"])
 @pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.gpu
@@ -157,7 +157,7 @@ def test_every_mode_runs(data, tmp_path, capsys, pipeline, half):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("tiny_model")
 def test_a_run_is_continued_on_another_device(data, tmp_path, monkeypatch, capsys):
     """At the end of an epoch; inside one dali wants the same device, and says so."""
     for epochs, name in enumerate(("cuda", "cpu", "cuda"), 1):
@@ -213,7 +213,7 @@ def told(text: str) -> str:
     [("raise 1 1", "rank 1: a fault of the program:"), ("SIGKILL 1 1", "rank 0: lost touch with rank 1")],
 )
 def test_a_rank_that_fails_ends_both_with_one_message(data, tmp_path, fault, said):
-    line = [*NARROW, "--data", data, "--output", tmp_path, "--epochs", 1000, *SMALL]
+    line = [*TINY_MODEL, "--data", data, "--output", tmp_path, "--epochs", 1000, *SMALL]
     done = launch(command(line), FAULT=fault)
     assert done.returncode != 0
     assert told(done.stderr).startswith(said)
@@ -222,7 +222,7 @@ def test_a_rank_that_fails_ends_both_with_one_message(data, tmp_path, fault, sai
 
 @pytest.mark.gpu
 def test_two_processes_on_one_gpu_are_refused_by_name(data, tmp_path):
-    line = [*NARROW, "--data", data, "--output", tmp_path, *SMALL]
+    line = [*TINY_MODEL, "--data", data, "--output", tmp_path, *SMALL]
     done = launch(command(line), CUDA_VISIBLE_DEVICES="0")
     assert done.returncode != 0
     assert re.search(r"ranks 0 and 1 are on one GPU, .+: start one process for each GPU", told(done.stderr))

@@ -20,7 +20,7 @@ from tests.helpers.fake_cuda_runs import (
     small_trainer,
     torch_loader,
 )
-from tests.helpers.tiny_model import narrow_network
+from tests.helpers.tiny_model import use_tiny_model
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "fp16"])
@@ -32,7 +32,7 @@ def test_a_run_computes_in_the_fast_dtypes_and_memory_formats(data, tmp_path, ha
     line = [*("--backbone", "resnet18", "--backbone-weights", "none", "--batch-size", "2", "--eval-batch-size", "3")]
     line += [*("--epochs", "1", "--num-workers", "0", "--data_pipeline", "no_dali"), *(["--fp16"] if half else [])]
     try:
-        with narrow_network(), fake_gpu() as gpu:
+        with use_tiny_model(), fake_gpu() as gpu:
             assert main.main(["--data", str(data), "--output", str(tmp_path), *line]) == 0
             assert torch.backends.cudnn.benchmark
             assert torch.get_float32_matmul_precision() == "high"

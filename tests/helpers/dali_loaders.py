@@ -13,7 +13,7 @@ from tests.helpers.datasets import annotation, read, write_coco
 CPU = torch.device("cpu")
 
 
-def small(folder: Path, images: int = 7, *, seed: int = 0) -> Annotations:
+def random_annotations(folder: Path, images: int = 7, *, seed: int = 0) -> Annotations:
     """Images with one to three random boxes each."""
     rng = np.random.default_rng(seed)
     annotations = [
@@ -32,14 +32,6 @@ def loader(annotations: Annotations, *, augment: bool = True, **options) -> Dali
 def epoch(train_loader: DaliTrainLoader, number: int) -> list:
     train_loader.set_epoch(number)
     return list(train_loader)
-
-
-def same(one, other) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def all_same(ones: list, others: list) -> bool:
-    return len(ones) == len(others) and all(map(same, ones, others))
 
 
 def orders(train_loader: DaliTrainLoader, epochs: int) -> list[list[list[int]]]:

@@ -53,6 +53,12 @@ def write_coco(
     return folder
 
 
+def write_small_coco(folder: Path, images: int, **options) -> Path:
+    """`write_coco` with one box in each image, each at another place."""
+    boxes = [annotation(image, (5 * image, 20, 60, 50), 1 + image % 2) for image in range(1, images + 1)]
+    return write_coco(folder, boxes, images=images, **options)
+
+
 def read(folder: Path, split: str = "train", **options) -> Annotations:
     """The annotations of one split."""
     return read_annotations(*locations(folder, split), **options)

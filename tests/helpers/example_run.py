@@ -83,7 +83,7 @@ def evaluate(report: Report, epoch: int) -> None:
     report.log_evaluation(epoch=epoch, metrics={"mAP": epoch / 7, "AP50": epoch / 3, "AP small": None})
 
 
-def run(report: Report, start: int = 0, stop: int | None = None) -> None:
+def play_run(report: Report, start: int = 0, stop: int | None = None) -> None:
     """Plays stages start..stop as a run that starts at `start`."""
     report.begin_run(CONSTANTS)
     stage = stages()[start]

@@ -1,4 +1,4 @@
-"""A data set, a checkpoint and its exported files, with a narrow network."""
+"""A data set, a checkpoint and its exported files, with the tiny model."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 import main
 from src.ssd.model import SSD300
 from tests.helpers.datasets import annotation, write_coco
-from tests.helpers.tiny_model import narrow_network
+from tests.helpers.tiny_model import use_tiny_model
 
 CATEGORIES = [[3, "square"], [90, "disc"]]
 
@@ -25,19 +25,19 @@ def random_network(backbone: str, categories: int, seed: int = 0) -> SSD300:
 
 
 class Exported:
-    """A data set, a checkpoint of a narrow network, and the folder of its exported files."""
+    """A data set, a checkpoint of the tiny model, and the folder of its exported files."""
 
     def __init__(self, folder: Path) -> None:
         entries = [annotation(image, (30, 20, 90, 80), CATEGORIES[image % 2][0]) for image in (1, 2, 3, 4)]
         names = [{"id": number, "name": name} for number, name in CATEGORIES]
         self.data = write_coco(folder / "data", entries, categories=names)
         self.checkpoint, self.exported = folder / "model.pt", folder / "exported"
-        with narrow_network():
+        with use_tiny_model():
             self.model = random_network("resnet18", 2)
         state = {"model": self.model.state_dict(), "categories": CATEGORIES, "backbone": "resnet18"}
         torch.save(state, self.checkpoint)
 
     def run(self, mode: str, checkpoint: Path, output: Path, data: Path | None = None, *more: str) -> int:
         flags = ["--data", str(data or self.data), "--mode", mode, "--checkpoint", str(checkpoint), *more]
-        with narrow_network():
+        with use_tiny_model():
             return main.main([*flags, "--output", str(output), "--num-workers", "0", "--ebs", "3"])

@@ -1,4 +1,4 @@
-"""Real processes on gloo, started through the launchers; and `-m tests.helpers.launch`, main.py with a narrow network.
+"""Real processes on gloo, started through the launchers; and `-m tests.helpers.launch`, main.py with the tiny model.
 
 The variable FAULT is "WHAT RANK STEP": what that rank does to itself before its training step of that number, counted
 from 0 since the process started; a signal's name, `group:` before it for all of the process group, or `raise`.
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from src.runtime.precision import half_is_fast
-from tests.helpers.tiny_model import narrow_network
+from tests.helpers.tiny_model import use_tiny_model
 
 HERE = Path(__file__).parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
@@ -29,9 +29,9 @@ VARIABLES = {
 }
 LIMIT = 600  # seconds; a launch that takes longer hangs, whatever the machine
 # Where it is computed in, it halves the time of the small runs; elsewhere it would only add a warning.
-HALF = ("--fp16",) if half_is_fast(torch.device("cpu")) else ()
-SMALL = ("--backbone", "resnet18", "--backbone-weights", "none", *HALF, "--batch-size", "2", "--num-workers", "0")
-NARROW = ("-m", "tests.helpers.launch")  # in main.py's place
+FP16 = ("--fp16",) if half_is_fast(torch.device("cpu")) else ()
+SMALL = ("--backbone", "resnet18", "--backbone-weights", "none", *FP16, "--batch-size", "2", "--num-workers", "0")
+TINY_MODEL = ("-m", "tests.helpers.launch")  # in main.py's place
 NO_DALI = ("--data_pipeline", "no_dali")
 
 
@@ -95,5 +95,5 @@ if __name__ == "__main__":
     what, rank, step = faults.get(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), "nothing -1 0").split()
     if os.environ.get("RANK", "0") == rank:
         _with_fault(what, int(step))
-    with narrow_network():
+    with use_tiny_model():
         sys.exit(main())

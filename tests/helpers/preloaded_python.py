@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 from src.runtime.distributed import GROUP_TIMEOUT_VARIABLE
-from tests.helpers.launch import HERE, LIMIT, NARROW, VARIABLES, free_ports
+from tests.helpers.launch import HERE, LIMIT, TINY_MODEL, VARIABLES, free_ports
 
 PRELOADED = ["main", "nvidia.dali", "torch.distributed.run", "torch.distributed.launch", "torch.utils.tensorboard"]
 POPEN = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler.Popen"  # the launcher's
@@ -148,7 +148,7 @@ def launch(line: Sequence[str], **variables: str) -> subprocess.CompletedProcess
 
 
 def launch_ranks(*flags: Sequence, **variables: str) -> tuple[list[int], list[str]]:
-    """Starts a rank of NARROW for each of the lists of flags, as srun does; their exit statuses and error texts.
+    """Starts a rank of TINY_MODEL for each of the lists of flags, as srun does; their exit statuses and error texts.
 
     The time limit of the group is beyond LIMIT: no rank waits for it.
     """
@@ -159,7 +159,7 @@ def launch_ranks(*flags: Sequence, **variables: str) -> tuple[list[int], list[st
     }  # fmt: skip
     with ExitStack() as stack:
         ranks = [
-            stack.enter_context(started(["python", *NARROW, *own], RANK=str(rank), LOCAL_RANK=str(rank), **common))
+            stack.enter_context(started(["python", *TINY_MODEL, *own], RANK=str(rank), LOCAL_RANK=str(rank), **common))
             for rank, own in enumerate(flags)
         ]
         texts = [rank.communicate()[1] for rank in ranks]

@@ -30,7 +30,7 @@ from src.training.schedule import Schedule
 from src.training.step import Trainer
 from tests.helpers.datasets import annotation, read, write_coco
 from tests.helpers.oracle_inputs import loss_inputs
-from tests.helpers.tiny_model import narrow_network
+from tests.helpers.tiny_model import use_tiny_model
 
 CPU = torch.device("cpu")
 SIZES = (5, 7, 8)  # images with boxes
@@ -165,9 +165,9 @@ def augmented_digests(annotations: Annotations, pipeline: str, processes: Proces
 
 
 def evaluation(annotations: Annotations, processes: Processes) -> Evaluation:
-    """Of a narrow network with random weights, of which only the large default boxes detect, so that some hit."""
+    """Of the tiny model with random weights, of which only the large default boxes detect, so that some hit."""
     torch.manual_seed(1)
-    with narrow_network():
+    with use_tiny_model():
         network = SSD300("resnet18", 3)
     with torch.no_grad():
         for head in network.conf[:3]:

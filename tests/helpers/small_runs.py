@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import main
-from tests.helpers.launch import HALF
+from tests.helpers.launch import FP16
 
 
 def flags(data: Path, output: Path, *more: str) -> list[str]:
     """The command line of one epoch of ResNet-18 from random weights, two images a batch, without DALI."""
     small = "--data_pipeline no_dali --backbone resnet18 --backbone-weights none -b 2 --ebs 2 -e 1 --num-workers 0"
-    return ["--data", str(data), "--output", str(output), *small.split(), *HALF, *more]
+    return ["--data", str(data), "--output", str(output), *small.split(), *FP16, *more]
 
 
 def run(pipeline: str, data: Path, output: Path, *more: str) -> int:

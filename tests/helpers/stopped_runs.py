@@ -14,8 +14,7 @@ import main
 from src.ssd.loss import LossParts
 from src.training.step import Trainer
 from src.weights.backbone import load_backbone_weights
-from tests.helpers.datasets import annotation, write_coco
-from tests.helpers.tiny_model import narrow_network
+from tests.helpers.tiny_model import use_tiny_model
 
 SETTINGS = [(pipeline, half) for pipeline in ("dali", "no_dali") for half in (False, True)]
 PAIR_SETTINGS = [(pipeline, True) for pipeline in ("dali", "no_dali")]  # on two processes precision changes nothing
@@ -26,16 +25,11 @@ FULL_RATE = 0.16 * 2 / 32  # for two images
 INSIDE, BOUNDARY = "inside.pt", "boundary.pt"  # checkpoints inside the first epoch and at its end
 
 
-def small(folder: Path, images: int, **options) -> Path:
-    boxes = [annotation(image, (5 * image, 20, 60, 50), 1 + image % 2) for image in range(1, images + 1)]
-    return write_coco(folder, boxes, images=images, **options)
-
-
-def flags(pipeline: str, half: bool) -> tuple[str, ...]:
+def pipeline_flags(pipeline: str, half: bool) -> tuple[str, ...]:
     return "--data_pipeline", pipeline, *(["--fp16"] if half else [])
 
 
-def run(data: Path, output: Path, *more: str, signalled_at: int | None = None) -> int:
+def run_two_epochs(data: Path, output: Path, *more: str, signalled_at: int | None = None) -> int:
     """main.py on `data`, telling the loss of every iteration; SIGTERM comes in its n-th training step, if at all."""
     step, steps = Trainer.step, iter(range(1, 100))
 
@@ -65,17 +59,6 @@ def state_of(folder: Path) -> dict:
     return torch.load(folder / "last.pt")
 
 
-def same(one, other) -> bool:
-    """Whether two states are the same, tensors bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
 def idle_run(data: Path, output: Path, *more: str) -> tuple[int, int]:
     """Exit status of a run whose training steps do nothing, and how many there were."""
     nothing = LossParts(torch.ones(()), torch.ones(()))
@@ -84,7 +67,7 @@ def idle_run(data: Path, output: Path, *more: str) -> tuple[int, int]:
         return status, step.call_count
 
 
-def be_one_of_two(rank: int, data: Path, folder: Path, ports: list[int]) -> None:
+def run_as_rank(rank: int, data: Path, folder: Path, ports: list[int]) -> None:
     """All runs of two processes, one after another, as their launcher would start this one each time."""
     torch.set_num_threads(1)
     environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -94,13 +77,13 @@ def be_one_of_two(rank: int, data: Path, folder: Path, ports: list[int]) -> None
     def start(data: Path, output: Path, *more: str, signalled_at: int | None = None) -> int:
         os.environ["MASTER_PORT"] = str(next(numbers))
         fetching = mock.patch("src.training.resume.load_backbone_weights", wraps=load_backbone_weights)
-        with narrow_network(), fetching as fetched:
-            status = run(data, output, *setting, *more, signalled_at=signalled_at if rank == 1 else None)
+        with use_tiny_model(), fetching as fetched:
+            status = run_two_epochs(data, output, *setting, *more, signalled_at=signalled_at if rank == 1 else None)
         assert fetched.call_count == int(rank == 0 and "--resume" not in more)
         if dist.is_initialized():
             dist.destroy_process_group()
         return status
 
     for pipeline, half in PAIR_SETTINGS:
-        setting = flags(pipeline, half)
+        setting = pipeline_flags(pipeline, half)
         run_and_stop(data, folder / f"{pipeline} {half}", [1, 1, None], start)  # they stop an iteration later

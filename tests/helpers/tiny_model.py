@@ -27,7 +27,7 @@ class _Features(nn.Module):
 
 
 @contextmanager
-def narrow_network() -> Iterator[None]:
+def use_tiny_model() -> Iterator[None]:
     """Inside, every SSD300 that is made has few channels; heads, default boxes and buffers are as ever."""
     with mock.patch.multiple(
         "src.ssd.model",

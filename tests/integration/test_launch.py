@@ -15,10 +15,11 @@ from main import DONE, main
 from src.runtime.distributed import GROUP_TIMEOUT_VARIABLE
 from tests.helpers import preloaded_python
 from tests.helpers.datasets import annotation, write_coco
-from tests.helpers.launch import LIMIT, NARROW, NO_DALI, SMALL, command, free_ports, launch
+from tests.helpers.equality import same
+from tests.helpers.launch import LIMIT, NO_DALI, SMALL, TINY_MODEL, command, free_ports, launch
 from tests.helpers.small_runs import records
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 IMAGES = 9  # 3 iterations of 2 processes with 2 images each
 BOXES = 24  # an image
@@ -40,7 +41,7 @@ def data(tmp_path_factory) -> Path:
 def whole(data, tmp_path_factory) -> tuple[Path, str]:
     """The folder of an uninterrupted run on two processes, and what it printed."""
     output = tmp_path_factory.mktemp("whole")
-    done = launch(command([*NARROW, "--data", data, "--output", output, *WHOLE_RUN]))
+    done = launch(command([*TINY_MODEL, "--data", data, "--output", output, *WHOLE_RUN]))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return output, done.stdout
@@ -99,7 +100,7 @@ def test_a_run_that_is_killed_stopped_and_restarted_ends_with_the_weights_of_the
     """Rank 1 is killed in epoch 2 and restarted by the launcher; then rank 0 gets SIGTERM inside the same epoch."""
     flags = ["--data", data, "--output", tmp_path, *WHOLE_RUN, "--resume"]
     fault = "SIGKILL 1 7; SIGTERM 1 0"
-    line = command([*NARROW, *flags])
+    line = command([*TINY_MODEL, *flags])
     line.insert(line.index("--standalone"), "--max-restarts=1")
     stopped = preloaded_python.launch(line, FAULT=fault)
     assert stopped.returncode != 0
@@ -111,24 +112,12 @@ def test_a_run_that_is_killed_stopped_and_restarted_ends_with_the_weights_of_the
     assert re.findall(r"exitcode +: (\d+)", stopped.stderr) == ["143", "143"]
     position = torch.load(tmp_path / "last.pt")
     assert (position["epoch"], position["iteration"]) in {(2, 7), (2, 8)}  # all agree one iteration later
-    finished = preloaded_python.launch(command([*NARROW, *flags]))
+    finished = preloaded_python.launch(command([*TINY_MODEL, *flags]))
     assert finished.returncode == 0, finished.stderr
     ours, theirs = (torch.load(folder / "last.pt") for folder in (tmp_path, whole[0]))
     for part in ("model", "optimizer"):
-        assert_same(ours[part], theirs[part])
+        assert same(ours[part], theirs[part])
     assert (ours["epoch"], ours["iteration"], ours["last_map"]) == (3, 9, theirs["last_map"])
-
-
-def assert_same(one, other) -> None:
-    """Bit for bit."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert list(one) == list(other)
-        for key, value in one.items():
-            assert_same(value, other[key])
-    else:
-        assert one == other
 
 
 def launch_to_fail(*flags, **variables: str) -> tuple[str, str]:
@@ -136,7 +125,9 @@ def launch_to_fail(*flags, **variables: str) -> tuple[str, str]:
 
     The group's time limit is beyond LIMIT: nobody waits for it.
     """
-    done = preloaded_python.launch(command([*NARROW, *flags]), **{GROUP_TIMEOUT_VARIABLE: str(2 * LIMIT)}, **variables)
+    done = preloaded_python.launch(
+        command([*TINY_MODEL, *flags]), **{GROUP_TIMEOUT_VARIABLE: str(2 * LIMIT)}, **variables
+    )
     assert done.returncode != 0
     (message,) = told(done.stderr)
     return message.removeprefix("main.py: error: "), done.stderr
@@ -183,7 +174,7 @@ def descendants(process: int) -> set[int]:
 
 def test_interrupting_the_launcher_leaves_no_process_behind(data, tmp_path):
     flags = ["--data", data, "--output", tmp_path, *ENDLESS, "--num-workers", 1, "--evaluation"]
-    with preloaded_python.started(command([*NARROW, *flags])) as launcher:
+    with preloaded_python.started(command([*TINY_MODEL, *flags])) as launcher:
         launcher.wait_for("Epoch:")
         processes = descendants(launcher.pid)
         assert len(processes) == 4  # two ranks with a worker each
@@ -200,7 +191,7 @@ def test_two_nodes_train_together_and_a_stopped_process_is_noticed_in_time(tmp_p
 
     def node(rank: int) -> list[str]:
         nodes = ("--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}")
-        script = [*NARROW, "--data", data, "--output", tmp_path / "run", *ENDLESS, "--evaluation", 0]
+        script = [*TINY_MODEL, "--data", data, "--output", tmp_path / "run", *ENDLESS, "--evaluation", 0]
         return command(script, processes=1, launcher=("-m", "torch.distributed.run", *nodes))
 
     limit = {GROUP_TIMEOUT_VARIABLE: "8"}

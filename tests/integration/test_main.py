@@ -15,7 +15,7 @@ import main
 from src.weights.files import load_checkpoint
 from tests.helpers import preloaded_python
 from tests.helpers.datasets import annotation, write_annotations, write_coco, write_image
-from tests.helpers.launch import HALF, LIMIT, NARROW
+from tests.helpers.launch import FP16, LIMIT, TINY_MODEL
 from tests.helpers.small_runs import flags, losses
 from tests.helpers.trainers import ScalarReads, make_trainer
 
@@ -56,9 +56,9 @@ import sys
 import torch
 torch.cpu.get_capabilities = lambda: {"avx2": True}
 import main
-from tests.helpers.tiny_model import narrow_network
+from tests.helpers.tiny_model import use_tiny_model
 flags = sys.argv[2:]
-with narrow_network():
+with use_tiny_model():
     for name, more in (("plain", []), ("half", ["--fp16"])):
         print(name, file=sys.stderr)
         assert main.main([*flags, "--output", f"{sys.argv[1]}/{name}", *more]) == 0
@@ -68,7 +68,7 @@ with narrow_network():
 def test_a_processor_without_bfloat16_computes_fp16_in_float32(small, tmp_path):
     """In a process of its own, because torch chooses its kernels while it is preloaded_python."""
     variables = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    line = [argument for argument in flags(small, tmp_path) if argument not in HALF]
+    line = [argument for argument in flags(small, tmp_path) if argument not in FP16]
     done = subprocess.run(
         [sys.executable, "-c", PLAIN_PROCESSOR, tmp_path, *line, "--evaluation"], capture_output=True, text=True,
         timeout=LIMIT, env=variables, cwd=PROGRAM.parent,
@@ -103,7 +103,7 @@ def test_another_seed_gives_another_loss(trained, small, tmp_path):
     assert losses(tmp_path) != losses(trained[0])
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("tiny_model")
 def test_evaluation_can_be_left_out(small, tmp_path, capsys):
     (small / "annotations" / "instances_val2017.json").rename(small / "annotations" / "hidden.json")
     try:
@@ -121,7 +121,7 @@ def test_target_sets_the_exit_status(small, trained, tmp_path, capsys):
     assert "mAP by category" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("tiny_model")
 def test_an_older_run_is_moved_and_its_checkpoint_still_read(small, tmp_path, capsys):
     assert main.main(flags(small, tmp_path, "--evaluation")) == 0
     assert main.main(flags(small, tmp_path, "--evaluation", "--checkpoint", str(tmp_path / "last.pt"))) == 0
@@ -136,7 +136,7 @@ def test_prediction_needs_no_annotations(small, trained, tmp_path):
     json.loads((tmp_path / "detections.json").read_text())
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("tiny_model")
 def test_prediction_leaves_a_run_as_it_is_and_names_what_it_leaves_out(small, tmp_path, capsys):
     assert main.main(flags(small, tmp_path / "run")) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
@@ -174,7 +174,7 @@ def test_check_draws_a_batch_of_either_pipeline(small, tmp_path, pipeline):
     [(1, [1], None), (3, [2], [{"id": 0, "name": "only"}]), (2, [1, 2], None)],
     ids=["one image", "one class, images without boxes", "fewer images than a batch"],
 )
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("tiny_model")
 def test_small_data_sets_train(tmp_path, images, boxes, categories):
     category = 1 if categories is None else 0
     data = write_coco(
@@ -219,7 +219,7 @@ def test_what_is_missing_is_named_in_one_line_before_anything_is_trained(tmp_pat
     assert not (tmp_path / "output").exists()
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("tiny_model")
 def test_a_broken_image_ends_the_run_with_its_path(tmp_path, capsys):
     data = write_coco(tmp_path / "data", [annotation(1)], images=1)
     path = data / "train2017" / "000001.jpg"
@@ -229,7 +229,7 @@ def test_a_broken_image_ends_the_run_with_its_path(tmp_path, capsys):
     assert line.startswith(f"main.py: error: {path.absolute()}: ")
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("tiny_model")
 def test_a_run_that_diverges_ends_with_one_line_and_keeps_its_last_checkpoint(small, tmp_path, capsys):
     """Whether the loss or the weights overflow first depends on the processor."""
     assert main.main(flags(small, tmp_path, "--evaluation")) == 0
@@ -245,7 +245,7 @@ def test_a_run_that_diverges_ends_with_one_line_and_keeps_its_last_checkpoint(sm
 
 @pytest.mark.parametrize(("signal_sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals(small, tmp_path, signal_sent, status):
-    line = [sys.executable, *NARROW, *flags(small, tmp_path, "-e", "1000", "--evaluation", "--num-workers", "1")]
+    line = [sys.executable, *TINY_MODEL, *flags(small, tmp_path, "-e", "1000", "--evaluation", "--num-workers", "1")]
     with preloaded_python.started(line) as program:
         program.wait_for("Epoch  1 finished")
         os.kill(program.pid, signal_sent)

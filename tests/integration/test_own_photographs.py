@@ -25,7 +25,7 @@ def roboflow(tmp_path_factory) -> Path:
     return to_roboflow(write_coco(folder, annotations, images=3))
 
 
-def test_roboflows_layout_is_trained_checked_and_scored(roboflow, narrow, tmp_path, capsys):
+def test_roboflows_layout_is_trained_checked_and_scored(roboflow, tiny_model, tmp_path, capsys):
     assert main.main(flags(roboflow, tmp_path)) == 0
     assert main.main(flags(roboflow, tmp_path / "check", "--mode", "check")) == 0
     checkpoint = ("--checkpoint", str(tmp_path / "best.pt"))
@@ -65,7 +65,7 @@ def test_one_error_names_both_layouts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("write", [write_yolo, write_voc])
-def test_labels_become_a_data_set_that_is_checked_and_trained(write, narrow, tmp_path, capsys):
+def test_labels_become_a_data_set_that_is_checked_and_trained(write, tiny_model, tmp_path, capsys):
     labels = write(tmp_path / "labels", BOXES, NAMES)
     data, run = tmp_path / "Daten für alle", tmp_path / "run"
     assert prepare([str(labels), str(data)]) == 0
@@ -75,7 +75,7 @@ def test_labels_become_a_data_set_that_is_checked_and_trained(write, narrow, tmp
     assert "nothing is wrong" in capsys.readouterr().out
 
 
-def test_prediction_from_the_scores_of_the_best_f1(narrow, tmp_path, capsys):
+def test_prediction_from_the_scores_of_the_best_f1(tiny_model, tmp_path, capsys):
     """best.pt has them from its evaluation; here they are set, because this network detects nothing right."""
     data, run = write_coco(tmp_path / "data", [annotation(image) for image in (1, 2)], images=2), tmp_path / "run"
     assert main.main(flags(data, run)) == 0

@@ -9,7 +9,7 @@ from tests.helpers.datasets import annotation, write_annotations, write_coco
 from tests.helpers.launch import NO_DALI, SMALL
 from tests.helpers.preloaded_python import launch_ranks
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 def run_two_ranks(folder: Path, data: tuple[Path, Path]) -> tuple[list[int], list[str]]:

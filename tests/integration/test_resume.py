@@ -13,7 +13,9 @@ import torch
 
 import main
 from tests.helpers import preloaded_python
-from tests.helpers.launch import NARROW, free_ports
+from tests.helpers.datasets import write_small_coco
+from tests.helpers.equality import same
+from tests.helpers.launch import TINY_MODEL, free_ports
 from tests.helpers.small_runs import losses, records
 from tests.helpers.stopped_runs import (
     BOUNDARY,
@@ -22,17 +24,15 @@ from tests.helpers.stopped_runs import (
     INSIDE,
     PAIR_SETTINGS,
     SETTINGS,
-    be_one_of_two,
-    flags,
     idle_run,
-    run,
+    pipeline_flags,
     run_and_stop,
-    same,
-    small,
+    run_as_rank,
+    run_two_epochs,
     state_of,
 )
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
 
@@ -59,7 +59,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return small(tmp_path_factory.mktemp("four"), 4)
+    return write_small_coco(tmp_path_factory.mktemp("four"), 4)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def runs(data, tmp_path_factory) -> Callable[[str, bool], Path]:
         folder = tmp_path_factory.mktemp("one")
 
         def start(data: Path, output: Path, *more: str, signalled_at: int | None = None) -> int:
-            return run(data, output, *flags(pipeline, half), *more, signalled_at=signalled_at)
+            return run_two_epochs(data, output, *pipeline_flags(pipeline, half), *more, signalled_at=signalled_at)
 
         run_and_stop(data, folder, [1, 1, None], start)
         return folder
@@ -97,9 +97,9 @@ def pair(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     for pipeline, half in PAIR_SETTINGS:
         (folder / f"{pipeline} {half}").mkdir()
-    data = small(folder / "data", 12)
+    data = write_small_coco(folder / "data", 12)
     ports = free_ports(4 * len(PAIR_SETTINGS))  # one for each start
-    preloaded_python.spawn(be_one_of_two, (data, folder, ports), processes=2)
+    preloaded_python.spawn(run_as_rank, (data, folder, ports), processes=2)
     return folder
 
 
@@ -112,8 +112,10 @@ def test_two_processes_continue_bit_for_bit(pair, pipeline, half):
 
 def test_sigterm_to_a_process_group_and_the_rest_by_another_process(runs, data, tmp_path):
     """With a worker process, which the signal must not end; the run that continues has none."""
-    line = [sys.executable, *NARROW, "--data", data, "--output", tmp_path, "--epochs", "2", *FLAGS]
-    stopped = preloaded_python.launch([*line, *flags("no_dali", True), "--num-workers", "1"], FAULT="group:SIGTERM 0 0")
+    line = [sys.executable, *TINY_MODEL, "--data", data, "--output", tmp_path, "--epochs", "2", *FLAGS]
+    stopped = preloaded_python.launch(
+        [*line, *pipeline_flags("no_dali", True), "--num-workers", "1"], FAULT="group:SIGTERM 0 0"
+    )
     assert stopped.returncode == 143, stopped.stderr
     assert (
         f"Stopped by SIGTERM in epoch 0 after 1 of its 2 iterations; --resume continues from {tmp_path}"
@@ -121,7 +123,7 @@ def test_sigterm_to_a_process_group_and_the_rest_by_another_process(runs, data, 
     )
     assert "Traceback" not in stopped.stderr
     assert state_of(tmp_path)["iteration"] == 1
-    assert run(data, tmp_path, *flags("no_dali", True), "--resume") == main.DONE
+    assert run_two_epochs(data, tmp_path, *pipeline_flags("no_dali", True), "--resume") == main.DONE
     assert same(state_of(tmp_path), state_of(runs("no_dali", True) / "whole"))
 
 
@@ -131,7 +133,9 @@ def test_sigterm_to_a_process_group_and_the_rest_by_another_process(runs, data, 
 @pytest.mark.parametrize(("pipeline", "half"), [("dali", True), ("no_dali", False)])
 def test_half_precision_continues_in_full_and_the_other_way_round(runs, data, tmp_path, capsys, pipeline, half):
     inside = runs(pipeline, half) / INSIDE
-    status = run(data, tmp_path, *flags(pipeline, not half), "--resume", str(inside), signalled_at=1)
+    status = run_two_epochs(
+        data, tmp_path, *pipeline_flags(pipeline, not half), "--resume", str(inside), signalled_at=1
+    )
     assert status == main.TERMINATED
     assert losses(tmp_path) == pytest.approx(losses(runs(pipeline, half) / "whole")[1:2], rel=0.02)
     (warning,) = warnings_of(capsys)
@@ -145,12 +149,12 @@ def warnings_of(capsys) -> list[str]:
 
 
 def test_settings_that_alter_the_run_are_named_in_one_warning_and_hold(runs, data, tmp_path, capsys):
-    other = small(tmp_path / "data", 6)
+    other = write_small_coco(tmp_path / "data", 6)
     changed = ["--seed", "1", "-b", "3", "--lr", "0.5", "--momentum", "0.8", "--wd", "0.25", "--warmup", "0"]
     changed += ["--orientation", "upright"]
     inside = runs("no_dali", True) / INSIDE
     output = tmp_path / "run"
-    status, _ = idle_run(other, output, *flags("no_dali", True), *changed, "--resume", str(inside))
+    status, _ = idle_run(other, output, *pipeline_flags("no_dali", True), *changed, "--resume", str(inside))
     assert status == main.DONE
     (warning,) = warnings_of(capsys)
     for name in ("--seed (0 -> 1)", "--batch-size (2 -> 3)", "--learning-rate (0.16 -> 0.5)", "the training data",
@@ -169,14 +173,16 @@ def test_a_checkpoint_from_before_a_flag_needs_no_warning(runs, data, tmp_path, 
     for own in state["pipeline"]:
         del own["fingerprint"]["orientation"]
     torch.save(state, tmp_path / "old.pt")
-    assert idle_run(data, tmp_path / "run", *flags("dali", True), "--resume", str(tmp_path / "old.pt"))[0] == main.DONE
+    resumed = ["--resume", str(tmp_path / "old.pt")]
+    status, _ = idle_run(data, tmp_path / "run", *pipeline_flags("dali", True), *resumed)
+    assert status == main.DONE
     assert warnings_of(capsys) == []
 
 
 def test_flags_that_do_not_alter_the_run_need_no_warning(runs, data, tmp_path, capsys):
     boundary = runs("dali", True) / BOUNDARY
     more = ["--num-workers", "2", "--epochs", "3", "--ebs", "3", "--backbone-weights", "imagenet"]
-    status, steps = idle_run(data, tmp_path, *flags("dali", True), *more, "--resume", str(boundary))
+    status, steps = idle_run(data, tmp_path, *pipeline_flags("dali", True), *more, "--resume", str(boundary))
     assert (status, steps) == (main.DONE, 4)
     assert warnings_of(capsys) == []
 
@@ -192,7 +198,7 @@ def test_another_backbone_or_other_categories_are_an_error(runs, data, tmp_path,
     inside = str(runs("no_dali", True) / INSIDE)
     line = refused(capsys, data, tmp_path, "--backbone", "resnet34", "--resume", inside)
     assert line == f"main.py: error: {inside}: is a run of --backbone resnet18, not resnet34"
-    other = small(tmp_path / "data", 4, categories=[{"id": 1, "name": "square"}, {"id": 2, "name": "cat"}])
+    other = write_small_coco(tmp_path / "data", 4, categories=[{"id": 1, "name": "square"}, {"id": 2, "name": "cat"}])
     line = refused(capsys, other, tmp_path, "--resume", inside)
     assert inside in line and "label 2 is 'disc' (id 2) there and 'cat' (id 2) here" in line and "--checkpoint" in line
 
@@ -234,12 +240,12 @@ def test_a_run_of_two_processes_continues_on_one(pair, tmp_path, capsys):
     """Inside an epoch after 2 of 3 iterations of 2 x 2 images, which are 4 of 6 here; between epochs with dali."""
     data = pair / "data"
     inside = pair / "no_dali True" / INSIDE
-    assert idle_run(data, tmp_path, *flags("no_dali", True), "--resume", str(inside)) == (main.DONE, 2 + 6)
+    assert idle_run(data, tmp_path, *pipeline_flags("no_dali", True), "--resume", str(inside)) == (main.DONE, 2 + 6)
     assert "the number of processes (2 -> 1)" in warnings_of(capsys)[0]
     boundary = pair / "dali True" / BOUNDARY
-    assert idle_run(data, tmp_path, *flags("dali", True), "--resume", str(boundary)) == (main.DONE, 6)
+    assert idle_run(data, tmp_path, *pipeline_flags("dali", True), "--resume", str(boundary)) == (main.DONE, 6)
     assert "processes 2 (now 1)" in warnings_of(capsys)[1]
-    line = refused(capsys, data, tmp_path, *flags("dali", True), "--resume", str(pair / "dali True" / INSIDE))
+    line = refused(capsys, data, tmp_path, *pipeline_flags("dali", True), "--resume", str(pair / "dali True" / INSIDE))
     assert "cannot continue inside epoch 0" in line and "processes 2 (now 1)" in line
 
 
@@ -249,21 +255,21 @@ def test_a_run_of_two_processes_continues_on_one(pair, tmp_path, capsys):
 def test_a_finished_run_says_so(runs, data, capsys):
     folder = runs("dali", True) / "whole"
     before, metrics = state_of(folder), (folder / "metrics.jsonl").read_text()
-    assert idle_run(data, folder, *flags("dali", True), "--resume") == (main.DONE, 0)
+    assert idle_run(data, folder, *pipeline_flags("dali", True), "--resume") == (main.DONE, 0)
     assert "Nothing is left to train: 2 epochs are done (--epochs 2)" in capsys.readouterr().out
     assert same(state_of(folder), before)
     assert (folder / "metrics.jsonl").read_text() == metrics
 
 
 def test_resume_without_a_checkpoint_begins_afresh(data, tmp_path, capsys):
-    assert idle_run(data, tmp_path, *flags("no_dali", True), "--resume") == (main.DONE, 4)
+    assert idle_run(data, tmp_path, *pipeline_flags("no_dali", True), "--resume") == (main.DONE, 4)
     assert "ResumedFrom" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_gives_weights_and_training_starts_at_epoch_0(runs, data, tmp_path):
     file = runs("no_dali", True) / "whole" / "last.pt"
     more = ["--backbone-weights", "imagenet", "--checkpoint", str(file)]  # which is not needed then
-    assert idle_run(data, tmp_path, *flags("no_dali", True), *more) == (main.DONE, 4)
+    assert idle_run(data, tmp_path, *pipeline_flags("no_dali", True), *more) == (main.DONE, 4)
     before, after = torch.load(file), state_of(tmp_path)
     assert same(after["model"], before["model"])
     momenta = [[one["momentum_buffer"] for one in state["optimizer"]["state"].values()] for state in (before, after)]
@@ -276,8 +282,8 @@ def test_best_is_the_best_so_far_over_continuations_and_old_epochs_go(data, tmp_
     figures = {0: 0.3, 1: 0.2, 2: None, 3: 0.4, 4: 0.4}
     with mock.patch("main.make_evaluation", return_value=nullcontext(lambda epoch: (figures[epoch], {}))):
         for epochs, best in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4)):
-            more = [*flags("no_dali", True), "--resume", "--epochs", str(epochs), "--evaluation", *map(str, figures)]
-            assert idle_run(data, tmp_path, *more) == (main.DONE, 2)
+            flags = [*pipeline_flags("no_dali", True), "--evaluation", *map(str, figures)]
+            assert idle_run(data, tmp_path, *flags, "--resume", "--epochs", str(epochs)) == (main.DONE, 2)
             assert torch.load(tmp_path / "best.pt")["epoch"] == best
     assert torch.load(tmp_path / "best.pt")["best_map"] == 0.4
     assert {path.name for path in tmp_path.iterdir() if path.suffix not in (".jsonl", ".json", ".log")} == {
@@ -288,7 +294,7 @@ def test_best_is_the_best_so_far_over_continuations_and_old_epochs_go(data, tmp_
 def test_a_run_that_continues_elsewhere_leaves_its_best_network_there(data, tmp_path):
     here, there, figures = tmp_path / "here", tmp_path / "there", {0: 0.9, 1: 0.2}
     with mock.patch("main.make_evaluation", return_value=nullcontext(lambda epoch: (figures[epoch], {}))):
-        more = [*flags("no_dali", True), "--evaluation", "0", "1"]
+        more = [*pipeline_flags("no_dali", True), "--evaluation", "0", "1"]
         assert idle_run(data, here, *more, "--epochs", "1") == (main.DONE, 2)
         assert idle_run(data, there, *more, "--epochs", "2", "--resume", str(here / "last.pt")) == (main.DONE, 2)
         assert idle_run(data, here, *more, "--epochs", "2", "--resume") == (main.DONE, 2)
@@ -300,7 +306,7 @@ def test_a_run_that_continues_elsewhere_leaves_its_best_network_there(data, tmp_
 def test_the_output_folder_by_another_spelling_keeps_its_best_network(data, tmp_path, spelling):
     output, figures = tmp_path / "run", {0: 0.9, 1: 0.2}
     with mock.patch("main.make_evaluation", return_value=nullcontext(lambda epoch: (figures[epoch], {}))):
-        more = [*flags("no_dali", True), "--evaluation", "0", "1"]
+        more = [*pipeline_flags("no_dali", True), "--evaluation", "0", "1"]
         assert idle_run(data, output, *more, "--epochs", "1") == (main.DONE, 2)
         (tmp_path / "link").symlink_to(output)
         (tmp_path / "other").mkdir()
@@ -312,7 +318,7 @@ def test_the_output_folder_by_another_spelling_keeps_its_best_network(data, tmp_
 
 def test_a_run_that_goes_back_and_is_killed_continues_where_it_went_back_to(data, tmp_path, capsys):
     figures = {0: 0.9, 1: 0.2, 2: 0.1}
-    more = [*flags("no_dali", True), "--epochs", "3"]
+    more = [*pipeline_flags("no_dali", True), "--epochs", "3"]
     with mock.patch("main.make_evaluation", return_value=nullcontext(lambda epoch: (figures[epoch], {}))):
         assert idle_run(data, tmp_path, *more, "--evaluation", "0", "1", "2") == (main.DONE, 6)
     metrics = (tmp_path / "metrics.jsonl").read_text()
@@ -333,7 +339,7 @@ def test_a_full_disk_is_told_of_in_one_line_and_the_old_checkpoint_stays(runs, d
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "last.pt").stat().st_size // 2, limits[1]))
-        assert idle_run(data, tmp_path, *flags("no_dali", False), "--resume") == (main.BAD_INPUT, 1)
+        assert idle_run(data, tmp_path, *pipeline_flags("no_dali", False), "--resume") == (main.BAD_INPUT, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "warning: " not in line)

@@ -20,7 +20,7 @@ from tests.helpers.datasets import annotation, read, write_coco
 from tests.helpers.small_runs import error_line, flags
 from tests.helpers.stopped_runs import idle_run
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from src.report.report import Report
-from tests.helpers.example_run import CONSTANTS, run, tags
+from tests.helpers.example_run import CONSTANTS, play_run, tags
 from tests.helpers.preloaded_python import launch
 
 # The tags of a run in the required order.
@@ -48,7 +48,7 @@ def test_mlperf_log_holds_the_ssd_tags_in_order(tmp_path):
     from mlperf_compliance.tags import SSD_TAGS
 
     report = Report(tmp_path, append=False, stream=io.StringIO())
-    run(report)
+    play_run(report)
     report.close()
     keys = [key for key, _ in tags(tmp_path)]
     assert set(keys) <= set(SSD_TAGS)
@@ -59,7 +59,7 @@ def test_mlperf_log_holds_the_ssd_tags_in_order(tmp_path):
 
 def test_mlperf_log_holds_the_constants_of_ssd300(tmp_path):
     report = Report(tmp_path, append=False, stream=io.StringIO())
-    run(report)
+    play_run(report)
     report.close()
     found = tags(tmp_path)
     constants = dict(found[: len(CONSTANT_TAGS)])
@@ -130,10 +130,10 @@ from pathlib import Path
 from src.report import mlperf
 from src.report.report import Report
 assert "mlperf_compliance" not in sys.modules
-from tests.helpers.example_run import CONSTANTS, run
+from tests.helpers.example_run import CONSTANTS, play_run
 sink = open({str(tmp_path / "lines")!r}, "w")
 report = Report(Path({str(tmp_path / "out")!r}), append=False, stream=sink)
-run(report)
+play_run(report)
 report.close()
 """
     stray = tmp_path / "stray.log"
@@ -148,7 +148,7 @@ def test_a_console_handler_of_the_package_is_removed(tmp_path, capfd):
     handler = logging.StreamHandler(sys.stdout)
     logging.getLogger("mlperf_compliance").addHandler(handler)
     report = Report(tmp_path, append=False, stream=io.StringIO())
-    run(report)
+    play_run(report)
     report.close()
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger("mlperf_compliance").handlers == []

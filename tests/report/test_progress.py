@@ -10,16 +10,16 @@ import termios
 from pathlib import Path
 
 from src.report.report import Report
-from tests.helpers.example_run import run
+from tests.helpers.example_run import play_run
 from tests.helpers.preloaded_python import launch
 
 PROJECT = Path(__file__).parents[2]
 BAR_SCRIPT = """
 import sys
 from src.report.report import Report
-from tests.helpers.example_run import run
+from tests.helpers.example_run import play_run
 report = Report(None, append=False)
-run(report)
+play_run(report)
 with report.progress(12, "Evaluation") as bar:
     for _ in range(12):
         bar.update()
@@ -58,7 +58,7 @@ def lines_on_screen(written: str) -> list[str]:
 
 def expected_lines() -> list[str]:
     stream = io.StringIO()
-    run(Report(None, append=False, stream=stream))
+    play_run(Report(None, append=False, stream=stream))
     return [*stream.getvalue().splitlines(), "main.py: warning: a warning while the bar shows"]
 
 

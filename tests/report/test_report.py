@@ -13,7 +13,7 @@ import torch
 
 from src.report.report import Report
 from src.runtime.errors import UserError
-from tests.helpers.example_run import end_epoch, log_iteration, run, tags, train_and_log
+from tests.helpers.example_run import end_epoch, log_iteration, play_run, tags, train_and_log
 from tests.helpers.small_runs import metrics
 
 
@@ -87,7 +87,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path, number):
 def test_a_new_run_overwrites_its_files(tmp_path):
     for _ in range(2):
         report = Report(tmp_path, append=False, stream=io.StringIO())
-        run(report)
+        play_run(report)
         report.close()
     assert len(metrics(tmp_path)) == 5 + 3 + 3  # 0, 20, ..., 80; epochs; evaluations
     assert [key for key, _ in tags(tmp_path)].count("run_start") == 1
@@ -112,7 +112,7 @@ def test_a_report_without_a_folder_writes_no_file(tmp_path, monkeypatch):
     stream = io.StringIO()
     report = Report(None, append=False, stream=stream)
     report.write_flags({"seed": 0})
-    run(report)
+    play_run(report)
     report.rewind(epoch=0, iteration=0)
     report.mark_failed()
     report.close()
@@ -130,7 +130,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, file, capfd):
     (tmp_path / file).symlink_to("/dev/full")
     report = Report(tmp_path, append=False, stream=io.StringIO())
     with pytest.raises(UserError, match=re.escape(f"cannot write {tmp_path / file}: No space left on device")):
-        run(report)
+        play_run(report)
     report.close()
     assert capfd.readouterr() == ("", "")
 
@@ -150,7 +150,7 @@ def test_a_disabled_report_does_nothing(tmp_path, monkeypatch, capfd):
     report.warn("a line")
     report.write_flags({}, seed=1)
     report.rewind(epoch=0, iteration=0)
-    run(report)
+    play_run(report)
     with report.progress(3, "Evaluation") as bar:
         bar.update()
     report.mark_failed()

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from src.report.report import Report
-from tests.helpers.example_run import CONSTANTS, ITERATIONS, PER_EPOCH, end_epoch, log_iteration, run, stages, tags
+from tests.helpers.example_run import CONSTANTS, ITERATIONS, PER_EPOCH, end_epoch, log_iteration, play_run, stages, tags
 from tests.helpers.small_runs import metrics
 
 
@@ -30,11 +30,11 @@ from tests.helpers.small_runs import metrics
 def test_a_continued_run_writes_the_files_of_an_uninterrupted_one(tmp_path, checkpoint, killed):
     whole, continued = tmp_path / "whole", tmp_path / "continued"
     report = Report(whole, append=False, stream=io.StringIO())
-    run(report)
+    play_run(report)
     report.close()
 
     report = Report(continued, append=False, stream=io.StringIO())
-    run(report, stop=killed)
+    play_run(report, stop=killed)
     report.close()
     for file in ("metrics.jsonl", "mlperf.log"):  # a kill in the middle of a line
         with (continued / file).open("a") as lines:
@@ -44,7 +44,7 @@ def test_a_continued_run_writes_the_files_of_an_uninterrupted_one(tmp_path, chec
     report = Report(continued, append=True, stream=io.StringIO())
     stage = stages()[checkpoint]
     report.rewind(epoch=stage.epoch, iteration=stage.iteration)
-    run(report, start=checkpoint)
+    play_run(report, start=checkpoint)
     report.close()
 
     assert (continued / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
@@ -53,7 +53,7 @@ def test_a_continued_run_writes_the_files_of_an_uninterrupted_one(tmp_path, chec
 
 def test_a_completed_run_continues_to_more_epochs(tmp_path):
     report = Report(tmp_path, append=False, stream=io.StringIO())
-    run(report)
+    play_run(report)
     report.close()
     before = metrics(tmp_path)
     report = Report(tmp_path, append=True, stream=io.StringIO())
@@ -79,7 +79,7 @@ def test_damaged_lines_are_dropped_when_a_run_continues(tmp_path):
 def test_a_run_that_continues_without_files_starts_them(tmp_path):
     report = Report(tmp_path / "new", append=True, stream=io.StringIO())
     report.rewind(epoch=1, iteration=ITERATIONS)
-    run(report, start=PER_EPOCH)
+    play_run(report, start=PER_EPOCH)
     report.close()
     assert metrics(tmp_path / "new")[0]["iteration"] == 40
     assert tags(tmp_path / "new")[0][0] == "run_start"
@@ -97,7 +97,7 @@ def test_a_continued_run_warns_of_damaged_and_missing_metrics(tmp_path, capsys):
         (None, "missing: it now starts at epoch 2, iteration 60"),
     ):
         report = Report(tmp_path, stream=io.StringIO())
-        run(report)
+        play_run(report)
         report.close()
         if damage:
             path.write_text("\n".join(damage(path.read_text().splitlines())))

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 
 from src.report.report import Report
 from src.report.run_folder import set_aside_old_run
-from tests.helpers.example_run import ITERATIONS, PER_EPOCH, log_iteration, run
+from tests.helpers.example_run import ITERATIONS, PER_EPOCH, log_iteration, play_run
 from tests.helpers.small_runs import metrics
 
 
@@ -47,7 +47,7 @@ def test_a_tensorboard_that_fails_causes_one_warning(tmp_path, monkeypatch, caps
     module = SimpleNamespace(SummaryWriter=lambda **_: FailingWriter(uses))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     report = Report(tmp_path, append=False, stream=io.StringIO())
-    run(report, stop=PER_EPOCH)
+    play_run(report, stop=PER_EPOCH)
     report.close()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"main.py: warning: TensorBoard fails, so it gets no further events: {reason}")
@@ -57,7 +57,7 @@ def test_a_tensorboard_that_fails_causes_one_warning(tmp_path, monkeypatch, caps
 def test_an_installed_tensorboard_that_cannot_be_imported_causes_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace())  # no SummaryWriter: an ImportError
     report = Report(tmp_path, append=False, stream=io.StringIO())
-    run(report, stop=PER_EPOCH)
+    play_run(report, stop=PER_EPOCH)
     report.close()
     (line,) = capsys.readouterr().err.splitlines()
     assert "TensorBoard fails, so it gets no further events: cannot import name 'SummaryWriter'" in line
@@ -66,7 +66,7 @@ def test_an_installed_tensorboard_that_cannot_be_imported_causes_a_warning(tmp_p
 def test_without_tensorboard_there_are_no_events(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it fails as when it is not installed
     report = Report(tmp_path, append=False, stream=io.StringIO())
-    run(report)
+    play_run(report)
     report.close()
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "mlperf.log"]
 
@@ -94,7 +94,7 @@ def test_tensorboard_gets_the_values_of_metrics_jsonl(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     report = Report(tmp_path, append=False, stream=io.StringIO())
-    run(report)
+    play_run(report)
     report.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     losses = [(event.step, event.value) for event in events.Scalars("training/loss")]
@@ -125,11 +125,11 @@ def test_events_of_abandoned_epochs_are_removed(tmp_path, checkpoint, epoch, ite
     whole, rewound = tmp_path / "whole", tmp_path / "rewound"
     for folder in (whole, rewound):
         report = Report(folder, stream=io.StringIO())
-        run(report)
+        play_run(report)
         report.close()
     report = Report(rewound, append=True, stream=io.StringIO())
     report.rewind(epoch=epoch, iteration=iteration)
-    run(report, start=checkpoint)
+    play_run(report, start=checkpoint)
     report.close()
     assert len(list((rewound / "tensorboard").iterdir())) == 2
     assert scalars(rewound) == scalars(whole)

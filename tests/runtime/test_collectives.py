@@ -87,7 +87,7 @@ def averaged(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch
 
 
 @pytest.fixture
-def recorder(monkeypatch, narrow) -> Iterator[Recorder]:
+def recorder(monkeypatch, tiny_model) -> Iterator[Recorder]:
     """Makes main.py rank 0 of PROCESSES."""
     dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=PROCESSES)
     monkeypatch.setattr(distributed, "_gloo_group", lambda timeout: dist.new_group(backend="fake", timeout=timeout))

@@ -39,9 +39,9 @@ for name in ("setitimer", "alarm", "pause", "pthread_kill", "pthread_sigmask", "
 for name in ("fork", "register_at_fork", "sched_getaffinity", "geteuid", "nice", "killpg", "memfd_create", "setsid"):
     vars(os).pop(name, None)
 sys.argv[:] = sys.argv[1:]
-from tests.helpers.tiny_model import narrow_network
+from tests.helpers.tiny_model import use_tiny_model
 import main
-with narrow_network():
+with use_tiny_model():
     sys.exit(main.main())
 """
 

@@ -35,7 +35,7 @@ from tests.helpers.datasets import annotation, read, write_coco
 from tests.helpers.small_runs import error_line, metrics, run
 from tests.helpers.trainers import ScalarReads, make_trainer
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 ALONE = Processes.single(CPU)
 

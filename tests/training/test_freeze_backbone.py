@@ -6,18 +6,20 @@ import pytest
 
 import main
 from src.training.schedule import Schedule, schedule_warnings
-from tests.helpers.launch import NARROW, NO_DALI, SMALL, command, launch
+from tests.helpers.datasets import write_small_coco
+from tests.helpers.equality import same
+from tests.helpers.launch import NO_DALI, SMALL, TINY_MODEL, command, launch
 from tests.helpers.small_runs import losses
-from tests.helpers.stopped_runs import INSIDE, flags, run, run_and_stop, same, small, state_of
+from tests.helpers.stopped_runs import INSIDE, pipeline_flags, run_and_stop, run_two_epochs, state_of
 
 BACKBONE = "feature_extractor."
 LEARNING = ("conf.0.weight", "additional_blocks.0.0.weight", "additional_blocks.0.1.running_mean")
-FROZEN = (*flags("no_dali", False), "--freeze-backbone")
+FROZEN = (*pipeline_flags("no_dali", False), "--freeze-backbone")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return small(tmp_path_factory.mktemp("data"), 4)
+    return write_small_coco(tmp_path_factory.mktemp("data"), 4)
 
 
 def split_names(before: dict, after: dict) -> tuple[dict[str, bool], dict[str, bool]]:
@@ -27,19 +29,19 @@ def split_names(before: dict, after: dict) -> tuple[dict[str, bool], dict[str, b
     return own, {name: value for name, value in equal.items() if name not in own}
 
 
-def test_nothing_of_the_backbone_changes_and_the_rest_learns(data, narrow, tmp_path):
-    assert run(data, tmp_path / "first", *flags("no_dali", False)) == main.DONE
+def test_nothing_of_the_backbone_changes_and_the_rest_learns(data, tiny_model, tmp_path):
+    assert run_two_epochs(data, tmp_path / "first", *pipeline_flags("no_dali", False)) == main.DONE
     checkpoint = tmp_path / "first" / "last.pt"
-    assert run(data, tmp_path / "frozen", *FROZEN, "--checkpoint", str(checkpoint)) == main.DONE
+    assert run_two_epochs(data, tmp_path / "frozen", *FROZEN, "--checkpoint", str(checkpoint)) == main.DONE
     backbone, rest = split_names(state_of(tmp_path / "first")["model"], state_of(tmp_path / "frozen")["model"])
     assert any("running_mean" in name for name in backbone)
     assert all(backbone.values())
     assert not any(rest[name] for name in LEARNING)
 
 
-def test_continuing_is_exact(data, narrow, tmp_path):
+def test_continuing_is_exact(data, tiny_model, tmp_path):
     def start(data: Path, output: Path, *more: str, signalled_at: int | None = None) -> int:
-        return run(data, output, *FROZEN, *more, signalled_at=signalled_at)
+        return run_two_epochs(data, output, *FROZEN, *more, signalled_at=signalled_at)
 
     run_and_stop(data, tmp_path, [1, 1, None], start)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
@@ -47,21 +49,21 @@ def test_continuing_is_exact(data, narrow, tmp_path):
     assert (tmp_path / INSIDE).exists()
 
 
-def test_a_run_may_go_on_with_the_backbone_trained(data, narrow, tmp_path, capsys):
+def test_a_run_may_go_on_with_the_backbone_trained(data, tiny_model, tmp_path, capsys):
     output = tmp_path / "run"
-    assert run(data, output, *FROZEN) == main.DONE
+    assert run_two_epochs(data, output, *FROZEN) == main.DONE
     frozen = state_of(output)["model"]
-    assert run(data, output, *flags("no_dali", False), "--resume", "--epochs", "4") == main.DONE
+    assert run_two_epochs(data, output, *pipeline_flags("no_dali", False), "--resume", "--epochs", "4") == main.DONE
     assert "--freeze-backbone (True -> False)" in capsys.readouterr().err
     backbone, _ = split_names(frozen, state_of(output)["model"])
     assert not any(backbone.values())
 
 
-def test_two_processes_train_what_is_not_frozen(data, narrow, tmp_path):
+def test_two_processes_train_what_is_not_frozen(data, tiny_model, tmp_path):
     more = ("--epochs", "2", "--evaluation", "--freeze-backbone", *SMALL, *NO_DALI)
-    assert run(data, tmp_path / "first", *flags("no_dali", False)) == main.DONE
+    assert run_two_epochs(data, tmp_path / "first", *pipeline_flags("no_dali", False)) == main.DONE
     before = tmp_path / "first" / "last.pt"
-    done = launch(command([*NARROW, "--data", data, "--output", tmp_path / "run", "--checkpoint", before, *more]))
+    done = launch(command([*TINY_MODEL, "--data", data, "--output", tmp_path / "run", "--checkpoint", before, *more]))
     assert done.returncode == 0, done.stderr
     backbone, rest = split_names(state_of(tmp_path / "first")["model"], state_of(tmp_path / "run")["model"])
     assert all(backbone.values())

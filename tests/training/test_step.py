@@ -104,7 +104,7 @@ def test_a_compiled_step_follows_the_oracle_and_leaves_the_weights_names(oracle,
     assert model.state_dict().keys() == SSD300("resnet18", 81).state_dict().keys()
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("tiny_model")
 def test_compiling_without_a_compiler_is_a_users_error(monkeypatch):
     from torch._inductor import config
 

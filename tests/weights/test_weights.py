@@ -21,7 +21,7 @@ from src.weights.backbone import load_backbone_weights
 from src.weights.detector import build_trained_model, known_categories, load_detector, read_labelled
 from src.weights.files import load_checkpoint
 from tests.helpers.datasets import annotation, write_coco
-from tests.helpers.launch import HALF
+from tests.helpers.launch import FP16
 
 OURS = (Category(7, "square"), Category(9, "disc"))
 SAVED = [list(category) for category in OURS]
@@ -229,7 +229,7 @@ def evaluate(data: Path, state: dict, folder: Path, *flags: str) -> tuple[int, P
     save_checkpoint(folder / "last.pt", state)
     output = folder / "scores"
     line = ["--mode", "evaluation", "--data", data, "--checkpoint", folder / "last.pt", "--output", output]
-    return main.main([*map(str, line), "--num-workers", "0", *HALF, *flags]), output
+    return main.main([*map(str, line), "--num-workers", "0", *FP16, *flags]), output
 
 
 def test_evaluation_prints_figures_and_leaves_files(data, small_state, tmp_path, capsys):

@@ -24,7 +24,7 @@ from tests.helpers.both_pipelines import CPU, train_loader
 from tests.helpers.datasets import annotation, write_annotations, write_image
 from tests.helpers.image_files import chunk
 from tests.helpers.small_runs import metrics
-from tests.helpers.stopped_runs import flags, idle_run
+from tests.helpers.stopped_runs import idle_run, pipeline_flags
 
 KINDS = [*((tag, "jpg") for tag in range(1, 9)), (6, "png"), (8, "webp")]  # orientation tag and format
 
@@ -263,12 +263,12 @@ def test_all_decoders_turn_a_usual_tag_alike(tmp_path, form):
     assert (picture.permute(1, 2, 0).int() - torch.from_numpy(np.array(images.at(0)))).abs().max() <= 2
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("tiny_model")
 def test_every_mode_applies_the_flag(tmp_path, capsys):
     data = write_turned(tmp_path, [(6, "jpg"), (8, "jpg")])
-    assert idle_run(data, tmp_path, *flags("no_dali", False), "--evaluation") == (2, 0)
+    assert idle_run(data, tmp_path, *pipeline_flags("no_dali", False), "--evaluation") == (2, 0)
     assert capsys.readouterr().err.endswith("--orientation upright reads\n")
-    upright = (*flags("no_dali", False), "--orientation", "upright")
+    upright = (*pipeline_flags("no_dali", False), "--orientation", "upright")
     assert idle_run(data, tmp_path, *upright, "--evaluation", "0") == (0, 2)
     assert [entry["kind"] for entry in metrics(tmp_path)].count("evaluation") == 1
     assert idle_run(data, tmp_path / "check", *upright, "--mode", "check") == (0, 0)

@@ -12,7 +12,7 @@ pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
 from src.data.pipelines import dali_pipeline
 from src.data.pipelines.dali_graph import OUTPUTS
 from src.runtime.errors import DataError, UserError
-from tests.helpers.dali_loaders import epoch, loader, small
+from tests.helpers.dali_loaders import epoch, loader, random_annotations
 
 
 def cut_header(content: bytes) -> bytes:
@@ -27,7 +27,7 @@ def cut_short(content: bytes) -> bytes:
     "damage", [None, lambda _: b"", lambda _: b"<html>not an image</html>" * 20, cut_header, cut_short]
 )
 def test_a_broken_image_is_named(tmp_path, damage):
-    data = small(tmp_path)
+    data = random_annotations(tmp_path)
     path = tmp_path / "train2017" / "000004.jpg"
     content = path.read_bytes()
     path.unlink()
@@ -43,7 +43,7 @@ def test_a_broken_image_is_named(tmp_path, damage):
 
 
 def test_an_image_that_breaks_later_is_named(tmp_path):
-    ours = loader(small(tmp_path))
+    ours = loader(random_annotations(tmp_path))
     for number in range(3):
         epoch(ours, number)
     path = tmp_path / "train2017" / "000002.jpg"
@@ -54,7 +54,7 @@ def test_an_image_that_breaks_later_is_named(tmp_path):
 
 
 def test_an_image_of_another_size_than_the_file_says_is_named(tmp_path):
-    data = small(tmp_path)
+    data = random_annotations(tmp_path)
     path = tmp_path / "train2017" / "000003.jpg"
     Image.new("RGB", (120, 160)).save(path)
     with pytest.raises(DataError) as error:
@@ -63,7 +63,7 @@ def test_an_image_of_another_size_than_the_file_says_is_named(tmp_path):
 
 
 def test_a_failure_of_dali_names_the_other_pipeline(tmp_path, monkeypatch):
-    ours = loader(small(tmp_path))
+    ours = loader(random_annotations(tmp_path))
     ours.set_epoch(0)
 
     class Failing:
@@ -81,12 +81,12 @@ def test_dali_that_does_not_start_names_the_other_pipeline(tmp_path, monkeypatch
 
     monkeypatch.setattr(dali_pipeline, "make_pipeline", failing)
     with pytest.raises(UserError, match=r"^DALI cannot start \(CUDA .*insufficient\): .*--data_pipeline no_dali$"):
-        epoch(loader(small(tmp_path)), 0)
+        epoch(loader(random_annotations(tmp_path)), 0)
 
 
 def test_a_batch_that_is_too_large_for_dali_has_a_hint(tmp_path):
     with pytest.raises(UserError, match=r"^DALI cannot start \(.*\): lower --batch-size$"):
-        loader(small(tmp_path), batch_size=2**31 - 1).build(OUTPUTS)
+        loader(random_annotations(tmp_path), batch_size=2**31 - 1).build(OUTPUTS)
 
 
 def test_dali_that_is_absent_names_the_other_pipeline(monkeypatch):

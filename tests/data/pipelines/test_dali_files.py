@@ -13,8 +13,9 @@ from nvidia.dali import fn
 from src.data.annotations.coco import Annotations, read_annotations
 from src.data.pipelines.dali_files import write_clean_file, write_reader_files
 from src.runtime.distributed import Shard
-from tests.helpers.dali_loaders import all_same, epoch, loader, small
+from tests.helpers.dali_loaders import epoch, loader, random_annotations
 from tests.helpers.datasets import annotation, read, write_coco
+from tests.helpers.equality import same
 
 FILES = ("counts", "filenames", "labels", "offsets", "original_ids")
 LAST_BITS = 2**-22  # the last two of a float32 in 0.5..1
@@ -67,7 +68,7 @@ def test_the_files_equal_those_that_the_reader_saves(coco128, tmp_path, make):
 
 def test_names_with_white_space_give_the_same_batches(tmp_path):
     """White space separates names in the reader's files, so such data sets use a COCO file."""
-    plain = small(tmp_path / "plain", 5)
+    plain = random_annotations(tmp_path / "plain", 5)
     folder = tmp_path / "spaced"
     file = folder / "annotations" / "instances_train2017.json"
     file.parent.mkdir(parents=True)
@@ -80,4 +81,4 @@ def test_names_with_white_space_give_the_same_batches(tmp_path):
     options = {"seed": 2, "shard": Shard(1, 2)}
     one, other = loader(plain, **options), loader(spaced, **options)
     for number in range(2):
-        assert all_same(epoch(one, number), epoch(other, number))
+        assert same(epoch(one, number), epoch(other, number))

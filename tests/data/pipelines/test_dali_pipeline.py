@@ -16,8 +16,9 @@ from src.data.pipelines.dali_graph import OUTPUTS
 from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.torch_pipeline import TorchTrainLoader
 from src.runtime.errors import DataError
-from tests.helpers.dali_loaders import CPU, epoch, loader, orders, same, small
+from tests.helpers.dali_loaders import CPU, epoch, loader, orders, random_annotations
 from tests.helpers.datasets import annotation, read, write_coco
+from tests.helpers.equality import same
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 255
 DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 255
@@ -146,7 +147,7 @@ def test_the_gpu_gives_the_cpus_batches(coco128):
 
 @pytest.mark.gpu
 def test_the_gpu_continues_and_gives_half_precision(tmp_path):
-    data, options = small(tmp_path), {"device": torch.device("cuda"), "dtype": torch.float16}
+    data, options = random_annotations(tmp_path), {"device": torch.device("cuda"), "dtype": torch.float16}
     first = loader(data, **options)
     first.set_epoch(0)
     batches = iter(first)
@@ -195,7 +196,7 @@ def resident() -> float:
 
 
 def test_close_ends_threads_and_frees_memory(tmp_path):
-    data = small(tmp_path, 32)
+    data = random_annotations(tmp_path, 32)
     epoch(loader(data, batch_size=32), 0)  # loads libraries, which stay
     gc.collect()
     threads_before, memory_before = threads(), resident()
@@ -213,6 +214,6 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
-    ours = loader(small(tmp_path / "data"))
+    ours = loader(random_annotations(tmp_path / "data"))
     epoch(ours, 0)
     assert list(folder.iterdir()) == []

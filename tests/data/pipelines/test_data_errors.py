@@ -16,7 +16,7 @@ from tests.helpers.both_pipelines import train_loader
 from tests.helpers.datasets import annotation, read, write_annotations, write_coco, write_image
 from tests.helpers.small_runs import error_line, flags, metrics, run
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 # --- annotations -----------------------------------------------------------------------------------------------------
 

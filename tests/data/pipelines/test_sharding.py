@@ -52,9 +52,9 @@ def test_shares_with_dali():
 @pytest.mark.parametrize("images, processes, batch_size", [(11, 3, 2), (7, 4, 1), (9, 2, 4)])
 def test_dali_share_is_the_readers_rule(tmp_path, images, processes, batch_size):
     pytest.importorskip("nvidia.dali", reason="DALI has wheels for Linux only")
-    from tests.helpers.dali_loaders import loader, orders, small
+    from tests.helpers.dali_loaders import loader, orders, random_annotations
 
-    data = small(tmp_path, images)
+    data = random_annotations(tmp_path, images)
     options = {"batch_size": batch_size, "seed": 1}
     ranks = [loader(data, shard=Shard(rank, processes), **options) for rank in range(processes)]
     given = [orders(rank, 3) for rank in ranks]

@@ -167,7 +167,7 @@ def test_the_limit_of_open_files_is_raised_or_named(kind, data, monkeypatch):
         batches(kind, data, 2)
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("tiny_model")
 def test_an_interrupt_ends_a_run_that_waits_for_a_hanging_worker(data, tmp_path, monkeypatch, in_workers, capsys):
     monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     in_workers(lambda: time.sleep(600))
