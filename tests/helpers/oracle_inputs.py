@@ -1,4 +1,4 @@
-"""The oracle's inputs, rebuilt by the recipes of its README, and random network output like them."""
+"""The oracle's inputs, made again from their seeds, and random network output like them."""
 
 import numpy as np
 import torch

@@ -41,7 +41,7 @@ def refusal(*flags: list) -> str:
     ],
     ids=["rate and seed", "epochs", "mode"],
 )
-def test_other_flags(data, tmp_path, flags, differences):
+def test_different_flags_are_refused(data, tmp_path, flags, differences):
     common = ["--data", data, "--output", tmp_path / "run", *SMALL, *NO_DALI]
     line = refusal(common, [*common, *flags])
     expected = (
@@ -52,8 +52,8 @@ def test_other_flags(data, tmp_path, flags, differences):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_an_older_copy_of_the_data(data, tmp_path, split):
-    """A box of one image is another."""
+def test_an_older_copy_of_the_data_is_refused(data, tmp_path, split):
+    """One box differs."""
     copy = shutil.copytree(data, tmp_path / "copy")
     file = copy / "annotations" / f"instances_{split}2017.json"
     content = json.loads(file.read_text())

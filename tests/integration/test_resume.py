@@ -204,7 +204,7 @@ def test_another_backbone_or_other_categories_are_an_error(runs, data, tmp_path,
 
 
 @pytest.mark.parametrize("what", ["a missing file", "weights alone"])
-def test_what_cannot_be_continued_is_an_error(data, tmp_path, capsys, what):
+def test_a_file_that_is_no_runs_checkpoint_is_refused(data, tmp_path, capsys, what):
     file = tmp_path / "file.pt"
     if what == "weights alone":
         torch.save({"model": {"weight": torch.zeros(2)}, "epoch": 3}, file)
@@ -214,7 +214,7 @@ def test_what_cannot_be_continued_is_an_error(data, tmp_path, capsys, what):
 
 
 @pytest.mark.parametrize("before", ["dali", "no_dali"])
-def test_inside_an_epoch_dali_wants_its_own_settings_and_leaves_the_run_as_it_is(runs, data, tmp_path, capsys, before):
+def test_dali_refuses_other_settings_inside_an_epoch_and_leaves_the_run_as_it_is(runs, data, tmp_path, capsys, before):
     shutil.copy(runs(before, True) / INSIDE, tmp_path / "last.pt")
     (tmp_path / "metrics.jsonl").write_text('{"kind": "iteration", "epoch": 5, "iteration": 99}\n')
     content = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -332,7 +332,7 @@ def test_a_run_that_goes_back_and_is_killed_continues_where_it_went_back_to(data
     assert idle_run(data, tmp_path, *more, "--resume") == (main.DONE, 4)
 
 
-def test_a_full_disk_is_told_of_in_one_line_and_the_old_checkpoint_stays(runs, data, tmp_path, capsys):
+def test_a_full_disk_is_one_error_line_and_the_old_checkpoint_stays(runs, data, tmp_path, capsys):
     resource = pytest.importorskip("resource")
     shutil.copy(runs("no_dali", False) / INSIDE, tmp_path / "last.pt")
     before = state_of(tmp_path)

@@ -77,7 +77,7 @@ def test_standard_error_may_be_closed(data, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["check", "evaluation", "prediction"])
-def test_output_that_is_a_file_is_told_of_before_the_work(data, tmp_path, capsys, mode):
+def test_output_that_is_a_file_is_refused_before_the_work(data, tmp_path, capsys, mode):
     (tmp_path / "file").touch()
     folder = data / "val2017" if mode == "prediction" else data
     more = () if mode == "check" else ("--checkpoint", write_weights(tmp_path / "weights.pt"))
@@ -93,7 +93,7 @@ def test_pictures_are_not_drawn_among_the_images(data, tmp_path, capsys):
     assert "is the folder of the images" in error_line(capsys)
 
 
-def test_a_full_temporary_folder_is_told_of(data, monkeypatch):
+def test_a_full_temporary_folder_is_a_user_error(data, monkeypatch):
     pytest.importorskip("nvidia.dali")
     from src.data.pipelines import dali_pipeline
 
@@ -106,7 +106,7 @@ def test_a_full_temporary_folder_is_told_of(data, monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_names_beyond_the_terminals_alphabet(tmp_path, monkeypatch, encoding):
+def test_names_that_the_terminal_cannot_show_are_escaped(tmp_path, monkeypatch, encoding):
     data = write_coco(tmp_path / "日本", [annotation(1)], images=1)
     output = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding=encoding))
@@ -134,7 +134,7 @@ def test_an_error_is_one_line_whatever_names_hold():
         (f"--data x --warmup {'9' * 400}", "from 0 to 2147483647"),
     ],
 )
-def test_flags_out_of_range(given, said, capsys):
+def test_flags_out_of_range_are_refused(given, said, capsys):
     with pytest.raises(SystemExit) as ended:
         parse_args(given.split())
     assert ended.value.code == 2
@@ -147,12 +147,12 @@ def test_the_largest_seed_shuffles_and_initialises(pipeline, data):
     assert len(list(train_loader(pipeline, read(data), seed=seed, augment=True))) == 3
 
 
-def test_evaluations_that_are_not_reached():
+def test_evaluations_after_the_last_epoch_are_listed():
     assert parse_args(["-d", "x", "-e", "5", "--evaluation", "3", "5", "9"]).unreached_evaluations == [5, 9]
     assert parse_args(["-d", "x", "-e", "5"]).unreached_evaluations == []
 
 
-def test_a_resume_that_finds_nothing_and_a_warm_up_beyond_the_run_are_told_of(data, tmp_path, capsys):
+def test_a_missing_checkpoint_and_a_warm_up_beyond_the_run_cause_warnings(data, tmp_path, capsys):
     """The former may be a mistyped --output."""
     more = ("--data_pipeline", "no_dali", "--lr", "0.016", "--warmup", "8", "--resume")
     assert idle_run(data, tmp_path, *more) == (main.DONE, 4)
@@ -165,6 +165,6 @@ def test_a_resume_that_finds_nothing_and_a_warm_up_beyond_the_run_are_told_of(da
 
 
 @pytest.mark.parametrize("below", ["train2017/000001.jpg", "annotations", "annotations/instances_train2017.json"])
-def test_data_that_is_not_the_folder(data, tmp_path, capsys, below):
+def test_data_that_is_not_the_data_sets_folder_is_refused(data, tmp_path, capsys, below):
     assert main.main(flags(data / below, tmp_path / "output")) == 2
     assert "--data must be a folder in the COCO 2017 layout" in error_line(capsys)

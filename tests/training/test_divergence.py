@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("tiny_model")
 ALONE = Processes.single(CPU)
 
 
-def test_weights_that_the_last_step_spoilt_are_not_saved(pipeline, tmp_path, capsys):
+def test_weights_that_are_not_finite_are_not_saved(pipeline, tmp_path, capsys):
     data = write_coco(tmp_path / "data", [annotation(1), annotation(2)], images=2)
     assert run(pipeline, data, tmp_path / "output", "--lr", "1e38", "--evaluation") == 1
     said = (
@@ -71,7 +71,7 @@ def scaled_trainer(monkeypatch) -> Trainer:
         return make_trainer(Steep())
 
 
-def test_steps_that_loss_scaling_skips_are_counted_and_told(scaled_trainer, tmp_path):
+def test_steps_that_loss_scaling_skips_are_counted_and_reported(scaled_trainer, tmp_path):
     batch = random_batch(2, 3, device=CPU, dtype=torch.float32)
     lines = io.StringIO()
     report, stop = Report(tmp_path, append=False, stream=lines), GracefulShutdown(ALONE)
@@ -107,7 +107,7 @@ def test_counting_skipped_steps_reads_nothing_from_the_device(scaled_trainer):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_are_checked(scaled_trainer, value):
+def test_weights_that_are_not_finite_are_an_error(scaled_trainer, value):
     scaled_trainer.check_weights(epoch=0, iteration=0, learning_rate=0.1)
     with torch.no_grad():
         scaled_trainer.model.offsets[0, 0, 7] = value
@@ -115,7 +115,7 @@ def test_weights_are_checked(scaled_trainer, value):
         scaled_trainer.check_weights(epoch=3, iteration=41, learning_rate=0.1)
 
 
-def test_batch_norm_statistics_are_checked(scaled_trainer):
+def test_batch_norm_statistics_that_are_not_finite_are_an_error(scaled_trainer):
     """Loss scaling leaves the step out, and keeps what the forward pass has done to them."""
     scaled_trainer.model.append = nn.BatchNorm2d(3)
     scaled_trainer.check_weights(epoch=0, iteration=0, learning_rate=0.1)
@@ -161,7 +161,7 @@ def test_shared_memory_that_is_too_small_names_its_size_and_the_flag(tmp_path, t
         next(iter(loader))
 
 
-def test_a_killed_worker_is_told_of(tmp_path, capsys):
+def test_a_killed_worker_is_a_user_error(tmp_path, capsys):
     annotations = read(write_coco(tmp_path, [annotation(image) for image in (1, 2, 3, 4)]))
     loader = train_loader("no_dali", annotations, batch_size=2, num_workers=1)
     others = set(multiprocessing.active_children())
