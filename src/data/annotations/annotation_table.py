@@ -67,6 +67,7 @@ class AnnotationTableBuilder:
         self._usable = Column(np.bool_)
         self._ids, self._category_ids = Column(np.int64), Column(np.int64)
         self._all_have_ids = True
+        self._known = Column(np.bool_)
         self._given_image, self._given_boxes = Column(np.int32), Column(np.float64, 4)
         self._given_areas, self._given_crowd = Column(np.float64), Column(np.bool_)
         self._unknown_image_ids: list[int] = []
@@ -89,10 +90,11 @@ class AnnotationTableBuilder:
             areas = _areas(entries)
             areas = np.where(np.isnan(areas), given[:, 2] * given[:, 3], areas)
             counts_in_scoring = ~crowd & (areas >= 0)  # COCO's scorer ignores crowds and negative areas
-            self._given_image.extend(image)
-            self._given_boxes.extend(given)
-            self._given_areas.extend(areas)
-            self._given_crowd.extend(crowd)
+            self._known.extend(known)
+            self._given_image.extend(image[known])
+            self._given_boxes.extend(given[known])
+            self._given_areas.extend(areas[known])
+            self._given_crowd.extend(crowd[known])
         ids = _ids(entries)
         if ids is None:
             self._all_have_ids = False
@@ -123,12 +125,13 @@ class AnnotationTableBuilder:
         )
 
     def _ground_truth(self, labels: np.ndarray) -> GroundTruth:
-        image = self._given_image.array()
-        known = image >= 0
-        boxes, areas, crowd = (
-            column.array()[known] for column in (self._given_boxes, self._given_areas, self._given_crowd)
+        return GroundTruth(
+            image_index=self._given_image.array(),
+            labels=labels[self._known.array()],
+            boxes=self._given_boxes.array(),
+            areas=self._given_areas.array(),
+            crowd=self._given_crowd.array(),
         )
-        return GroundTruth(image[known], labels[known], boxes, areas, crowd)
 
     def _labels(self, path: Path, category_ids: list[int]) -> np.ndarray:
         """int32 [M]."""
