@@ -1,9 +1,9 @@
-"""A GPU that is not there: the program's CUDA code run on tensors that say they are on cuda:0.
+"""A fake GPU: runs the program's CUDA code on tensors that claim to be on cuda:0.
 
-Their values lie in the host's memory and every operator is computed by the CPU's kernel, so results can be compared
-with the CPU's. What a real GPU would have done beside that is recorded: the host waiting for it, copies between the two
-memories, tensors of both in one operator. What stays unseen: kernels that CUDA has not, other rounding, waits inside
-kernels that WAITING does not name, other threads (a DataLoader's workers and its pinning thread).
+Their values are in host memory and the CPU's kernels compute every operator, so results can be compared with the CPU's.
+The fake GPU records where a real one would make the host wait, copies between the two memories, and operators that mix
+tensors of both.  It cannot see kernels that CUDA lacks, other rounding, waits inside kernels that WAITING does not
+name, and other threads (a DataLoader's workers and its pinning thread).
 """
 
 import sys
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
-# The host has to know a value, or how many there are, before it can go on.
+# The host needs a value, or the number of values, before it can continue.
 WAITING = {
     aten._local_scalar_dense.default,
     aten.bincount.default,
@@ -35,32 +35,32 @@ WAITING = {
 }
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 COPYING = {aten._to_copy.default, aten.copy_.default}
-# Modules of the program that keep tensors of a device from call to call.
+# Modules that cache tensors of a device.
 CACHING = ("src.data.", "src.evaluation.", "src.ssd.", "src.training.")
 
 
 class Event(NamedTuple):
-    """What an operator did beside computing."""
+    """A wait, a copy or a mix of devices that an operator caused."""
 
-    kind: str  # "wait": the host waits for the GPU; "copy in": from pinned memory, without waiting; "mixed" tensors
-    what: str  # the operator, or "copy in" and "copy out" where a copy makes the host wait; with types and shapes
+    kind: str  # "wait": the host waits for the GPU; "copy in": from pinned memory, without a wait; "mixed": devices
+    what: str  # the operator, or "copy in" and "copy out" for copies that wait; with dtypes and shapes
 
     def __repr__(self) -> str:
         return f"{self.kind}: {self.what}"
 
 
 class Operator(NamedTuple):
-    """An operator that computed on the GPU, views left out."""
+    """An operator that computed on the GPU; views are not recorded."""
 
-    name: str  # as "aten.convolution"
-    tensors: tuple[str, ...]  # of its arguments on the GPU, as "float16 [2, 3, 300, 300] channels last"
+    name: str  # such as "aten.convolution"
+    tensors: tuple[str, ...]  # its arguments on the GPU, such as "float16 [2, 3, 300, 300] channels last"
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(self.tensors)})"
 
 
 class GpuTensor(Tensor):
-    """A tensor that says it is on cuda:0; `held` has its values."""
+    """A tensor that claims to be on cuda:0; `held` has its values."""
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "GpuTensor":
@@ -75,7 +75,7 @@ class GpuTensor(Tensor):
         return f"GpuTensor({self.dtype} {list(self.shape)})"
 
     def tolist(self) -> list:
-        return self.cpu().tolist()  # torch's own is not for subclasses
+        return self.cpu().tolist()  # torch's own does not support subclasses
 
     @classmethod
     def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
@@ -83,21 +83,23 @@ class GpuTensor(Tensor):
 
 
 class FakeGpu(TorchDispatchMode):
-    """Inside it cuda:0 can be used; `events` has what happened on it, `operators` what was computed on it."""
+    """Inside it cuda:0 can be used; records `events` and `operators`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.events: list[Event] = []
         self.operators: list[Operator] = []
-        self._pinned: dict[int, torch.UntypedStorage] = {}  # by address; held, so that no other gets the address
+        self._pinned: dict[
+            int, torch.UntypedStorage
+        ] = {}  # by address; kept, so that no other storage gets the address
 
     def kinds(self, first: int = 0) -> set[str]:
-        """The kinds of the events from the one of that number on."""
+        """The kinds of the events from number `first` on."""
         return {event.kind for event in self.events[first:]}
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if operator._can_decompose():  # in inference mode, where autograd does not take it apart
+        if operator._can_decompose():  # in inference mode autograd does not decompose it
             with self:
                 return operator.decompose(*args, **kwargs)
         if operator is aten.is_pinned.default:
@@ -112,33 +114,33 @@ class FakeGpu(TorchDispatchMode):
             to_gpu = isinstance(args[0], GpuTensor)
         self._record(operator, args, kwargs, tensors, on_gpu, to_gpu)
         if (on_gpu or to_gpu) and not operator.is_view:
-            described = tuple(_described("", tensor) + _layout(tensor) for tensor in on_gpu)
+            described = tuple(_describe("", tensor) + _describe_memory_format(tensor) for tensor in on_gpu)
             self.operators.append(
                 Operator(str(operator).partition(".")[0] + "." + operator.overloadpacket.__name__, described)
             )
         if asked is not None:
             kwargs["device"] = CPU
         pin = kwargs.pop("pin_memory", False)
-        result = operator(*tree_map(_held, args), **tree_map(_held, kwargs))
+        result = operator(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
         if not to_gpu:
             return self._pin(result) if pin else result
-        known = {id(tensor.held): tensor for tensor in on_gpu}  # an operator in place gives its argument
-        # A view of a tensor that was made outside of inference mode is one that was, too.
+        known = {id(tensor.held): tensor for tensor in on_gpu}  # an in-place operator returns its argument
+        # A view of a tensor from outside inference mode counts as made outside, too.
         of_normal = operator.is_view and not all(tensor.is_inference() for tensor in on_gpu)
         with torch.inference_mode(torch.is_inference_mode_enabled() and not of_normal):
-            return tree_map(lambda one: known[id(one)] if id(one) in known else _on_gpu(one), result)
+            return tree_map(lambda one: known[id(one)] if id(one) in known else _wrap(one), result)
 
     def _record(self, operator, args, kwargs, tensors: list, on_gpu: list, to_gpu: bool) -> None:
         if operator in COPYING:
             self._record_copy(operator, args, kwargs, to_gpu)
         elif on_gpu and len(on_gpu) < len(tensors):
-            strangers = [tensor for tensor in tensors if not isinstance(tensor, GpuTensor)]
-            if any(tensor.dim() for tensor in strangers) and operator not in INDEXING:
+            host_tensors = [tensor for tensor in tensors if not isinstance(tensor, GpuTensor)]
+            if any(tensor.dim() for tensor in host_tensors) and operator not in INDEXING:
                 raise RuntimeError(f"{operator}: expected all tensors on one device, found cuda:0 and cpu")
-            self.events.append(Event("mixed", _described(str(operator), *strangers)))
+            self.events.append(Event("mixed", _describe(str(operator), *host_tensors)))
         masks = operator in INDEXING and any(_is_mask(index) for index in args[1])
         if on_gpu and (operator in WAITING or masks):
-            self.events.append(Event("wait", _described(str(operator), *on_gpu)))
+            self.events.append(Event("wait", _describe(str(operator), *on_gpu)))
 
     def _record_copy(self, operator, args, kwargs, to_gpu: bool) -> None:
         source = args[1] if operator is aten.copy_.default else args[0]
@@ -146,9 +148,9 @@ class FakeGpu(TorchDispatchMode):
             return
         without_waiting = kwargs.get("non_blocking") or (operator is aten.copy_.default and args[2:] == (True,))
         if to_gpu and without_waiting and self._is_pinned(source):
-            self.events.append(Event("copy in", _described("", source)))
+            self.events.append(Event("copy in", _describe("", source)))
         else:
-            self.events.append(Event("wait", _described("copy in" if to_gpu else "copy out", source)))
+            self.events.append(Event("wait", _describe("copy in" if to_gpu else "copy out", source)))
 
     def _is_pinned(self, tensor: Tensor) -> bool:
         return not isinstance(tensor, GpuTensor) and tensor.untyped_storage().data_ptr() in self._pinned
@@ -159,11 +161,11 @@ class FakeGpu(TorchDispatchMode):
         return tensor
 
 
-def _held(one):
+def _unwrap(one):
     return one.held if isinstance(one, GpuTensor) else one
 
 
-def _on_gpu(one):
+def _wrap(one):
     return GpuTensor(one) if isinstance(one, Tensor) else one
 
 
@@ -171,32 +173,32 @@ def _is_mask(index) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
-def _described(what: str, *tensors: Tensor) -> str:
+def _describe(what: str, *tensors: Tensor) -> str:
     parts = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in tensors]
     return " ".join(filter(None, [what.removesuffix(".default"), *parts]))
 
 
-def _layout(tensor: Tensor) -> str:
-    """How the values of a batch of images lie in memory, where it is one."""
+def _describe_memory_format(tensor: Tensor) -> str:
+    """The memory format of a tensor of 4 dimensions; empty for others."""
     if tensor.dim() != 4 or tensor.is_contiguous() == tensor.is_contiguous(memory_format=torch.channels_last):
-        return ""  # a size of 1 makes both the same
+        return ""  # with a size of 1 it may be both
     return " channels last" if tensor.is_contiguous(memory_format=torch.channels_last) else " channels first"
 
 
 @contextmanager
 def fake_gpu() -> Iterator[FakeGpu]:
-    """The program finds one GPU inside, and its tensors can be made and computed with."""
-    # Where there is no GPU, this lets autograd ask for the stream of a tensor on one; it stays so in this process.
+    """Inside, the program finds one GPU and can make and compute with its tensors."""
+    # Without a GPU, this lets autograd ask for the stream of a GPU tensor, for the rest of the process.
     torch._C._ensureCUDADeviceGuardSet()
     gpu = FakeGpu()
-    there = {
+    replaced = {
         "_lazy_init": lambda: None,
         "current_device": lambda: GPU.index,
         "current_stream": lambda device=None: None,
         "device_count": lambda: 1,
         "get_device_capability": lambda device=None: (9, 0),
-        "get_device_name": lambda device=None: "a GPU that is not there",
-        "get_device_properties": lambda device=None: SimpleNamespace(name="a GPU that is not there", uuid="GPU-0"),
+        "get_device_name": lambda device=None: "fake GPU",
+        "get_device_properties": lambda device=None: SimpleNamespace(name="fake GPU", uuid="GPU-0"),
         "is_available": lambda: True,
         "is_current_stream_capturing": lambda: False,
         "max_memory_allocated": lambda device=None: 0,
@@ -209,10 +211,10 @@ def fake_gpu() -> Iterator[FakeGpu]:
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # `Module.to` makes new parameters
         stack.callback(torch._C._set_only_lift_cpu_tensors, lift)
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device=...)` copies through the mode
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # its operators are CUDA's alone
-        stack.callback(_forget_tensors)
-        _forget_tensors()
-        stack.enter_context(mock.patch.multiple(torch.cuda, **there))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # only CUDA has its operators
+        stack.callback(_clear_caches)
+        _clear_caches()
+        stack.enter_context(mock.patch.multiple(torch.cuda, **replaced))
         stack.enter_context(
             mock.patch.multiple(torch.accelerator, is_available=lambda: True, current_accelerator=lambda: GPU)
         )
@@ -220,8 +222,8 @@ def fake_gpu() -> Iterator[FakeGpu]:
         yield stack.enter_context(gpu)
 
 
-def _forget_tensors() -> None:
-    """Empties the program's caches, which may hold tensors of a device."""
+def _clear_caches() -> None:
+    """Clears the program's caches, which may hold tensors of another device."""
     for name, module in list(sys.modules.items()):
         if name.startswith(CACHING):
             for function in vars(module).values():
@@ -231,10 +233,10 @@ def _forget_tensors() -> None:
 
 @torch.no_grad()
 def backward(loss: Tensor) -> None:
-    """`Tensor.backward` in Python: autograd's own engine wants a CUDA context.  Adds to the leaves' gradients."""
+    """`Tensor.backward` in Python, because autograd's engine needs a CUDA context.  Adds to the leaves' gradients."""
     pending = {loss.grad_fn: [torch.ones_like(loss)]}
     while pending:
-        # An operator is recorded after all whose results it takes, so the latest has all its gradients.
+        # Nodes are numbered after their inputs' nodes, so the node with the highest number has all its gradients.
         node = max(pending, key=lambda one: one._sequence_nr())
         gradients = node(*pending.pop(node))
         for gradient, (following, number) in zip(_as_tuple(gradients), node.next_functions, strict=True):

@@ -49,12 +49,12 @@ def assert_matches(cases: dict, batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 24])
-def test_random_boxes_match_as_the_oracle_has_it(oracle, batch_size):
+def test_random_boxes_match_as_in_the_oracle(oracle, batch_size):
     assert_matches(oracle("encode_random.npz"), batch_size)
 
 
 @pytest.mark.parametrize("batch_size", [1, 24])
-def test_photographs_match_as_the_oracle_has_it(encode_oracle, batch_size):
+def test_photographs_match_as_in_the_oracle(encode_oracle, batch_size):
     assert_matches(encode_oracle, batch_size)
 
 

@@ -52,7 +52,7 @@ def loop_over_classes(offsets, logits, *, max_candidates: int = 200) -> list[tup
 @pytest.mark.parametrize(
     ("labels", "sigma", "background", "scale"),
     [
-        (2, 1.0, 0.0, 0.0),  # one class, 8,732 candidates, of which 200 may compete
+        (2, 1.0, 0.0, 0.0),  # one class with 8,732 candidates, 200 of them are tried
         (2, 2.0, 3.0, 1.0),
         (6, 2.0, 0.0, 0.0),  # boxes that suppress each other: more candidates must be tried to fill 200
         (21, 3.0, 4.0, 0.3),
@@ -68,7 +68,7 @@ def test_detections_are_those_of_a_loop_over_the_classes(labels, sigma, backgrou
     np.testing.assert_allclose(found.scores, [score for _, score, _ in expected], rtol=1e-5)
 
 
-def test_a_batch_of_crowded_images_gives_exactly_what_one_at_a_time_gives():
+def test_a_batch_of_crowded_images_detects_exactly_what_single_images_do():
     offsets, logits = (torch.cat([part.roll(97 * turn, dims=2) for turn in range(16)]) for part in random_output(2, 81))
     together = detect(offsets, logits)
     for image, found in enumerate(together):
@@ -76,41 +76,41 @@ def test_a_batch_of_crowded_images_gives_exactly_what_one_at_a_time_gives():
         assert all(torch.equal(*pair) for pair in zip(found, alone, strict=True))
 
 
-def detect_together(offsets: torch.Tensor, logits: torch.Tensor) -> list[detection.Detections]:
-    """`detect` as it works on a GPU."""
+def detect_batched(offsets: torch.Tensor, logits: torch.Tensor) -> list[detection.Detections]:
+    """`detect`, as on a GPU."""
     candidates = detection._find_candidates(offsets, logits, find_finite_boxes(offsets, logits))
     return detection._detect_batched(offsets, candidates)
 
 
 def assert_equal_to_each(offsets: torch.Tensor, logits: torch.Tensor) -> None:
-    for together, alone in zip(detect_together(offsets, logits), detect(offsets, logits), strict=True):
+    for together, alone in zip(detect_batched(offsets, logits), detect(offsets, logits), strict=True):
         for part, expected in zip(together, alone, strict=True):
             assert part.dtype == expected.dtype
             assert torch.equal(part, expected)
 
 
 @pytest.mark.parametrize("case", ORACLE_CASES)
-def test_all_images_together_give_an_oracle_case_bit_for_bit(case):
+def test_batched_detection_equals_single_images_on_oracle_cases_bit_for_bit(case):
     assert_equal_to_each(*oracle_output(case))
 
 
 @pytest.mark.parametrize(
     ("labels", "sigma", "background", "scale"),
     [
-        (2, 1.0, 0.0, 0.0),  # 200 may compete, of 8,732 candidates
+        (2, 1.0, 0.0, 0.0),  # 200 of 8,732 candidates are tried
         (6, 2.0, 0.0, 0.0),  # a second block of candidates is needed
         (21, 3.0, 4.0, 0.3),
         (81, 1.0, 7.0, 1.0),
         (81, 4.0, 8.0, 0.05),  # crowded, and most boxes overlap
     ],
 )
-def test_all_images_together_give_bit_for_bit_what_each_alone_gives(labels, sigma, background, scale):
+def test_batched_detection_equals_single_images_bit_for_bit(labels, sigma, background, scale):
     offsets, logits = random_output(3, labels, seed=1, sigma=sigma, background=background)
     assert_equal_to_each(offsets * scale, logits)
     assert_equal_to_each(offsets * scale, (logits * 2).round() / 2)  # with many equal scores
 
 
-def test_all_images_together_heed_empty_images_and_output_that_is_not_finite():
+def test_batched_detection_equals_single_images_on_empty_and_non_finite_output():
     offsets, logits = random_output(4, 21)
     logits[1, 0] = 100
     offsets[2, :, ::3] = float("nan")
@@ -120,7 +120,7 @@ def test_all_images_together_heed_empty_images_and_output_that_is_not_finite():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_suppression_of_a_batch_is_torchvisions_where_overlaps_equal_the_threshold(seed):
+def test_batched_suppression_equals_torchvisions_if_overlaps_equal_the_threshold(seed):
     """Boxes on a grid of 12 x 12: a sixth of the pairs that overlap by half do so exactly."""
     low = torch.randint(0, 8, (4, 300, 2), generator=torch.Generator().manual_seed(seed))
     boxes = torch.cat((low, low + 1 + torch.randint(0, 4, low.shape, generator=torch.Generator().manual_seed(9))), 2)
@@ -131,8 +131,8 @@ def test_suppression_of_a_batch_is_torchvisions_where_overlaps_equal_the_thresho
         assert kept.nonzero().flatten().tolist() == expected.tolist()
 
 
-def test_suppression_of_a_batch_follows_a_chain_to_its_end():
-    """Each box overlaps the next alone, so every other one stays, and the last depends on the first."""
+def test_batched_suppression_follows_a_chain_to_its_end():
+    """Each box overlaps only its neighbours, so every other one stays, and the last depends on the first."""
     left = torch.arange(101.0, dtype=torch.float64)
     chain = torch.stack((left, torch.zeros(101), left + 4, torch.ones(101)), dim=1)[:, [0, 1, 2, 3]].double()
     keep = detection._suppress(chain[None], torch.ones(1, 101, dtype=torch.bool))
@@ -178,7 +178,7 @@ def test_nothing_is_detected_in_no_image_and_in_nothing_but_background():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["offsets", "logits"])
-def test_output_that_is_not_finite_detects_nothing_and_harms_no_other(value, where):
+def test_non_finite_output_detects_nothing_and_leaves_other_detections(value, where):
     offsets, logits = quiet_output()
     logits[0, 1, [10, 6000, 8000]] = 25
     before = detect(offsets, logits)[0]

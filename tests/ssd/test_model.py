@@ -18,23 +18,23 @@ def test_names_shapes_and_outputs_are_the_oracles(oracle, backbone):
     assert sum(parameter.numel() for parameter in model.parameters()) == expected["parameters"]
     with torch.inference_mode():
         offsets, logits = model(images())
-        in_folds = fold_batch_norms(model)(images()) if backbone in FOLDED else (offsets, logits)
+        folded = fold_batch_norms(model)(images()) if backbone in FOLDED else (offsets, logits)
     assert list(offsets.shape) == expected["loc_shape"]
     assert list(logits.shape) == expected["conf_shape"]
     assert offsets.norm().item() == pytest.approx(expected["loc_norm"], rel=1e-4)
     assert logits.norm().item() == pytest.approx(expected["conf_norm"], rel=1e-4)
-    # relative to the outputs' size: a single one may be close to 0, where rounding of the terms is all there is
+    # Relative to the outputs' size, because an output close to 0 consists of rounding errors.
     for outputs, part, name in ((offsets, slice(0, 8), "loc"), (logits, slice(-8, None), "conf")):
         size = expected[f"{name}_norm"] / outputs.numel() ** 0.5
         values = expected["loc_first8" if name == "loc" else "conf_last8"]
         assert outputs.flatten()[part].tolist() == pytest.approx(values, rel=1e-4, abs=1e-4 * size)
         index = 0 if name == "loc" else 1
-        assert in_folds[index].norm().item() == pytest.approx(expected[f"{name}_norm"], rel=1e-4)
-        assert in_folds[index].flatten()[part].tolist() == pytest.approx(values, rel=1e-4, abs=1e-4 * size)
+        assert folded[index].norm().item() == pytest.approx(expected[f"{name}_norm"], rel=1e-4)
+        assert folded[index].flatten()[part].tolist() == pytest.approx(values, rel=1e-4, abs=1e-4 * size)
 
 
-def seasoned(model: SSD300) -> SSD300:
-    """With batch-norms as training leaves them."""
+def with_trained_batch_norms(model: SSD300) -> SSD300:
+    """The model with random batch-norm statistics and weights, as after training."""
     torch.manual_seed(5)
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.running_mean.normal_(0, 0.2)
@@ -45,21 +45,21 @@ def seasoned(model: SSD300) -> SSD300:
 
 
 def test_folded_batch_norms_detect_the_same_and_leave_the_model_as_it_was():
-    model = seasoned(SSD300("resnet18", 5)).train()
+    model = with_trained_batch_norms(SSD300("resnet18", 5)).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     copy = fold_batch_norms(model)
     assert not [module for module in copy.modules() if isinstance(module, nn.BatchNorm2d)]
     assert model.training and all(torch.equal(model.state_dict()[name], before[name]) for name in before)
     with torch.inference_mode():
         (plain, logits), (fold, fold_logits) = model.eval()(images()), copy(images())
-    scale = logits.abs().max() / 5  # for scores that are neither all 0 nor all 1
+    scale = logits.abs().max() / 5  # so that scores are neither all 0 nor all 1
     for ours, theirs in zip(detect(fold, fold_logits / scale), detect(plain, logits / scale), strict=True):
         close = (ours.scores[:, None] - theirs.scores).abs() < 1e-4
         close &= (ours.boxes[:, None] - theirs.boxes).abs().amax(dim=2) < 1e-4
         close &= ours.labels[:, None] == theirs.labels
-        certain = theirs.scores > theirs.scores.min() + 1e-4  # the others may have made room for their equals
+        certain = theirs.scores > theirs.scores.min() + 1e-4  # the lowest scores may have changed places
         assert certain.sum() > 100
-        assert close.any(dim=0)[certain].float().mean() >= 0.99  # an overlap may be the threshold to the last digit
+        assert close.any(dim=0)[certain].float().mean() >= 0.99  # an overlap may equal the threshold to the last digit
 
 
 def test_folded_weights_are_channels_last_whatever_the_models_are():
@@ -84,7 +84,7 @@ def test_a_model_without_anything_to_fold_is_returned_itself():
         ("DEFAULT", "cpu", "resnet18", torch.channels_last),
     ],
 )
-def test_the_layout_to_train_in_follows_the_processor(monkeypatch, capability, device, backbone, layout):
+def test_the_training_memory_format_depends_on_the_processor(monkeypatch, capability, device, backbone, layout):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert training_memory_format(backbone, torch.device(device)) is layout
 

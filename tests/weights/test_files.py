@@ -36,7 +36,7 @@ def refusal(path: Path) -> str:
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("form", ["dict", "bare", "safetensors", "old format"])
-def test_the_forms_of_published_checkpoints(tmp_path, form, prefix):
+def test_published_checkpoints_of_all_forms_load(tmp_path, form, prefix):
     file = tmp_path / "ssd.pt"
     weights = {prefix + name: tensor for name, tensor in WEIGHTS.items()}
     extra = {"optimizer": {"state": {}}, "scheduler": {"last_epoch": 5}, "epoch": 64, "label_map": {1: "person"}}
@@ -63,7 +63,7 @@ NEEDING_MORE = {
 
 @pytest.mark.parametrize("old_format", [False, True])
 @pytest.mark.parametrize("needed", NEEDING_MORE)
-def test_a_file_that_needs_more_is_refused_by_the_name_of_its_type(tmp_path, needed, old_format):
+def test_a_file_that_needs_another_package_is_refused_by_name(tmp_path, needed, old_format):
     file = tmp_path / "a.pt"
     content = {"model": WEIGHTS, "more": NEEDING_MORE[needed]}
     torch.save(content, file, _use_new_zipfile_serialization=not old_format)
@@ -72,7 +72,7 @@ def test_a_file_that_needs_more_is_refused_by_the_name_of_its_type(tmp_path, nee
     assert "GLOBAL" not in message
 
 
-def test_nothing_of_a_file_is_run(tmp_path):
+def test_no_code_in_a_file_runs(tmp_path):
     class Harm:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "harm"),)
@@ -90,7 +90,7 @@ def pickled(content) -> bytes:
     return pickle.dumps(content, protocol=2)
 
 
-def test_a_byte_that_has_changed_is_noticed(tmp_path):
+def test_a_changed_byte_is_an_error(tmp_path):
     file = tmp_path / "a.pt"
     torch.save({"model": {"a": torch.arange(999.0)}}, file)
     content = bytearray(file.read_bytes())
@@ -99,7 +99,7 @@ def test_a_byte_that_has_changed_is_noticed(tmp_path):
     assert "data/0 is not as it was written" in refusal(file)
 
 
-def test_no_file_and_a_folder(tmp_path):
+def test_a_missing_file_and_a_folder_are_errors(tmp_path):
     assert refusal(tmp_path / "missing.pt") == "no such file"
     assert refusal(tmp_path) == "cannot be read (Is a directory)"
 
@@ -117,7 +117,7 @@ def other_files() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", other_files())
-def test_a_file_of_another_kind(tmp_path, kind, recwarn):
+def test_a_file_of_another_kind_is_an_error(tmp_path, kind, recwarn):
     file = tmp_path / "a.pt"
     file.write_bytes(other_files()[kind])
     assert refusal(file).startswith("is no checkpoint, or not a whole one (")
@@ -134,7 +134,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_what_a_file_of_another_kind_is(tmp_path, kind):
+def test_the_error_says_what_a_file_of_another_kind_is(tmp_path, kind):
     (tmp_path / "a.pt").write_bytes(FOREIGN[kind])
     message = refusal(tmp_path / "a.pt")
     assert message.startswith("is no checkpoint but ") and kind in message
@@ -152,7 +152,7 @@ def test_what_a_file_of_another_kind_is(tmp_path, kind):
         ({"model": {"net": WEIGHTS}, "weights": WEIGHTS}, "of another program. Take 'weights'"),
     ],
 )  # fmt: skip
-def test_which_key_of_another_programs_checkpoint_to_take(tmp_path, content, said):
+def test_the_error_says_which_key_of_another_programs_checkpoint_to_take(tmp_path, content, said):
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(UserError) as error:
         load_checkpoint(tmp_path / "a.pt")
@@ -164,7 +164,7 @@ def test_weights_of_whole_numbers_do_not_fit():
         check_fit({"a": torch.zeros(2)}, {"a": torch.zeros(2, dtype=torch.int8)}, source=Path("x.pt"))
 
 
-def test_an_archive_of_another_kind(tmp_path):
+def test_an_archive_of_another_kind_is_an_error(tmp_path):
     file = tmp_path / "a.pt"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("a/b", "c")
@@ -172,7 +172,7 @@ def test_an_archive_of_another_kind(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["new", "old", "safetensors"])
-def test_a_truncated_file(tmp_path, form):
+def test_a_truncated_file_is_an_error(tmp_path, form):
     whole, file = tmp_path / "whole", tmp_path / "a.pt"
     if form == "safetensors":
         save_file(WEIGHTS, whole)
@@ -199,7 +199,7 @@ def test_a_truncated_file(tmp_path, form):
     ],
     ids=["tensor", "number", "list", "nothing", "empty network", "text", "state_dict", "numbered"],
 )
-def test_no_network_in_it(tmp_path, content):
+def test_a_file_without_a_network_is_an_error(tmp_path, content):
     file = tmp_path / "a.pt"
     torch.save(content, file)
     message = refusal(file)
@@ -214,7 +214,7 @@ def model() -> SSD300:
     return SSD300("resnet18", 3)
 
 
-def test_what_does_not_fit_is_named_with_both_shapes():
+def test_the_error_names_a_parameter_that_does_not_fit_and_both_shapes():
     here = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
 
     def error(**there) -> str:
@@ -256,7 +256,7 @@ def test_a_torchvision_resnet_fills_the_backbone(model, tmp_path, suffix):
         )
 
 
-def test_a_resnet_without_the_counters_of_batches_is_taken(model):
+def test_a_resnet_without_batch_counters_loads(model):
     resnet = models.resnet18().state_dict()
     load_backbone(model, {k: v for k, v in resnet.items() if "num_batches" not in k}, source=Path("old.pth"))
     assert torch.equal(model.state_dict()["feature_extractor.feature_extractor.0.weight"], resnet["conv1.weight"])

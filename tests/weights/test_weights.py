@@ -30,7 +30,7 @@ FILE = Path("ssd.pt")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """torch's empty cache, on a machine without a network."""
+    """torch's empty cache; the machine has no network."""
 
     def unreachable(*_, **__):
         raise socket.gaierror(-2, "Name or service not known")
@@ -50,7 +50,7 @@ def small_state() -> dict:
 
 @functools.cache
 def network(num_labels: int = 3) -> SSD300:
-    """A network with any weights."""
+    """A network with random weights."""
     return SSD300("resnet18", num_labels)
 
 
@@ -61,7 +61,7 @@ def backbone_of(model: SSD300) -> dict:
     return model.feature_extractor.feature_extractor.state_dict()
 
 
-def test_without_a_network_one_line_names_the_address_the_folder_and_the_ways_out(cache):
+def test_without_a_network_the_error_names_address_folder_and_remedies(cache):
     with pytest.raises(UserError) as error:
         load_backbone_weights(network(), "resnet18", "imagenet")
     message = str(error.value)
@@ -71,7 +71,7 @@ def test_without_a_network_one_line_names_the_address_the_folder_and_the_ways_ou
     assert "--backbone-weights none" in message and "--backbone-weights FILE" in message
 
 
-def test_the_cache_is_used(cache):
+def test_weights_in_the_cache_are_used(cache):
     resnet, model = models.resnet18(), network()
     cache.mkdir(parents=True)
     torch.save(resnet.state_dict(), cache / "resnet18-f37072fd.pth")
@@ -89,7 +89,7 @@ def test_a_broken_file_in_the_cache_is_named(cache):
         load_backbone_weights(network(), "resnet18", "imagenet")
 
 
-def test_a_download_that_is_not_the_announced_file_is_not_kept(cache, monkeypatch):
+def test_a_download_with_another_hash_is_not_kept(cache, monkeypatch):
     monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: Answer(b"a proxy's page"))
     with pytest.raises(UserError, match=r"cannot fetch https.*resnet18.*invalid hash value"):
         load_backbone_weights(network(), "resnet18", "imagenet")
@@ -97,7 +97,7 @@ def test_a_download_that_is_not_the_announced_file_is_not_kept(cache, monkeypatc
 
 
 class Answer(io.BytesIO):
-    """What a server sends."""
+    """A server's response."""
 
     def info(self) -> Message:
         return Message()
@@ -107,7 +107,7 @@ class Answer(io.BytesIO):
     ("backbone", "version"),
     [("resnet18", "V1"), ("resnet34", "V1"), ("resnet50", "V2"), ("resnet101", "V2"), ("resnet152", "V2")],
 )
-def test_the_best_of_torchvisions_weights_are_asked_for(backbone, version):
+def test_torchvisions_best_weights_are_downloaded(backbone, version):
     enum = models.get_model_weights(backbone)
     with pytest.raises(UserError) as error:
         load_backbone_weights(None, backbone, "imagenet")
@@ -152,7 +152,7 @@ LABEL_MAP = {0: "background", 1: "square", 2: "disc"}
         ({}, [*OURS, Category(11, "cat")], "2 there, 3 here"),
         ({"label_map": LABEL_MAP}, OURS, None),
         ({"label_map": LABEL_MAP}, OURS[::-1], "label 1 is 'square' there and 'disc' here"),
-        ({"label_map": {"square": 1}}, OURS[::-1], None),  # of another form: not understood
+        ({"label_map": {"square": 1}}, OURS[::-1], None),  # of another form: ignored
         ({"categories": SAVED}, OURS, None),
         ({"categories": SAVED}, [Category(1, "square"), Category(2, "disc")], None),
         ({"categories": SAVED}, [OURS[0], Category(9, "cat")], "label 2 is 'disc' there and 'cat' here"),
@@ -198,13 +198,13 @@ def test_data_with_other_categories_than_the_checkpoint_is_an_error_that_names_i
         read_labelled(file, tmp_path, state, source=FILE)
 
 
-def test_weights_that_are_not_finite_are_not_trained_on(small_state):
+def test_training_from_non_finite_weights_is_an_error(small_state):
     spoilt = {**small_state, "loc.0.bias": torch.full_like(small_state["loc.0.bias"], torch.nan)}
     with pytest.raises(UserError, match=r"^ssd\.pt: loc\.0\.bias holds NaN or infinity: take a checkpoint from before"):
         load_detector(network(3), {"model": spoilt}, OURS, source=FILE)
 
 
-def test_what_is_no_detector_is_an_error():
+def test_a_checkpoint_without_a_detector_is_an_error():
     with torch.device("meta"):
         state = {"model": models.resnet18().state_dict()}
         model = SSD300("resnet18", 3)
@@ -219,7 +219,7 @@ def test_what_is_no_detector_is_an_error():
 def data(tmp_path_factory) -> Path:
     """Images 10, 20, 30 of the categories 7 and 9."""
     images = [{"id": 10 * k, "file_name": f"{k}.jpg", "width": 160, "height": 120} for k in (1, 2, 3)]
-    more = {"iscrowd": 0, "area": 3000}  # which some scorers want
+    more = {"iscrowd": 0, "area": 3000}  # some scorers need them
     boxes = [annotation(10 * k, (10 * k, 20, 60, 50), category, **more) for k in (1, 2, 3) for category in (7, 9)]
     categories = [category._asdict() for category in OURS]
     return write_coco(tmp_path_factory.mktemp("data"), boxes, images=images, categories=categories)
@@ -232,7 +232,7 @@ def evaluate(data: Path, state: dict, folder: Path, *flags: str) -> tuple[int, P
     return main.main([*map(str, line), "--num-workers", "0", *FP16, *flags]), output
 
 
-def test_evaluation_prints_figures_and_leaves_files(data, small_state, tmp_path, capsys):
+def test_evaluation_prints_metrics_and_writes_files(data, small_state, tmp_path, capsys):
     coco = pytest.importorskip("pycocotools.coco")
     cocoeval = pytest.importorskip("pycocotools.cocoeval")
     state = {"model": small_state, "backbone": "resnet18", "categories": SAVED}
@@ -278,8 +278,8 @@ def test_evaluation_on_other_categories_is_an_error_that_names_them(data, small_
     assert not output.exists()
 
 
-def test_evaluation_of_what_does_not_fit(data, small_state, tmp_path, capsys):
-    """A published checkpoint does not say what backbone it has."""
+def test_evaluation_of_a_checkpoint_that_does_not_fit_is_an_error(data, small_state, tmp_path, capsys):
+    """A published checkpoint names no backbone."""
     status, _ = evaluate(data, {"model": small_state}, tmp_path, "--backbone", "resnet34")
     assert status == main.BAD_INPUT
     status, _ = evaluate(data, {"model": {"conv1.weight": torch.zeros(1)}}, tmp_path)
@@ -289,7 +289,7 @@ def test_evaluation_of_what_does_not_fit(data, small_state, tmp_path, capsys):
     assert "holds no SSD300 network" in second
 
 
-def test_training_without_a_network_is_one_line_and_touches_nothing(data, cache, tmp_path, capsys):
+def test_training_without_a_network_prints_one_line_and_writes_nothing(data, cache, tmp_path, capsys):
     output = tmp_path / "run"
     assert main.main(["--data", str(data), "--output", str(output), "--backbone", "resnet18"]) == main.BAD_INPUT
     (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("Downloading: "))  # torch's
