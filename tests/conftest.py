@@ -1,4 +1,4 @@
-"""Fixtures: the oracle's figures, and the real photographs where they are to be had."""
+"""Fixtures: the oracle's figures, photographs, the tiny model and each data pipeline."""
 
 import gc
 import json
@@ -13,7 +13,7 @@ import torch
 
 from tests.helpers.tiny_model import use_tiny_model
 
-os.environ.pop("MPLBACKEND", None)  # a notebook's, with which matplotlib cannot be imported
+os.environ.pop("MPLBACKEND", None)  # a notebook sets one with which matplotlib cannot be imported
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
 
@@ -26,9 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _imports_are_no_garbage() -> None:
-    """What was imported is left out of garbage collections: each takes a second otherwise, closing a DALI pipeline too.
+    """Freezes imported objects, which otherwise cost each garbage collection a second, also when a DALI pipeline closes.
 
-    What tests make is collected as ever.  Starting a loader's workers in this process undoes it, so each module asks.
+    Objects that tests make are still collected.  Starting a loader's workers undoes it, so each module freezes again.
     """
     if not gc.get_freeze_count():
         gc.collect()
@@ -36,14 +36,14 @@ def _imports_are_no_garbage() -> None:
 
 
 def hide_gpus(markers: str) -> None:
-    """Tests are of the CPU on every machine, with the processes that they start, but for those of `-m gpu`."""
+    """Hides the GPUs from the tests and the processes that they start, except under `-m gpu`."""
     if markers != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)
 def _signals_are_handled_as_before() -> Iterator[None]:
-    """A rank that has failed ignores SIGTERM to its end; the tests after it in this process must not."""
+    """Restores the handlers: a rank that has failed ignores SIGTERM, and later tests in this process must not."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -90,7 +90,7 @@ def encode_oracle() -> dict:
 
 @pytest.fixture
 def tiny_model() -> Iterator[None]:
-    """Runs of the program in this process get a network of a few channels."""
+    """Runs of the program in this process use the network of tests/helpers/tiny_model.py."""
     with use_tiny_model():
         yield
 

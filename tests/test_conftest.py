@@ -1,4 +1,4 @@
-"""That a machine's GPUs are left to the tests that are marked so."""
+"""Only tests that are marked gpu see a machine's GPUs."""
 
 import os
 

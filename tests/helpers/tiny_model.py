@@ -28,7 +28,7 @@ class _Features(nn.Module):
 
 @contextmanager
 def use_tiny_model() -> Iterator[None]:
-    """Inside, every SSD300 that is made has few channels; heads, default boxes and buffers are as ever."""
+    """Inside, every SSD300 that is made has few channels; heads, default boxes and buffers stay as they are."""
     with mock.patch.multiple(
         "src.ssd.model",
         FeatureExtractor=_Features,
