@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _imports_are_no_garbage() -> None:
-    """Freezes imported objects, which otherwise cost each garbage collection a second, also when a DALI pipeline closes.
+    """Freezes imported objects: they cost each garbage collection a second, also when a DALI pipeline closes.
 
     Objects that tests make are still collected.  Starting a loader's workers undoes it, so each module freezes again.
     """
