@@ -152,7 +152,7 @@ def read_data(flags: Flags, processes: Processes) -> tuple[Annotations, Annotati
     """The training annotations and, if the run evaluates, the validation ones; all ranks have read the same."""
     training, validation = processes.on_all_ranks(partial(
         read_dataset, flags.data, evaluating=bool(reached_evaluations(flags)), upright=flags.upright,
-        tell=print if processes.is_main else None,
+        log_progress=print if processes.is_main else None,
     ))  # fmt: skip
     compare_data(processes, training=training, validation=validation)
     return training, validation
@@ -247,7 +247,7 @@ def run_mode(flags: Flags, processes: Processes) -> int:
                 report=report,
             )  # fmt: skip
         if flags.mode == "benchmark":
-            training, _ = read_dataset(flags.data, evaluating=False, upright=flags.upright, tell=report.note)
+            training, _ = read_dataset(flags.data, evaluating=False, upright=flags.upright, log_progress=report.note)
             torch.manual_seed(flags.seed)
             model = SSD300(flags.backbone, len(training.categories) + 1)
             trainer = make_trainer(flags, processes, model)

@@ -105,9 +105,9 @@ def test_pictures_of_another_size(check, tmp_path):
     assert status == 2
     for name, found in (("2.jpg", "120 x 160"), ("3.jpg", "120 x 160"), ("4.jpg", "100 x 90")):
         assert len(lines_with(lines, folder / name, found, "width 160, height 120")) == 1
-    (told,) = lines_with(lines, "--orientation")
-    assert str(folder / "2.jpg") in told
-    assert told.endswith("the size of the picture turned by its orientation tag, which --orientation upright reads")
+    (shown,) = lines_with(lines, "--orientation")
+    assert str(folder / "2.jpg") in shown
+    assert shown.endswith("the size of the picture turned by its orientation tag, which --orientation upright reads")
 
 
 def test_a_tag_alone_is_no_fault(check, tmp_path):

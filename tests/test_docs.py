@@ -177,9 +177,9 @@ def test_output_page_names_every_file_of_a_run():
 
 
 def test_readme_has_the_recipes_for_few_pictures():
-    told = [text for text in literals(ROOT / "README.rst") if text.startswith("--epochs ")]
-    assert len(told) == len(RECIPES)
-    for text, recipe in zip(told, RECIPES, strict=True):
+    shown = [text for text in literals(ROOT / "README.rst") if text.startswith("--epochs ")]
+    assert len(shown) == len(RECIPES)
+    for text, recipe in zip(shown, RECIPES, strict=True):
         assert recipe.flags.startswith(text)
     for recipe in RECIPES:
         row = rf"\* - {recipe.pictures:,}\n.*\n +- {recipe.iterations(recipe.pictures):,}\n"

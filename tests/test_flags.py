@@ -87,11 +87,11 @@ def readme_flags() -> dict[str, tuple[list[str], str]]:
 
 
 def test_readme_lists_every_flag_with_its_aliases_and_default():
-    told = readme_flags()
-    told.pop("help")
+    documented = readme_flags()
+    documented.pop("help")
     flags = actions()
-    assert told.keys() == flags.keys()
-    for name, (strings, default) in told.items():
+    assert documented.keys() == flags.keys()
+    for name, (strings, default) in documented.items():
         assert sorted(strings) == sorted(flags[name].option_strings), name
         actual = flags[name].default
         if flags[name].required:

@@ -65,7 +65,7 @@ def score_checkpoint(
 
     def read_validation() -> Annotations:
         annotations = read_labelled(*locations(data, "val"), state, source=checkpoint, upright=upright)
-        check_images_exist(annotations, tell=report.note)
+        check_images_exist(annotations, log_progress=report.note)
         return annotations
 
     validation = processes.on_all_ranks(read_validation)

@@ -201,7 +201,7 @@ def test_two_gpus_take_the_steps_of_one_and_share_buffers(tmp_path, oracle):
         assert (weights - expected[name]).double().norm() <= 1e-2 * moved.norm(), name
 
 
-def told(text: str) -> str:
+def first_program_line(text: str) -> str:
     (message,) = re.findall(r"^main\.py: error: (.*)$", text, re.MULTILINE)
     return message
 
@@ -216,7 +216,7 @@ def test_a_rank_that_fails_ends_both_with_one_message(data, tmp_path, fault, sai
     line = [*TINY_MODEL, "--data", data, "--output", tmp_path, "--epochs", 1000, *SMALL]
     done = launch(command(line), FAULT=fault)
     assert done.returncode != 0
-    assert told(done.stderr).startswith(said)
+    assert first_program_line(done.stderr).startswith(said)
     assert "destroy_process_group" not in done.stderr
 
 
@@ -225,4 +225,6 @@ def test_two_processes_on_one_gpu_are_refused_by_name(data, tmp_path):
     line = [*TINY_MODEL, "--data", data, "--output", tmp_path, *SMALL]
     done = launch(command(line), CUDA_VISIBLE_DEVICES="0")
     assert done.returncode != 0
-    assert re.search(r"ranks 0 and 1 are on one GPU, .+: start one process for each GPU", told(done.stderr))
+    assert re.search(
+        r"ranks 0 and 1 are on one GPU, .+: start one process for each GPU", first_program_line(done.stderr)
+    )

@@ -47,7 +47,7 @@ def whole(data, tmp_path_factory) -> tuple[Path, str]:
     return output, done.stdout
 
 
-def told(text: str) -> list[str]:
+def program_lines(text: str) -> list[str]:
     """The program's own lines of what a launcher and its processes printed to stderr."""
     return re.findall(r"^main\.py: .*$", text, re.MULTILINE)
 
@@ -104,7 +104,7 @@ def test_a_run_that_is_killed_stopped_and_restarted_ends_with_the_weights_of_the
     line.insert(line.index("--standalone"), "--max-restarts=1")
     stopped = preloaded_python.launch(line, FAULT=fault)
     assert stopped.returncode != 0
-    afresh, lost = told(stopped.stderr)
+    afresh, lost = program_lines(stopped.stderr)
     assert afresh == f"main.py: warning: --resume: there is no {tmp_path / 'last.pt'}, so the run starts afresh"
     assert lost.startswith("main.py: error: rank 0: lost touch with rank 1 (")
     assert f"Continued from {tmp_path / 'last.pt'}: epoch 2, iteration 6" in stopped.stdout
@@ -129,7 +129,7 @@ def launch_to_fail(*flags, **variables: str) -> tuple[str, str]:
         command([*TINY_MODEL, *flags]), **{GROUP_TIMEOUT_VARIABLE: str(2 * LIMIT)}, **variables
     )
     assert done.returncode != 0
-    (message,) = told(done.stderr)
+    (message,) = program_lines(done.stderr)
     return message.removeprefix("main.py: error: "), done.stderr
 
 
@@ -182,7 +182,7 @@ def test_interrupting_the_launcher_leaves_no_process_behind(data, tmp_path):
         _, text = launcher.communicate()
         assert launcher.returncode != 0
     assert [process for process in processes if Path("/proc", str(process)).exists()] == []
-    assert told(text) == []
+    assert program_lines(text) == []
 
 
 def test_two_nodes_train_together_and_a_stopped_process_is_noticed_in_time(tmp_path, data):
@@ -208,5 +208,5 @@ def test_two_nodes_train_together_and_a_stopped_process_is_noticed_in_time(tmp_p
         assert first.returncode != 0 and second.returncode != 0
     assert "Device: CPU, processes: 2" in printed
     assert re.search(r"^Epoch  0, Accuracy: 0\.\d{4} mAP$", printed, re.MULTILINE)
-    (message,) = told(errors)
+    (message,) = program_lines(errors)
     assert re.match(r"main.py: error: rank 0: lost touch with rank 1 \(Timed out waiting 8000 ?ms", message)

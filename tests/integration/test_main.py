@@ -149,11 +149,11 @@ def test_prediction_leaves_a_run_as_it_is_and_names_what_it_leaves_out(small, tm
     capsys.readouterr()
     found = flags(tmp_path / "in", tmp_path / "run", "--mode", "prediction", "--checkpoint", checkpoint)
     assert main.main(found) == 2
-    told = capsys.readouterr()
-    assert f"the predictions go to {tmp_path / 'run' / 'predictions'}" in told.out
-    assert re.search(r"^1 images, \d+ detections: .*; 1 other files skipped$", told.out, re.MULTILINE)
-    assert "Folders with detections.json left out, as earlier results: 1" in told.out
-    assert "1 of 2 images left out" in told.err and str(tmp_path / "in" / "b.heic") in told.err
+    printed = capsys.readouterr()
+    assert f"the predictions go to {tmp_path / 'run' / 'predictions'}" in printed.out
+    assert re.search(r"^1 images, \d+ detections: .*; 1 other files skipped$", printed.out, re.MULTILINE)
+    assert "Folders with detections.json left out, as earlier results: 1" in printed.out
+    assert "1 of 2 images left out" in printed.err and str(tmp_path / "in" / "b.heic") in printed.err
     predictions = tmp_path / "run" / "predictions"
     assert {path.relative_to(predictions).as_posix() for path in predictions.rglob("*")} == {
         *("detections.json", "sub", "sub/a.bmp.png")
@@ -207,12 +207,12 @@ def test_a_missing_file_is_named_in_one_line_before_training(tmp_path, capsys, f
     data = write_coco(tmp_path / "data", [annotation(1)], images=2)
     fault(data)
     assert main.main(flags(data, tmp_path / "output")) == 2
-    told = capsys.readouterr()
-    lines = told.err.splitlines()
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("main.py: error: ")
     assert said in lines[0]
-    assert "Iteration" not in told.out
+    assert "Iteration" not in printed.out
     assert not (tmp_path / "output").exists()
 
 

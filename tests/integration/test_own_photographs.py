@@ -31,9 +31,9 @@ def test_roboflows_layout_is_trained_checked_and_scored(roboflow, tiny_model, tm
     checkpoint = ("--checkpoint", str(tmp_path / "best.pt"))
     assert main.main(flags(roboflow, tmp_path, "--mode", "evaluation", *checkpoint)) == 0
     assert main.main(flags(roboflow / "valid", tmp_path, "--mode", "prediction", *checkpoint)) == 0
-    told = capsys.readouterr().out
-    assert f"{roboflow / 'train' / '_annotations.coco.json'}:\n  images: 3, 0 of them without boxes" in told
-    assert f"{roboflow / 'valid' / '_annotations.coco.json'}:\n  images: 3" in told
+    printed = capsys.readouterr().out
+    assert f"{roboflow / 'train' / '_annotations.coco.json'}:\n  images: 3, 0 of them without boxes" in printed
+    assert f"{roboflow / 'valid' / '_annotations.coco.json'}:\n  images: 3" in printed
 
 
 @pytest.mark.parametrize("layout", [Path, to_roboflow])
@@ -43,9 +43,9 @@ def test_check_takes_a_data_set_without_a_validation_split(tmp_path, capsys, lay
     for path in (data / "annotations" / "instances_val2017.json", data / "valid" / "_annotations.coco.json"):
         path.unlink(missing_ok=True)
     assert main.main(flags(data, tmp_path / "out", "--mode", "check")) == 0
-    told = capsys.readouterr()
-    assert f"{data}: no validation split" in told.out and "--evaluation without epochs trains" in told.out
-    assert "images: 2" in told.out and "nothing is wrong" in told.out and told.err == ""
+    printed = capsys.readouterr()
+    assert f"{data}: no validation split" in printed.out and "--evaluation without epochs trains" in printed.out
+    assert "images: 2" in printed.out and "nothing is wrong" in printed.out and printed.err == ""
     assert (tmp_path / "out" / "batch.png").exists()
 
 
@@ -59,9 +59,9 @@ def test_export_takes_roboflows_pictures_and_categories(roboflow):
 def test_one_error_names_both_layouts(tmp_path, capsys):
     (tmp_path / "train").mkdir()
     assert main.main(flags(tmp_path, tmp_path / "run")) == 2
-    (told,) = capsys.readouterr().err.splitlines()
-    assert "annotations/instances_train2017.json" in told
-    assert "train/_annotations.coco.json" in told
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert "annotations/instances_train2017.json" in printed
+    assert "train/_annotations.coco.json" in printed
 
 
 @pytest.mark.parametrize("write", [write_yolo, write_voc])

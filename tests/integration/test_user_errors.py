@@ -82,9 +82,9 @@ def test_output_that_is_a_file_is_refused_before_the_work(data, tmp_path, capsys
     folder = data / "val2017" if mode == "prediction" else data
     more = () if mode == "check" else ("--checkpoint", write_weights(tmp_path / "weights.pt"))
     assert main.main(flags(folder, tmp_path / "file", "--mode", mode, *more)) == 2
-    told = capsys.readouterr()
-    assert f"main.py: error: cannot write {tmp_path / 'file'}: a file is in its place" in told.err
-    assert told.out == ""
+    printed = capsys.readouterr()
+    assert f"main.py: error: cannot write {tmp_path / 'file'}: a file is in its place" in printed.err
+    assert printed.out == ""
 
 
 def test_pictures_are_not_drawn_among_the_images(data, tmp_path, capsys):

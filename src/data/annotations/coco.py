@@ -268,13 +268,13 @@ def locations(folder: Path, split: str) -> tuple[Path, Path]:
     return file, folder / f"{split}2017"
 
 
-def check_images_exist(annotations: Annotations, *, tell: Callable[[str], None] | None = None) -> None:
+def check_images_exist(annotations: Annotations, *, log_progress: Callable[[str], None] | None = None) -> None:
     """Raises DataError, with the full path, for the first image whose file is missing.  Lists each folder once.
 
-    tell: is called with a line of progress every few seconds.
+    log_progress: is called with a line of progress every few seconds.
     """
     found: dict[str, set[str]] = {}
-    progress = ScanProgress(annotations, tell)
+    progress = ScanProgress(annotations, log_progress)
     for start in range(0, len(annotations), BLOCK):
         names = annotations.file_names(range(start, min(start + BLOCK, len(annotations))))
         for index, path in enumerate(names, start):
@@ -309,18 +309,18 @@ def _missing(annotations: Annotations, index: int) -> DataError:
 class ScanProgress:
     """Counts files and reports the count every few seconds."""
 
-    def __init__(self, annotations: Annotations, tell: Callable[[str], None] | None) -> None:
+    def __init__(self, annotations: Annotations, log_progress: Callable[[str], None] | None) -> None:
         self.annotations = annotations
-        self.tell = tell
+        self.log_progress = log_progress
         self.found = 0
         self.next_time = time.monotonic() + PROGRESS_INTERVAL
 
     def count(self) -> None:
         self.found += 1
-        if self.tell is not None and self.found % CLOCK_INTERVAL == 0 and time.monotonic() > self.next_time:
+        if self.log_progress is not None and self.found % CLOCK_INTERVAL == 0 and time.monotonic() > self.next_time:
             self.next_time = time.monotonic() + PROGRESS_INTERVAL
             folder, total = self.annotations.image_folder, len(self.annotations)
-            self.tell(f"Looking for the {total} images of {folder}: {self.found} files so far")
+            self.log_progress(f"Looking for the {total} images of {folder}: {self.found} files so far")
 
 
 def _files_in(annotations: Annotations, folder: str, progress: ScanProgress) -> set[str]:

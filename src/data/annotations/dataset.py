@@ -21,11 +21,11 @@ NO_VALIDATION = (
 
 
 def read_dataset(
-    folder: Path, *, evaluating: bool, upright: bool, tell: Callable[[str], None] | None = None
+    folder: Path, *, evaluating: bool, upright: bool, log_progress: Callable[[str], None] | None = None
 ) -> tuple[Annotations, Annotations | None]:
     """The training annotations and, if `evaluating`, the validation annotations; the files of all images exist.
 
-    upright: see `read_annotations`.  tell: is called with a line of progress every few seconds.
+    upright: see `read_annotations`.  log_progress: is called with a line of progress every few seconds.
     Raises DataError if the data set cannot be trained on.
     """
     training = read_annotations(*locations(folder, "train"), upright=upright)
@@ -37,5 +37,5 @@ def read_dataset(
         validation = read_annotations(*files, categories=training.categories, upright=upright, for_scoring=True)
     for annotations in (training, validation):
         if annotations is not None:
-            check_images_exist(annotations, tell=tell)
+            check_images_exist(annotations, log_progress=log_progress)
     return training, validation

@@ -41,10 +41,10 @@ def test_a_long_search_for_the_images_prints_progress(tmp_path, monkeypatch):
     monkeypatch.setattr(coco, "PROGRESS_INTERVAL", 0.0)
     touch_images(tmp_path / "train2017", ["1.jpg", "2.jpg", "3.jpg", "4.jpg", "other.txt"])
     annotations, lines = read(tmp_path, content()), []
-    check_images_exist(annotations, tell=lines.append)
+    check_images_exist(annotations, log_progress=lines.append)
     assert lines == [f"Looking for the 4 images of {tmp_path / 'train2017'}: {found} files so far" for found in (2, 4)]
     monkeypatch.setattr(coco, "PROGRESS_INTERVAL", 60.0)
-    check_images_exist(annotations, tell=lines.append)
+    check_images_exist(annotations, log_progress=lines.append)
     assert len(lines) == 2
 
 
