@@ -180,16 +180,16 @@ def _read(path: Path, *, for_scoring: bool) -> tuple[ImageTableBuilder, Annotati
     """The file's three lists; only the fields of each entry are checked."""
     images, categories = ImageTableBuilder(), list[CategoryEntry]()
     annotations = AnnotationTableBuilder(images.build(), for_scoring=for_scoring)
-    for list_name, first, entries in read_chunks(path):
+    for list_name, first_index, entries in read_chunks(path):
         if list_name == "images":
-            images = images if first else ImageTableBuilder()
+            images = images if first_index else ImageTableBuilder()
             images.add(entries)
         elif list_name == "annotations":
-            if not first:
+            if not first_index:
                 annotations = AnnotationTableBuilder(images.build(), for_scoring=for_scoring)
             annotations.add(entries)
         else:
-            categories = categories + entries if first else entries
+            categories = categories + entries if first_index else entries
     return images, annotations, categories
 
 

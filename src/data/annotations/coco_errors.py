@@ -39,8 +39,9 @@ FIELD_HELP = {
     },
     "categories": {"id": ID, "name": "text"},
 }
+LIST_NAMES = tuple(FIELD_HELP)
 
-SPACE = rb"[ \t\n\r]*"
+SPACE_PATTERN = rb"[ \t\n\r]*"
 NO_SPACE = re.compile(rb"[^ \t\n\r]")
 TEXT = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 TEXT_OR_NAN = re.compile(TEXT + rb"?|(NaN|-?Infinity)", re.DOTALL)  # an unfinished string reaches to the end
@@ -53,11 +54,11 @@ WHOLE_NUMBER_AS_FLOAT = re.compile(
 NO_NUMBER = b'"?"'
 
 
-class Object(Struct):
+class JsonObject(Struct):
     """Any object; nothing of it is kept, where msgspec.Raw would copy its text."""
 
 
-class Array(Struct, array_like=True):
+class JsonArray(Struct, array_like=True):
     """Any array; nothing of it is kept."""
 
 
@@ -66,22 +67,22 @@ def mask_nan(data: bytes | memoryview, first: int) -> bytearray:
 
     first: offset from which to look, outside strings.  After a backslash it is inside one, and nothing is replaced.
     """
-    readable = bytearray(data)
+    masked_text = bytearray(data)
     escaped = data[first - 1 : first] == b"\\"
-    if not escaped and (b"NaN" in readable or b"Infinity" in readable):
+    if not escaped and (b"NaN" in masked_text or b"Infinity" in masked_text):
         for token in TEXT_OR_NAN.finditer(data, first):
             if token[1]:
                 start, end = token.span()
-                readable[start:end] = NO_NUMBER.ljust(end - start)
-    return readable
+                masked_text[start:end] = NO_NUMBER.ljust(end - start)
+    return masked_text
 
 
-def whole_numbers_as_int(readable: bytearray) -> bytes:
-    """`readable` with 1 for 1.0 and 100000 for 1e+05 in fields of whole numbers: some programs write floats there.
+def whole_numbers_as_int(masked_text: bytearray) -> bytes:
+    """`masked_text` with 1 for 1.0 and 100000 for 1e+05 in fields of whole numbers: some programs write floats there.
 
     Converts with decimals, because a float cannot hold every 64-bit number.
     """
-    return WHOLE_NUMBER_AS_FLOAT.sub(lambda found: found[1] + _as_int(found[2]), readable)
+    return WHOLE_NUMBER_AS_FLOAT.sub(lambda found: found[1] + _as_int(found[2]), masked_text)
 
 
 def _as_int(text: bytes) -> bytes:
@@ -95,7 +96,7 @@ def after_space(data: memoryview, offset: int) -> int:
     return found.start() if found else len(data)
 
 
-def end_of(error: DecodeError) -> int | None:
+def value_end_from_error(error: DecodeError) -> int | None:
     """The offset after the value, for msgspec's "trailing characters", which names the byte behind it; else None."""
     end = re.search(r"trailing characters \(byte (\d+)\)", str(error))
     return int(end[1]) - 1 if end else None
@@ -103,11 +104,11 @@ def end_of(error: DecodeError) -> int | None:
 
 def value_end(data: memoryview, offset: int) -> int | None:
     """The offset of the text that follows the value at `offset`; None if that is no JSON, even without NaN."""
-    kind = {b"{": Object, b"[": Array}.get(bytes(data[offset : offset + 1]), Raw)
+    kind = {b"{": JsonObject, b"[": JsonArray}.get(bytes(data[offset : offset + 1]), Raw)
     try:
         msgspec.json.decode(data[offset:], type=kind)
     except DecodeError as error:
-        end = end_of(error)
+        end = value_end_from_error(error)
         return _end_with_nan(data, offset) if end is None else offset + end
     except RecursionError:
         return None
@@ -142,17 +143,17 @@ def _end_by_brackets(data: memoryview, offset: int) -> int | None:
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def raise_wrong_entry(path: Path, list_name: str, first: int, text: bytes, problem: str) -> NoReturn:
+def raise_wrong_entry(path: Path, list_name: str, first_index: int, text: bytes, problem: str) -> NoReturn:
     """Raises DataError for the decoder's message about a chunk, such as: Expected `int`, got `str` - at `$[0].id`.
 
-    first: index of the chunk's first entry in its list.
+    first_index: of the chunk's first entry in its list.
     """
     problem, _, place = problem.partition(" - at `$")
     missing = re.search(r"missing required field `(\w+)`", problem)
     steps = re.findall(r"\w+", place) + ([missing[1]] if missing else [])
     index, field = int(steps[0]), steps[1] if len(steps) > 1 else None
     entry = _entry(text, index)
-    name = describe(list_name, first + index, entry)
+    name = describe(list_name, first_index + index, entry)
     if not field:
         raise DataError(f"{path}: {name} must be an object with {', '.join(FIELD_HELP[list_name])}")
     expected = FIELD_HELP[list_name][field]
@@ -193,12 +194,12 @@ def raise_missing(path: Path, list_name: str) -> NoReturn:
     raise DataError(f"{path}: has no `{list_name}`: it must be a COCO file of instances")
 
 
-def raise_wrong_outline(path: Path, list_name: str | None, problem: str) -> NoReturn:
+def raise_wrong_top_level(path: Path, list_name: str | None, problem: str) -> NoReturn:
     """Raises DataError for the decoder's message about a value of the wrong type: Expected `array`, got `null`."""
     found = problem.rpartition("got ")[2].strip("`")
     if list_name:
         raise DataError(f"{path}: `{list_name}` is of type {found}: it must be a list of objects")
-    raise DataError(f"{path}: is of type {found}: it must be an object with {', '.join(FIELD_HELP)}")
+    raise DataError(f"{path}: is of type {found}: it must be an object with {', '.join(LIST_NAMES)}")
 
 
 def raise_too_deep(path: Path) -> NoReturn:
