@@ -10,7 +10,7 @@ import numpy as np
 from src.data.annotations.clip_boxes import ClippedBoxes
 
 LISTED = 5  # values that a message lists
-KEPT = LISTED + 1  # one more, from which `listed` sees that there are more
+MAX_KEPT_IDS = LISTED + 1  # one more, from which `join_first` sees that there are more
 # COCO's boxes given as x1, y1, x2, y2: read as x, y, width, height, four fifths of them reach outside their image.
 MANY_OUTSIDE = 0.25
 NEARLY_ALL = 0.95
@@ -19,7 +19,7 @@ OUTSIDE = "their `bbox` is outside the image"
 MISSED = "count as missed in the scoring"
 
 
-def listed(values: Sequence) -> str:
+def join_first(values: Sequence) -> str:
     """The first few values as text."""
     return ", ".join(map(str, values[:LISTED])) + (", ..." if len(values) > LISTED else "")
 
@@ -36,7 +36,7 @@ class _Kind:
     def add(self, which: np.ndarray, ids: np.ndarray, first_index: int) -> None:
         found = np.flatnonzero(which)
         self.count += len(found)
-        kept = found[: KEPT - len(self.ids)]
+        kept = found[: MAX_KEPT_IDS - len(self.ids)]
         self.ids += ids[kept].tolist()
         self.indices += (first_index + kept).tolist()
 
@@ -50,53 +50,56 @@ class AnnotationWarnings:
         self._outside, self._missed_outside = _Kind(f"left out: {OUTSIDE}"), _Kind(f"{MISSED}: {OUTSIDE}")
         self._rotated = _Kind(f"{used} upright: their `attributes.rotation` is not 0, which boxes cannot have")
         self._clipped = _Kind(f"{changed}: their `bbox` reaches more than a pixel outside the image")
-        self._count = self._known = self._known_outside = self._look_like_xyxy = self._look_normalised = 0
+        self._count = self._num_with_image = self._num_outside = self._look_like_xyxy = self._look_normalised = 0
 
     def add(
         self,
         clipped: ClippedBoxes,
         ids: np.ndarray,
         *,
-        known: np.ndarray,
+        has_image: np.ndarray,
         counts_in_scoring: np.ndarray,
-        rotated: np.ndarray,
+        is_rotated: np.ndarray,
     ) -> None:
-        """Adds a chunk.  ids: int64 [M]; known: bool [M], its image exists; counts_in_scoring, rotated: bool [M]."""
-        usable = known & clipped.has_area
-        degenerate = known & clipped.degenerate
-        without_area = known & ~clipped.degenerate & ~clipped.has_area
+        """Adds a chunk.
+
+        ids: int64 [M]; has_image (the annotation's image exists), counts_in_scoring, is_rotated: bool [M].
+        """
+        usable = has_image & clipped.has_area
+        degenerate = has_image & clipped.degenerate
+        without_area = has_image & ~clipped.degenerate & ~clipped.has_area
         for kind, which in (
             (self._missed_degenerate, degenerate & counts_in_scoring),
             (self._degenerate, degenerate & ~counts_in_scoring),
             (self._missed_outside, without_area & counts_in_scoring),
             (self._outside, without_area & ~counts_in_scoring),
-            (self._rotated, usable & rotated),
+            (self._rotated, usable & is_rotated),
             (self._clipped, usable & clipped.outside),
         ):
             kind.add(which, ids, self._count)
         self._count += len(ids)
-        self._known += int(known.sum())
-        self._known_outside += int((known & clipped.outside).sum())
-        self._look_like_xyxy += int((known & clipped.looks_like_xyxy).sum())
-        self._look_normalised += int((known & clipped.looks_normalised).sum())
+        self._num_with_image += int(has_image.sum())
+        self._num_outside += int((has_image & clipped.outside).sum())
+        self._look_like_xyxy += int((has_image & clipped.looks_like_xyxy).sum())
+        self._look_normalised += int((has_image & clipped.looks_normalised).sum())
 
     def lines(self, unknown_image_ids: Sequence[int], *, unique_ids: bool) -> Iterator[str]:
         """The warnings, one line for each kind.
 
         unique_ids: whether the annotations have ids that differ; otherwise the lines number them from 1.
         """
-        if self._known < self._count:
-            unknown = f"{self._count - self._known} of {self._count} annotations left out"
-            yield f"{unknown}: no image has their image_id ({listed(unknown_image_ids)})"
+        if self._num_with_image < self._count:
+            unknown = f"{self._count - self._num_with_image} of {self._count} annotations left out"
+            yield f"{unknown}: no image has their image_id ({join_first(unknown_image_ids)})"
         for kind in (
             self._missed_degenerate, self._degenerate, self._missed_outside, self._outside, self._rotated,
             self._clipped,
         ):  # fmt: skip
             if kind.count:
                 ids = kind.ids if unique_ids else [index + 1 for index in kind.indices]
-                yield f"{kind.count} of {self._count} annotations {kind.text} (annotation ids {listed(ids)})"
-        nearly_all = NEARLY_ALL * self._known
-        if self._known_outside > MANY_OUTSIDE * self._known and self._look_like_xyxy > nearly_all:
+                yield f"{kind.count} of {self._count} annotations {kind.text} (annotation ids {join_first(ids)})"
+        nearly_all = NEARLY_ALL * self._num_with_image
+        if self._num_outside > MANY_OUTSIDE * self._num_with_image and self._look_like_xyxy > nearly_all:
             yield "most `bbox` look like x1, y1, x2, y2: they must be x, y, width, height"
         if self._look_normalised > nearly_all:
             yield "most `bbox` look like fractions of the image: they must be in pixels"

@@ -11,7 +11,7 @@ LARGEST_TABLE = 2**21
 SPARSEST_TABLE = 10
 
 
-def field(entries: Sequence, name: str, dtype: type) -> np.ndarray:
+def field_array(entries: Sequence, name: str, dtype: type) -> np.ndarray:
     """One field of all entries as an array.
 
     None becomes NaN in a float array and False in a bool array; in an integer array it raises TypeError.

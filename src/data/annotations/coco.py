@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from src.data.annotations.annotation_table import AnnotationTable, AnnotationTableBuilder, GroundTruth
-from src.data.annotations.annotation_warnings import listed
+from src.data.annotations.annotation_warnings import join_first
 from src.data.annotations.array_builders import first_repeated, offsets
 from src.data.annotations.coco_entries import CategoryEntry
 from src.data.annotations.coco_json import read_chunks
@@ -209,7 +209,7 @@ def _same_name_warnings(categories: tuple[Category, ...]) -> Iterator[str]:
     """A line for each name that several categories share."""
     for name, count in Counter(category.name for category in categories).items():
         if count > 1:
-            ids = listed([category.id for category in categories if category.name == name])
+            ids = join_first([category.id for category in categories if category.name == name])
             yield f"the categories {ids} have the same name {name!r}: they are kept apart"
 
 
@@ -217,7 +217,7 @@ def _check_same_categories(
     path: Path, own: tuple[Category, ...], expected: tuple[Category, ...], expected_of: str
 ) -> None:
     def as_text(categories: Iterable[Category]) -> str:
-        return listed([f"{category.id} {category.name!r}" for category in sorted(categories)]) or "none"
+        return join_first([f"{category.id} {category.name!r}" for category in sorted(categories)]) or "none"
 
     here, there = set(own) - set(expected), set(expected) - set(own)
     if here or there:

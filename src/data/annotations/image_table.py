@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.data.annotations.array_builders import Column, field, first_repeated, offsets
+from src.data.annotations.array_builders import Column, field_array, first_repeated, offsets
 from src.data.annotations.coco_entries import ImageEntry
 from src.data.annotations.unicode_names import spelled_as_on_disk
 from src.runtime.errors import DataError
@@ -51,8 +51,8 @@ class ImageTableBuilder:
         self._outside_folder: tuple[int, str] | None = None  # the first name that is no path below the image folder
 
     def add(self, entries: list[ImageEntry]) -> None:
-        self._ids.extend(field(entries, "id", np.int64))
-        self._sizes.extend(np.stack([field(entries, side, np.int32) for side in ("width", "height")], axis=1))
+        self._ids.extend(field_array(entries, "id", np.int64))
+        self._sizes.extend(np.stack([field_array(entries, side, np.int32) for side in ("width", "height")], axis=1))
         names = [entry.file_name for entry in entries]
         joined = "".join(names)
         encoded = names if joined.isascii() else [name.encode() for name in names]
