@@ -24,7 +24,7 @@ from src.report.progress import Bar, NullBar
 from src.report.report import Report
 from src.runtime.distributed import Processes
 from src.runtime.precision import autocast, half_is_fast
-from src.ssd.detect import Detections, EndToEndDetector, detect, find_finite_boxes, strip_padding
+from src.ssd.detect import Detections, EndToEndDetector, detect, finite_box_mask, strip_padding
 from src.ssd.model import fold_batch_norms
 
 Progress = Callable[[int, str], AbstractContextManager[Bar | NullBar]]  # `Report.progress`
@@ -108,7 +108,7 @@ def detect_batch(
             return strip_padding(*model(images)), 0
         with autocast(images.device, amp):
             offsets, logits = model(images)
-        valid = find_finite_boxes(offsets, logits)
+        valid = finite_box_mask(offsets, logits)
         non_finite = int((~valid).sum())  # waits for the GPU, so that its time counts as "network"
     with timed(seconds, "detections"):
         if observe:

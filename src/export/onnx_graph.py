@@ -57,7 +57,7 @@ def detections(offsets: Offsets, logits: Logits) -> tuple[Boxes, Labels, Scores]
     """`detect`: boxes, labels and scores, padded with 0.  ONNX's TopK puts the first of equal values first."""
     zero = op.Constant(value=ZERO)
     total = op.ReduceSum(logits, [1], keepdims=1) + op.ReduceSum(offsets, [1], keepdims=1)
-    not_finite = op.Or(op.IsNaN(total), op.IsInf(total))  # [N, 1, A], `find_finite_boxes`
+    not_finite = op.Or(op.IsNaN(total), op.IsInf(total))  # [N, 1, A], `finite_box_mask`
     probabilities = op.Slice(op.Softmax(logits, axis=1), [1], [2147483647], [1])  # [N, K, A]
     unlikely = probabilities <= op.Constant(value=SCORE_LIMIT)
     possible = op.Where(op.Or(not_finite, unlikely), zero, probabilities)

@@ -18,7 +18,7 @@ IOU_THRESHOLD = 0.5  # above it non-maximum suppression removes a box
 MAX_CANDIDATES = 200  # per class and image
 MAX_DETECTIONS = 200  # per image
 INITIAL_TOPK = 512  # on a CPU: the candidates of an image, over all classes, that are tried first
-CANDIDATES_PER_BLOCK = 512  # on a GPU: the candidates of an image that one round of suppression takes
+CANDIDATES_PER_BLOCK = 512  # on a GPU: candidates of an image, over all classes, that are added per block
 IMAGES_PER_OVERLAP = 32  # a float64 matrix of 32 images takes 130 MB, and a few exist at a time
 ROUNDS_PER_CHECK = 8  # of suppression on a GPU: checking for convergence costs as much as 8 rounds
 # Coordinates are clamped to +-64 image sizes, so that the shift per class cannot make two classes overlap.
@@ -41,8 +41,8 @@ class EndToEndDetector(nn.Module):
     """
 
 
-def find_finite_boxes(offsets: Tensor, logits: Tensor) -> Tensor:
-    """The default boxes whose outputs are all finite; [N, A] bool.
+def finite_box_mask(offsets: Tensor, logits: Tensor) -> Tensor:
+    """True for the default boxes whose outputs are all finite; [N, A] bool.
 
     offsets [N, 4, A], logits [N, C, A].  Checks sums, which is ten times as fast as checking each output; a sum of
     finite terms below 1e36 is finite.
@@ -55,11 +55,11 @@ def detect(offsets: Tensor, logits: Tensor, *, valid: Tensor | None = None) -> l
     """The detections of each image, on the device of the outputs.
 
     offsets [N, 4, A] and logits [N, C, A] of any floating-point type; valid [N, A] bool: the default boxes that may
-    detect something, `find_finite_boxes()` by default.
+    detect something, `finite_box_mask()` by default.
     Takes the best 200 scores above the threshold of each class, applies non-maximum suppression within the class, and
     keeps the best 200 of all classes.  Liu et al. 2016, section 2.2.
     """
-    candidates = _find_candidates(offsets, logits, find_finite_boxes(offsets, logits) if valid is None else valid)
+    candidates = _find_candidates(offsets, logits, finite_box_mask(offsets, logits) if valid is None else valid)
     # On a CPU torchvision's suppression, image by image, is fastest.  On a GPU each call of it makes the host wait.
     detect_all = _detect_each_image if offsets.device.type == "cpu" else _detect_batched
     return detect_all(offsets, candidates)
@@ -70,8 +70,8 @@ class _Candidates(NamedTuple):
 
     scores: Tensor  # [M]
     labels: Tensor  # [M] 1..K
-    boxes: Tensor  # [M] index of the default box
-    first: Tensor  # [N] index of each image's first candidate
+    box_indices: Tensor  # [M] of the default boxes
+    image_starts: Tensor  # [N] index of each image's first candidate
     counts: list[int]  # [N] number of each image's candidates
     keys: Tensor  # [N, most candidates of an image] int64, see `_sort_keys`
 
@@ -79,63 +79,71 @@ class _Candidates(NamedTuple):
 def _find_candidates(offsets: Tensor, logits: Tensor, valid: Tensor) -> _Candidates:
     """The scores above the threshold.  valid [N, A]: other default boxes get a score of 0."""
     probabilities = logits.float().softmax(dim=1)[:, 1:]  # [N, K, A]
-    image, label, box = (probabilities > SCORE_THRESHOLD).nonzero(as_tuple=True)  # [M] each, image by image
-    scores = torch.where(valid[image, box], probabilities[image, label, box], 0)
-    numbers = torch.arange(len(offsets), device=image.device)
-    first, end = torch.searchsorted(image, numbers), torch.searchsorted(image, numbers, right=True)  # [N] each
-    counts = (end - first).tolist()
-    keys = _sort_keys(scores, image, first, (len(counts), max(counts, default=0)))
-    return _Candidates(scores, label + 1, box, first, counts, keys)
+    # [M] each, image by image
+    image_indices, category_indices, box_indices = (probabilities > SCORE_THRESHOLD).nonzero(as_tuple=True)
+    found_scores = probabilities[image_indices, category_indices, box_indices]
+    scores = torch.where(valid[image_indices, box_indices], found_scores, 0)
+    images = torch.arange(len(offsets), device=image_indices.device)
+    image_starts = torch.searchsorted(image_indices, images)  # [N]
+    counts = (torch.searchsorted(image_indices, images, right=True) - image_starts).tolist()
+    keys = _sort_keys(scores, image_indices, image_starts, (len(counts), max(counts, default=0)))
+    return _Candidates(scores, category_indices + 1, box_indices, image_starts, counts, keys)
 
 
-def _sort_keys(scores: Tensor, image: Tensor, first: Tensor, shape: tuple[int, int]) -> Tensor:
+def _sort_keys(scores: Tensor, image_indices: Tensor, image_starts: Tensor, shape: tuple[int, int]) -> Tensor:
     """Integers that rank each image's candidates, the largest for the best, padded with 0; [N, most candidates].
 
-    scores, image [M]; first [N].  A key is the score's bits followed by the inverted position, so keys are distinct
-    and equal scores have the same order in every batch and on every device.
+    scores, image_indices [M]; image_starts [N].  A key is the score's bits followed by the inverted position in the
+    image, so keys are distinct and equal scores have the same order in every batch and on every device.
     """
-    place = torch.arange(len(image), device=image.device) - first[image]
-    keys = torch.zeros(shape, dtype=torch.int64, device=image.device)
+    device = image_indices.device
+    position_in_image = torch.arange(len(scores), device=device) - image_starts[image_indices]
+    keys = torch.zeros(shape, dtype=torch.int64, device=device)
     bits = scores.view(torch.int32).long()
-    keys[image, place] = torch.where(scores > 0, (bits << 32) + (2**32 - 1 - place), 0)
+    keys_of_all = (bits << 32) + (2**32 - 1 - position_in_image)
+    keys[image_indices, position_in_image] = torch.where(scores > 0, keys_of_all, 0)
     return keys
 
 
-class _Ranked(NamedTuple):
+class _TopCandidates(NamedTuple):
     """The best candidates of each image, best first, padded with candidates of score 0; [N, T]."""
 
     scores: Tensor
     labels: Tensor  # 1..K
-    boxes: Tensor  # index of the default box
+    box_indices: Tensor  # of the default boxes
 
 
-def _rank(candidates: _Candidates, rows: Tensor | slice, tried: int) -> _Ranked:
-    """The best `tried` candidates of each image of `rows`, and at most 200 of a class."""
-    key, place = candidates.keys[rows].topk(min(tried, candidates.keys.shape[1]), dim=1)
-    index = (candidates.first[rows, None] + place).clamp(max=len(candidates.scores) - 1)
+def _select_top(candidates: _Candidates, rows: Tensor | slice, k: int) -> _TopCandidates:
+    """The best `k` candidates of each image of `rows`, and at most 200 of a class."""
+    keys, position_in_image = candidates.keys[rows].topk(min(k, candidates.keys.shape[1]), dim=1)
+    index = (candidates.image_starts[rows, None] + position_in_image).clamp(max=len(candidates.scores) - 1)
     labels = candidates.labels[index]
-    counted = (key > 0) & (_rank_in_class(labels) < MAX_CANDIDATES)
-    scores, order = torch.where(counted, candidates.scores[index], 0).sort(dim=1, descending=True, stable=True)
-    return _Ranked(scores, labels.gather(1, order), candidates.boxes[index].gather(1, order))
+    is_valid = (keys > 0) & (_rank_in_class(labels) < MAX_CANDIDATES)
+    scores, order = torch.where(is_valid, candidates.scores[index], 0).sort(dim=1, descending=True, stable=True)
+    return _TopCandidates(scores, labels.gather(1, order), candidates.box_indices[index].gather(1, order))
 
 
 def _rank_in_class(labels: Tensor) -> Tensor:
     """The number of equal labels before each one in its row; [N, T]."""
     ordered, order = labels.sort(dim=1, stable=True)
-    place = torch.arange(labels.shape[1], device=labels.device)
-    return torch.empty_like(order).scatter_(1, order, place - torch.searchsorted(ordered, ordered))
+    position_in_row = torch.arange(labels.shape[1], device=labels.device)
+    return torch.empty_like(order).scatter_(1, order, position_in_row - torch.searchsorted(ordered, ordered))
 
 
-def decode_boxes(offsets: Tensor, defaults: Tensor, box: Tensor) -> Tensor:
-    """The boxes of the default boxes with indices `box` [N, T], ltrb and clamped; [N, T, 4].  offsets [N, 4, A]."""
-    chosen = offsets.gather(2, box[:, None].expand(-1, 4, -1)).transpose(1, 2).float()
-    return box_convert(decode(chosen, defaults[box]), "cxcywh", "xyxy").clamp(-MAX_BOX_COORDINATE, MAX_BOX_COORDINATE)
+def decode_boxes(offsets: Tensor, defaults: Tensor, box_indices: Tensor) -> Tensor:
+    """Decodes the default boxes with indices `box_indices` [N, T]; returns boxes [N, T, 4] ltrb, clamped.
+
+    offsets [N, 4, A]; defaults [A, 4] cxcywh.
+    """
+    chosen = offsets.gather(2, box_indices[:, None].expand(-1, 4, -1)).transpose(1, 2).float()
+    boxes = box_convert(decode(chosen, defaults[box_indices]), "cxcywh", "xyxy")
+    return boxes.clamp(-MAX_BOX_COORDINATE, MAX_BOX_COORDINATE)
 
 
 def _shift_by_class(boxes: Tensor, labels: Tensor) -> Tensor:
     """Boxes [..., 4] in float64, shifted so that boxes of different classes cannot overlap.  labels [...].
 
-    Shifted float64 coordinates keep 30 bits below a pixel, so overlaps within a class do not change.
+    With 80 classes a shifted float64 coordinate is exact to 2**-30 pixels, so overlaps within a class do not change.
     """
     return boxes.double() + (labels * (2 * MAX_BOX_COORDINATE + 1))[..., None]
 
@@ -146,17 +154,17 @@ def _detect_each_image(offsets: Tensor, candidates: _Candidates) -> list[Detecti
     nothing = Detections(offsets.new_zeros(0, 4, dtype=torch.float32), candidates.labels[:0], candidates.scores[:0])
     found = [nothing] * len(offsets)
     # Suppression depends only on higher scores: try the best 512, and more only if too few survive.
-    waiting, tried = [row for row, count in enumerate(candidates.counts) if count], INITIAL_TOPK
+    waiting, k = [row for row, count in enumerate(candidates.counts) if count], INITIAL_TOPK
     while waiting:
         rows = torch.tensor(waiting)
-        ranked = _rank(candidates, rows, tried)
-        boxes = decode_boxes(offsets[rows], defaults, ranked.boxes)
-        shifted, scores = _shift_by_class(boxes, ranked.labels), ranked.scores.double()
+        top = _select_top(candidates, rows, k)
+        boxes = decode_boxes(offsets[rows], defaults, top.box_indices)
+        shifted, scores = _shift_by_class(boxes, top.labels), top.scores.double()
         for number, (row, count) in enumerate(zip(waiting, (scores > 0).sum(dim=1).tolist(), strict=True)):
             keep = nms(shifted[number, :count], scores[number, :count], IOU_THRESHOLD)[:MAX_DETECTIONS]
-            found[row] = Detections(boxes[number, keep], ranked.labels[number, keep], ranked.scores[number, keep])
-        waiting = [row for row in waiting if len(found[row].scores) < MAX_DETECTIONS and tried < candidates.counts[row]]
-        tried *= 4
+            found[row] = Detections(boxes[number, keep], top.labels[number, keep], top.scores[number, keep])
+        waiting = [row for row in waiting if len(found[row].scores) < MAX_DETECTIONS and k < candidates.counts[row]]
+        k *= 4
     return found
 
 
@@ -166,23 +174,23 @@ def _detect_batched(offsets: Tensor, candidates: _Candidates) -> list[Detections
     Suppression takes the boxes kept so far and the next CANDIDATES_PER_BLOCK candidates, best first, until all images
     have MAX_DETECTIONS or no more candidates.
     """
-    ranked = _rank(candidates, slice(None), candidates.keys.shape[1])
-    counts = (ranked.scores > 0).sum(dim=1)  # [N]
+    top = _select_top(candidates, slice(None), candidates.keys.shape[1])
+    counts = (top.scores > 0).sum(dim=1)  # [N]
     defaults = _default_boxes_on(offsets.device)
     none = offsets.new_zeros(len(offsets), 0, 4, dtype=torch.float32)
-    kept = Detections(none, ranked.labels[:, :0], ranked.scores[:, :0])  # padded: [N, D, ...]
-    for start in range(0, ranked.scores.shape[1], CANDIDATES_PER_BLOCK):
+    kept = Detections(none, top.labels[:, :0], top.scores[:, :0])  # padded: [N, D, ...]
+    for start in range(0, top.scores.shape[1], CANDIDATES_PER_BLOCK):
         if start and not ((counts > start) & (kept.scores[:, -1] == 0)).any():  # no image needs more
             break
-        block = _Ranked(*(part[:, start : start + CANDIDATES_PER_BLOCK] for part in ranked))
-        following = Detections(decode_boxes(offsets, defaults, block.boxes), block.labels, block.scores)
-        tried = Detections(*(torch.cat(parts, dim=1) for parts in zip(kept, following, strict=True)))
-        keep = _suppress(_shift_by_class(tried.boxes, tried.labels), tried.scores > 0)
+        block = _TopCandidates(*(part[:, start : start + CANDIDATES_PER_BLOCK] for part in top))
+        following = Detections(decode_boxes(offsets, defaults, block.box_indices), block.labels, block.scores)
+        pool = Detections(*(torch.cat(parts, dim=1) for parts in zip(kept, following, strict=True)))
+        keep = _suppress(_shift_by_class(pool.boxes, pool.labels), pool.scores > 0)
         order = keep.int().argsort(dim=1, descending=True, stable=True)[:, :MAX_DETECTIONS]  # kept ones first
         kept = Detections(
-            tried.boxes.gather(1, order[..., None].expand(-1, -1, 4)),
-            tried.labels.gather(1, order),
-            torch.where(keep, tried.scores, 0).gather(1, order),
+            pool.boxes.gather(1, order[..., None].expand(-1, -1, 4)),
+            pool.labels.gather(1, order),
+            torch.where(keep, pool.scores, 0).gather(1, order),
         )
     return strip_padding(*kept)
 
@@ -207,8 +215,8 @@ def _suppress(shifted: Tensor, valid: Tensor) -> Tensor:
     keep = valid
     while True:
         for _ in range(ROUNDS_PER_CHECK):
-            before, keep = keep, valid & ~(suppresses & keep[:, :, None]).any(dim=1)
-        if torch.equal(before, keep):
+            previous, keep = keep, valid & ~(suppresses & keep[:, :, None]).any(dim=1)
+        if torch.equal(previous, keep):
             return keep
 
 

@@ -7,7 +7,7 @@ from torchvision.ops import box_iou, nms
 
 from src.ssd import detect as detection
 from src.ssd.default_boxes import NUM_DEFAULT_BOXES, default_boxes, default_boxes_ltrb, encode
-from src.ssd.detect import detect, find_finite_boxes
+from src.ssd.detect import detect, finite_box_mask
 from tests.helpers.oracle_inputs import ORACLE_CASES, oracle_output, quiet_output, random_output
 
 
@@ -78,7 +78,7 @@ def test_a_batch_of_crowded_images_detects_exactly_what_single_images_do():
 
 def detect_batched(offsets: torch.Tensor, logits: torch.Tensor) -> list[detection.Detections]:
     """`detect`, as on a GPU."""
-    candidates = detection._find_candidates(offsets, logits, find_finite_boxes(offsets, logits))
+    candidates = detection._find_candidates(offsets, logits, finite_box_mask(offsets, logits))
     return detection._detect_batched(offsets, candidates)
 
 
@@ -187,13 +187,13 @@ def test_non_finite_output_detects_nothing_and_leaves_other_detections(value, wh
     assert len(before.scores) == 3
     expected = {tuple(box) for box in default_boxes_ltrb()[[10, 8000]].numpy().round(4).tolist()}
     assert {tuple(box) for box in found.boxes.numpy().round(4).tolist()} == expected
-    assert (~find_finite_boxes(offsets, logits)).nonzero().tolist() == [[0, 6000]]
+    assert (~finite_box_mask(offsets, logits)).nonzero().tolist() == [[0, 6000]]
 
 
 def test_output_of_nothing_but_nan_detects_nothing():
     offsets, logits = (torch.full_like(part, float("nan")) for part in quiet_output(images=2))
     assert [len(found.scores) for found in detect(offsets, logits)] == [0, 0]
-    assert int((~find_finite_boxes(offsets, logits)).sum()) == 2 * NUM_DEFAULT_BOXES
+    assert int((~finite_box_mask(offsets, logits)).sum()) == 2 * NUM_DEFAULT_BOXES
 
 
 def test_a_box_too_large_for_floats_stays_finite_and_suppresses_no_other():
