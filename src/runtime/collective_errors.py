@@ -4,7 +4,7 @@ import re
 
 from torch import distributed as dist
 
-from src.runtime.errors import ENLARGE_SHARED_MEMORY, SHARED_MEMORY, UserError
+from src.runtime.errors import ENLARGE_SHARED_MEMORY_HINT, SHARED_MEMORY, UserError
 
 # Gloo raises plain RuntimeErrors that begin with a line of its source: "[/pytorch/third_party/gloo/gloo/pair.cc:56]".
 GLOO_PATTERN = re.compile(r"(Gloo \w+ failed with )?\[[^\]]*/gloo/[^\]]*\.\w+:\d+\]")
@@ -40,4 +40,4 @@ def short_reason(error: Exception) -> str:
 
 def hint(error: Exception) -> str:
     """What to do about a setup error, as the end of a line; empty if no remedy is known."""
-    return f": {ENLARGE_SHARED_MEMORY}" if SHARED_MEMORY in short_reason(error) else ""
+    return f": {ENLARGE_SHARED_MEMORY_HINT}" if SHARED_MEMORY in short_reason(error) else ""

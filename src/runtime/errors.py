@@ -1,7 +1,7 @@
 """Errors that end a run with one line."""
 
 SHARED_MEMORY = "/dev/shm"
-ENLARGE_SHARED_MEMORY = "enlarge it (docker run --shm-size=1g)"
+ENLARGE_SHARED_MEMORY_HINT = "enlarge it (docker run --shm-size=1g)"
 
 
 class UserError(Exception):

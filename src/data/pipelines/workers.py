@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from src.runtime.errors import ENLARGE_SHARED_MEMORY, SHARED_MEMORY, UserError
+from src.runtime.errors import ENLARGE_SHARED_MEMORY_HINT, SHARED_MEMORY, UserError
 
 resource: ModuleType | None
 try:
@@ -34,19 +34,20 @@ except ImportError:  # Windows has no such limits
     resource = None
 
 PREFETCH = 2  # batches a worker prepares ahead
-SOCKET_FOLDER_BYTES = 70  # longer paths leave no room for the names of multiprocessing's sockets on some systems
+# In bytes.  On some systems longer paths leave no room for the names of multiprocessing's sockets.
+MAX_SOCKET_FOLDER_LENGTH = 70
 SHORT_FOLDERS = ("/tmp", "/var/tmp", SHARED_MEMORY)
 # Open files of this process: without workers, and for each worker its pipes and its batches' tensors.
 OPEN_FILES, OPEN_FILES_PER_WORKER = 64, 3 + 5 * PREFETCH
 KILL_SECONDS = 1  # until a killed worker is gone
 FEWER_WORKERS_HINT = "use fewer workers or none (--num-workers 0)"
-# Torch's iterator prints a traceback if it is collected before all its workers have started.  These errors hold such
-# iterators until the process exits.
+# Torch's iterator prints a traceback if it is collected before all its workers have started.  The tracebacks of these
+# errors keep such iterators alive until the process exits.
 _FAILED_STARTS: list[Exception] = []
 
 
 class CheckedLoader:
-    """A DataLoader that raises errors of its worker processes as UserErrors; they stay alive until `close`."""
+    """A DataLoader that raises errors of its workers as UserErrors; the worker processes stay alive until `close`."""
 
     def __init__(
         self,
@@ -64,10 +65,11 @@ class CheckedLoader:
         # The user has chosen --num-workers; torch's advice on it would stand in every log.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         allow_open_files(num_workers)
-        # Linux forks, also since Python 3.14: workers then share the arrays of all images with this process.
+        # On Linux workers are forked, even with Python 3.14, which defaults to forkserver: forked workers share the
+        # arrays of all images with this process.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None) if num_workers else None
         self.num_workers = num_workers
-        self._initialise_worker = _WorkerInitialiser(context) if context else None
+        self._worker_setup = _WorkerSetup(context) if context else None
         self._workers: list[BaseProcess] = []
         self._batches: Any = None  # torch's iterator
         self._loader: DataLoader
@@ -80,7 +82,7 @@ class CheckedLoader:
                 pin_memory=device.type == "cuda",
                 persistent_workers=num_workers > 0,
                 prefetch_factor=PREFETCH if num_workers else None,
-                worker_init_fn=self._initialise_worker,
+                worker_init_fn=self._worker_setup,
                 multiprocessing_context=context,
             )
 
@@ -101,9 +103,10 @@ class CheckedLoader:
             raise
 
     def _start(self) -> None:
-        """Starts the workers, or has them begin the next pass."""
+        """Starts the workers, or the next pass of running workers."""
         others = multiprocessing.active_children()
-        gc.freeze()  # a worker must not collect this process's garbage: an object of CUDA's would end it
+        # A worker must not collect this process's garbage: collecting a CUDA object would end the worker.
+        gc.freeze()
         try:
             self._batches = iter(self._loader)
         except Exception as error:
@@ -114,12 +117,12 @@ class CheckedLoader:
             self._workers += [child for child in multiprocessing.active_children() if child not in others]
 
     def close(self) -> None:
-        """Ends the worker processes, those too that hang."""
-        if self._initialise_worker is None:
+        """Ends the worker processes, even if they hang."""
+        if self._worker_setup is None:
             return
-        self._initialise_worker.let_sigterm_end_workers()
+        self._worker_setup.let_sigterm_end_workers()
         if self._batches is not None:
-            # Torch's public way is to drop all references to the iterator, but those of a traceback remain.
+            # Torch ends workers when no reference to the iterator is left, but a traceback may still hold one.
             self._batches._shutdown_workers()
         for worker in self._workers:
             worker.kill()
@@ -128,7 +131,7 @@ class CheckedLoader:
 
 
 def allow_open_files(num_workers: int) -> None:
-    """Raises this process's limit of open files to what the workers need; UserError if the system forbids it.
+    """Increases this process's limit of open files to what the workers need; raises UserError if that is forbidden.
 
     A process without free files cannot report an error to the process that waits for it, so this comes first.
     """
@@ -177,7 +180,7 @@ class _PickledBatch:
         return pickle.loads, (self._pickled,)
 
 
-class _WorkerInitialiser:
+class _WorkerSetup:
     """Sets a worker's signal handlers and its folder of temporary files.
 
     A signal to the whole process group must not end a worker, because the run finishes its iteration.  SIGTERM ends
@@ -186,7 +189,8 @@ class _WorkerInitialiser:
 
     def __init__(self, context: BaseContext) -> None:
         self._closing = context.Event()
-        # This runs before multiprocessing sends SIGTERM to its remaining children, whose exit handler is older.
+        # Exit handlers run last in, first out, so this one runs before multiprocessing's, which sends SIGTERM to the
+        # workers that still run.
         atexit.register(self._closing.set)
 
     def __call__(self, worker: int) -> None:
@@ -197,14 +201,14 @@ class _WorkerInitialiser:
     def let_sigterm_end_workers(self) -> None:
         self._closing.set()
 
-    def _handle_sigterm(self, number: int, frame: FrameType | None) -> None:
+    def _handle_sigterm(self, signal_number: int, frame: FrameType | None) -> None:
         if self._closing.is_set():
-            os._exit(128 + number)
+            os._exit(128 + signal_number)
 
 
 def _choose_short_folder() -> None:
     """Puts this process's sockets into a folder whose path is short enough for them, if TMPDIR's is too long."""
-    if len(os.fsencode(tempfile.gettempdir())) <= SOCKET_FOLDER_BYTES:
+    if len(os.fsencode(tempfile.gettempdir())) <= MAX_SOCKET_FOLDER_LENGTH:
         return
     for folder in SHORT_FOLDERS:
         with suppress(OSError), tempfile.TemporaryFile(dir=folder):
@@ -227,39 +231,41 @@ def convert_worker_errors(num_workers: int | None = None) -> Iterator[None]:
 def to_user_error(error: Exception, num_workers: int | None = None) -> Exception:
     """A UserError for an error of worker processes that a user can do something about; any other error unchanged.
 
-    num_workers: None if unknown, because torch raises the loss of a worker anywhere, from a signal handler.
+    num_workers: None if unknown: torch's signal handler may raise the error of a lost worker anywhere in the program.
     """
     # Torch raises "exited unexpectedly" from an error that names the signal, if it was waiting for a batch.
     text = str(error.__cause__ if isinstance(error.__cause__, RuntimeError) else error)
-    number = getattr(error, "errno", None)
+    error_number = getattr(error, "errno", None)
     reason = (text.splitlines() or [type(error).__name__])[0].rstrip(". ")
-    count = "the" if num_workers is None else str(num_workers)
+    count_text = "the" if num_workers is None else str(num_workers)
     if isinstance(error, UserError):
         return error
-    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
+    if error_number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
         return UserError(
             f"too many open files ({reason}): raise their limit (ulimit -n {_open_files_to_ask_for()}), or "
             f"{FEWER_WORKERS_HINT}"
         )
     is_of_worker = num_workers is not None or text.startswith("DataLoader worker")  # GPUs have shared memory, too
     if is_of_worker and ("Bus error" in text or "shared memory" in text):
-        return _shared_memory_error(count)
+        return _shared_memory_error(count_text)
     if "killed by signal" in text or "exited unexpectedly" in text:
         return UserError(
-            f"one of {count} worker processes was killed ({reason}): where memory is short, {FEWER_WORKERS_HINT}"
+            f"one of {count_text} worker processes was killed ({reason}): where memory is short, {FEWER_WORKERS_HINT}"
         )
-    if number in (errno.EAGAIN, errno.ENOMEM) or "can't start new thread" in text:
-        limit = "raise the limit of processes (ulimit -u, or the container's)"
-        return UserError(f"cannot start {count} worker processes ({reason}): {limit}, or {FEWER_WORKERS_HINT}")
+    if error_number in (errno.EAGAIN, errno.ENOMEM) or "can't start new thread" in text:
+        hint = "raise the limit of processes (ulimit -u, or the container's)"
+        return UserError(f"cannot start {count_text} worker processes ({reason}): {hint}, or {FEWER_WORKERS_HINT}")
     is_raised_in_worker = text.startswith("Caught ")  # while it read a sample
     if not num_workers or not isinstance(error, OSError | EOFError) or is_raised_in_worker:
         return error
-    if number == errno.ENOSPC:
+    if error_number == errno.ENOSPC:
         sockets = f"the worker processes' sockets in {tempfile.gettempdir()}"
         return UserError(
             f"no space is left for {sockets}: free some, set TMPDIR to another folder, or {FEWER_WORKERS_HINT}"
         )
-    return UserError(f"one of {count} worker processes cannot hand its images over ({reason}): {FEWER_WORKERS_HINT}")
+    return UserError(
+        f"one of {count_text} worker processes cannot hand its images over ({reason}): {FEWER_WORKERS_HINT}"
+    )
 
 
 def _open_files_to_ask_for() -> int:
@@ -267,11 +273,11 @@ def _open_files_to_ask_for() -> int:
     return 1024 if resource is None else max(1024, 2 * resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def _shared_memory_error(num_workers: str) -> UserError:
+def _shared_memory_error(count_text: str) -> UserError:
     size = ""
     if os.path.exists(SHARED_MEMORY):
         size = f" ({shutil.disk_usage(SHARED_MEMORY).total / 2**20:.1f} MiB)"
     return UserError(
-        f"{SHARED_MEMORY}{size} is too small for {num_workers} worker processes: {ENLARGE_SHARED_MEMORY}, or "
+        f"{SHARED_MEMORY}{size} is too small for {count_text} worker processes: {ENLARGE_SHARED_MEMORY_HINT}, or "
         f"{FEWER_WORKERS_HINT}"
     )
