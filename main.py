@@ -1,4 +1,4 @@
-"""Trains SSD300 on a ResNet: `python main.py --data DIR`.  README.rst has every flag and what a run leaves."""
+"""Trains SSD300 on a ResNet: `python main.py --data DIR`.  README.rst lists every flag and every output file."""
 
 from src.runtime.environment import prepare
 
@@ -36,32 +36,32 @@ from src.report.exit_status import (
     target_exit_status,
 )
 from src.report.report import Report, RunContext
-from src.report.run_folder import LAST
-from src.report.startup import ResumedFrom, compare_data, log_data_warnings, log_run_start, start_report
+from src.report.run_folder import LAST_CHECKPOINT
+from src.report.startup import ResumePoint, compare_data, log_data_warnings, log_run_start, start_report
 from src.runtime import launcher_env, process_group
-from src.runtime.console import robust_console
-from src.runtime.devices import configure
+from src.runtime.console import tolerate_console_errors
+from src.runtime.devices import configure_backends
 from src.runtime.distributed import Processes
 from src.runtime.errors import SigtermReceived, UserError
 from src.runtime.output_files import lock_output_folder
 from src.runtime.preemption import raise_on_signals
 from src.ssd.detect import IOU_THRESHOLD, MAX_DETECTIONS
 from src.ssd.model import SSD300, feature_channels, training_memory_format
-from src.training.checkpoint import TRAINING_DATA, RunFingerprint
+from src.training.checkpoint import TRAINING_DATA_KEY, RunFingerprint
 from src.training.loop import TrainingLoop
 from src.training.optimizer import make_optimizer
 from src.training.resume import ResumedRun, load_starting_weights, read_resumed_run, restore_run
 from src.training.schedule import Schedule, schedule_warnings
 from src.training.step import Trainer
 
-# Modes that use one process, and why.
+# Modes that run as a single process, and how the error about more ends.
 SINGLE_PROCESS_MODES = {"check": ", which uses all cores", "benchmark": "", "export": ""}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; the exit status."""
+    """Runs the program and returns its exit status."""
     try:
-        with robust_console(), raise_on_signals():
+        with tolerate_console_errors(), raise_on_signals():
             with launcher_env.print_once_per_node():
                 flags = parse_args(argv)
             return run_rank(flags)
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_rank(flags: Flags) -> int:
-    """Joins the other ranks and runs the mode on this one; the exit status."""
+    """Joins the other ranks, runs the mode on this one and returns the exit status."""
     try:
         with process_group.start(flags.local_rank) as processes:
             try:
@@ -82,7 +82,7 @@ def run_rank(flags: Flags) -> int:
                     remedy="start all ranks with the same flags, all on GPUs or all on CPUs",
                 )
                 processes.check_devices()
-                configure(processes.device)
+                configure_backends(processes.device)
                 with convert_worker_errors():
                     return train(flags, processes) if flags.mode == "training" else run_mode(flags, processes)
             except Exception as error:
@@ -93,7 +93,7 @@ def run_rank(flags: Flags) -> int:
 
 
 def train(flags: Flags, processes: Processes) -> int:
-    """`--mode training`: from scratch, from given weights, or from where a run stopped; the exit status."""
+    """Trains from scratch, from given weights, or from where a run stopped; returns the exit status."""
     began = time.perf_counter()
     with ExitStack() as stack:
         training, validation = read_data(flags, processes)
@@ -111,19 +111,21 @@ def train(flags: Flags, processes: Processes) -> int:
             trainer, loader, schedule, fingerprint=fingerprint, resumed=resumed and resumed.checkpoint,
             rank=processes.rank,
         )  # fmt: skip
-        # The report moves an older run's files or cuts them back, so everything that may be among them is read by now.
+        # `start_report` moves or truncates the files of an older run, so all input among them has been read by now.
         report = Report.disabled()
         if processes.is_main:
             stack.enter_context(lock_output_folder(flags.output))
-            continued = resumed and ResumedFrom(
+            resume_point = resumed and ResumePoint(
                 resumed.file, resumed.checkpoint.position.epoch, resumed.checkpoint.position.iteration
             )
-            report = start_report(flags.output, continued=continued, flags=asdict(flags), processes=processes)
+            report = start_report(flags.output, resume_point=resume_point, flags=asdict(flags), processes=processes)
             stack.enter_context(closing(report))
-        missing = flags.output / LAST if flags.resume and not resumed else None
+        missing_checkpoint = flags.output / LAST_CHECKPOINT if flags.resume and not resumed else None
         del resumed  # its weights and momentum take 200 MB and more on each rank
         log_data_warnings(report, training, validation, amp=flags.fp16, device=processes.device)
-        for warning in schedule_warnings(schedule, len(loader), flags.unreached_evaluations, missing) + warnings:
+        for warning in (
+            schedule_warnings(schedule, len(loader), flags.unreached_evaluations, missing_checkpoint) + warnings
+        ):
             report.warn(warning)
         for line in messages:
             report.note(line)
@@ -134,7 +136,7 @@ def train(flags: Flags, processes: Processes) -> int:
         evaluate = None if validation is None else stack.enter_context(
             make_evaluation(model, validation, evaluation_config(flags), context)
         )  # fmt: skip
-        # Here too: the evaluation's context waits for the files of the last evaluation when it closes.
+        # Again, so that an error is printed before the evaluation's context waits for the last evaluation's files.
         stack.enter_context(report_error_before_cleanup(processes))
         loop = TrainingLoop(
             trainer, loader, schedule, position=position, fingerprint=fingerprint, context=context
@@ -150,7 +152,7 @@ def train(flags: Flags, processes: Processes) -> int:
 
 def read_data(flags: Flags, processes: Processes) -> tuple[Annotations, Annotations | None]:
     """The training annotations and, if the run evaluates, the validation ones; all ranks have read the same."""
-    training, validation = processes.on_all_ranks(partial(
+    training, validation = processes.run_on_all_ranks(partial(
         read_dataset, flags.data, evaluating=bool(reached_evaluations(flags)), upright=flags.upright,
         log_progress=print if processes.is_main else None,
     ))  # fmt: skip
@@ -174,9 +176,9 @@ def make_schedule(flags: Flags, processes: Processes) -> Schedule:
 
 
 def make_fingerprint(flags: Flags, processes: Processes, training: Annotations) -> RunFingerprint:
-    settings = {"the number of processes": processes.world_size, TRAINING_DATA: training.digest}
+    settings = {"the number of processes": processes.world_size, TRAINING_DATA_KEY: training.digest}
     categories = [list(category) for category in training.categories]
-    return RunFingerprint(flags.backbone, categories, flags.seed, flags.run_defining | settings)
+    return RunFingerprint(flags.backbone, categories, flags.seed, flags.run_defining_flags | settings)
 
 
 def make_starting_model(
@@ -184,7 +186,7 @@ def make_starting_model(
 ) -> tuple[SSD300, list[str]]:
     """The network on the CPU, and lines to print about its weights.
 
-    Only rank 0 loads weights; the wrapper of several processes copies them to the other ranks.
+    Only rank 0 loads weights; DistributedDataParallel copies them to the other ranks.
     """
     torch.manual_seed(flags.seed)
     model = SSD300(flags.backbone, len(training.categories) + 1)
@@ -224,9 +226,9 @@ def make_trainer(flags: Flags, processes: Processes, model: SSD300) -> Trainer:
     )  # fmt: skip
 
 
-def mlperf_constants(flags: Flags, schedule: Schedule, images: int, evaluation_images: int) -> mlperf.Constants:
+def mlperf_constants(flags: Flags, schedule: Schedule, num_images: int, evaluation_images: int) -> mlperf.Constants:
     return mlperf.Constants(
-        backbone=flags.backbone, feature_channels=feature_channels(flags.backbone), images=images,
+        backbone=flags.backbone, feature_channels=feature_channels(flags.backbone), images=num_images,
         batch_size=schedule.global_batch_size, batch_norm_span=flags.batch_size, learning_rate=schedule.peak,
         warmup=flags.warmup, multistep=flags.multistep, momentum=flags.momentum, weight_decay=flags.weight_decay,
         nms_threshold=IOU_THRESHOLD, max_detections=MAX_DETECTIONS, evaluation_images=evaluation_images,
@@ -235,7 +237,7 @@ def mlperf_constants(flags: Flags, schedule: Schedule, images: int, evaluation_i
 
 
 def run_mode(flags: Flags, processes: Processes) -> int:
-    """Runs every mode but training; the exit status."""
+    """Runs a mode other than training and returns the exit status."""
     if flags.mode in SINGLE_PROCESS_MODES and processes.world_size > 1:
         raise UserError(f"--mode {flags.mode} works on one process{SINGLE_PROCESS_MODES[flags.mode]}")
     with closing(Report(None, append=True) if processes.is_main else Report.disabled()) as report:
@@ -258,11 +260,11 @@ def run_mode(flags: Flags, processes: Processes) -> int:
             return DONE
         assert flags.checkpoint is not None  # parse_args checks it
         if flags.mode == "evaluation":
-            accuracy = score_checkpoint(
+            mean_ap = score_checkpoint(
                 flags.checkpoint, flags.data, upright=flags.upright, backbone=flags.backbone,
                 config=evaluation_config(flags), context=context,
             )  # fmt: skip
-            return target_exit_status(accuracy, flags.target, report)
+            return target_exit_status(mean_ap, flags.target, report)
         if flags.mode == "export":
             export(flags.checkpoint, flags.data, flags.output, backbone=flags.backbone, report=report)
             return DONE

@@ -22,7 +22,7 @@ from benchmarks import annotations, evaluation, export, gpu, loaders, step
 from benchmarks.machine import describe
 from benchmarks.table import header, line
 from src.data.synthetic import draw_dataset
-from src.runtime.devices import configure
+from src.runtime.devices import configure_backends
 
 DRAWN_IMAGES = 256  # without --data
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.data is None:
             draw_dataset(data, images=DRAWN_IMAGES, val_images=1, seed=0)
         if args.gpu:
-            configure(torch.device("cuda"))
+            configure_backends(torch.device("cuda"))
         chosen = gpu_benchmarks(data) if args.gpu else cpu_benchmarks(data)
         unknown = set(args.names) - set(chosen)
         if unknown:

@@ -22,7 +22,7 @@ from src.data.pipelines.loader_config import LoaderConfig
 from src.data.pipelines.loaders import PIPELINES, EvaluationLoader, make_train_loader
 from src.evaluation.evaluate import evaluate
 from src.report.report import Report
-from src.runtime.devices import configure
+from src.runtime.devices import configure_backends
 from src.runtime.distributed import Processes
 from src.runtime.precision import half_is_fast
 from src.runtime.preemption import GracefulShutdown
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", action="store_true", help="train on the GPU, in float16")
     args = parser.parse_args(argv)
     device = torch.device("cuda", 0) if args.gpu else CPU
-    configure(device)
+    configure_backends(device)
     accuracy = run(args.data, pipeline=args.data_pipeline, seed=args.seed, device=device)
     print(f"mAP on the {IMAGES} images trained on: {accuracy:.4f} (goal {GOAL})")
     return int(accuracy < GOAL)

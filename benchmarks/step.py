@@ -71,7 +71,7 @@ def make_trainer(
 
 def step_speed(trainer: Trainer, batch: Batch) -> float:
     """Images/s of a few training steps."""
-    trainer.parallel.train()
+    trainer.training_model.train()
     steps = STEPS[trainer.device.type]
 
     def train() -> None:

@@ -75,7 +75,7 @@ def endless(loader: TrainLoader) -> Iterator[Batch]:
 
 def time_training(name: str, trainer: Trainer, batches: Iterable[Batch], *, steps: int) -> Timing:
     """Times `steps` training steps, those of a run, after a warm-up."""
-    trainer.parallel.train()
+    trainer.training_model.train()
     return _timed(name, batches, lambda batch: trainer.step(batch, LEARNING_RATE), trainer.device, steps)
 
 

@@ -86,7 +86,7 @@ class Flags:
         return {f"--{name if name == 'data_pipeline' else name.replace('_', '-')}": values[name] for name in names}
 
     @property
-    def run_defining(self) -> dict[str, object]:
+    def run_defining_flags(self) -> dict[str, object]:
         """The flags that make a run what it is, by the names that a user writes."""
         return {f"--{name}": getattr(self, name.replace("-", "_")) for name in RUN_DEFINING}
 

@@ -68,7 +68,7 @@ def score_checkpoint(
         check_images_exist(annotations, log_progress=report.note)
         return annotations
 
-    validation = processes.on_all_ranks(read_validation)
+    validation = processes.run_on_all_ranks(read_validation)
     compare_data(processes, validation=validation)
     make_folder(context.output)  # first, so that an unwritable --output is an error before the work
     log_data_warnings(report, validation, amp=config.amp, device=processes.device)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from src.runtime.output_files import atomic_write, convert_write_errors
 
-LAST, BEST = "last.pt", "best.pt"
+LAST_CHECKPOINT, BEST_CHECKPOINT = "last.pt", "best.pt"
 METRICS, FLAGS, MLPERF_LOG, TENSORBOARD = "metrics.jsonl", "flags.json", "mlperf.log", "tensorboard"
 TRAINING, PRECISION_RECALL, EXAMPLES, BATCH = "training.png", "precision_recall.png", "detections.png", "batch.png"
 DETECTIONS, CONFUSION, CONFUSION_PICTURE = "detections.json", "confusion_matrix.json", "confusion_matrix.png"
 PICTURES = (TRAINING, PRECISION_RECALL, CONFUSION_PICTURE, EXAMPLES, BATCH)
-RUN_FILES = (LAST, BEST, METRICS, FLAGS, MLPERF_LOG, *PICTURES, DETECTIONS, CONFUSION)
+RUN_FILES = (LAST_CHECKPOINT, BEST_CHECKPOINT, METRICS, FLAGS, MLPERF_LOG, *PICTURES, DETECTIONS, CONFUSION)
 EVENT_FILES = f"{TENSORBOARD}/events.out.tfevents.*"
 PACKAGES = ("torch", "torchvision", "numpy", "msgspec", "faster-coco-eval", "pycocotools")  # whose versions matter
 
@@ -53,7 +53,7 @@ def branch_off(output: Path, checkpoint: Path) -> str | None:
     Afterwards last.pt is a copy of `checkpoint`: if the run then stops before it saves, --resume alone continues from
     there.  Returns the line to print; None if `checkpoint` is last.pt.
     """
-    last = output / LAST
+    last = output / LAST_CHECKPOINT
     if last.exists() and last.samefile(checkpoint):
         return None
     with convert_write_errors(output):

@@ -14,7 +14,7 @@ from src.runtime.distributed import Processes
 from src.runtime.precision import NO_FAST_HALF, half_is_fast
 
 
-class ResumedFrom(NamedTuple):
+class ResumePoint(NamedTuple):
     """Where a run continues."""
 
     file: Path  # the checkpoint
@@ -23,20 +23,22 @@ class ResumedFrom(NamedTuple):
 
 
 def start_report(
-    output: Path, *, continued: ResumedFrom | None, flags: Mapping[str, object], processes: Processes
+    output: Path, *, resume_point: ResumePoint | None, flags: Mapping[str, object], processes: Processes
 ) -> Report:
     """Opens a run's files in `output`.
 
     A new run first moves the files of an older one aside; a continued run cuts its files back to its checkpoint.
     """
-    in_output = continued is not None and same_folder(continued.file.parent, output)
-    line = branch_off(output, continued.file) if continued and in_output else set_aside_old_run(output)
+    in_output = resume_point is not None and same_folder(resume_point.file.parent, output)
+    line = branch_off(output, resume_point.file) if resume_point and in_output else set_aside_old_run(output)
     report = Report(output, append=in_output)
     if line:
         report.note(line)
-    if continued is not None:
-        report.rewind(epoch=continued.epoch, iteration=continued.iteration)
-        report.note(f"Continued from {continued.file}: epoch {continued.epoch}, iteration {continued.iteration}")
+    if resume_point is not None:
+        report.rewind(epoch=resume_point.epoch, iteration=resume_point.iteration)
+        report.note(
+            f"Continued from {resume_point.file}: epoch {resume_point.epoch}, iteration {resume_point.iteration}"
+        )
     report.write_flags(flags, device=device_name(processes.device), processes=processes.world_size)
     return report
 

@@ -45,10 +45,10 @@ class ConsoleStream:
 
 
 @contextmanager
-def robust_console() -> Iterator[None]:
+def tolerate_console_errors() -> Iterator[None]:
     """Inside, printing raises no error: unwritable text is dropped, characters without an encoding are escaped."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_robust(stream, name) for stream, name in zip(before, NAMES, strict=True))
+    sys.stdout, sys.stderr = (_tolerant_stream(stream, name) for stream, name in zip(before, NAMES, strict=True))
     try:
         yield
     finally:
@@ -57,7 +57,7 @@ def robust_console() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def _robust(stream: TextIO | None, name: str) -> Any:
+def _tolerant_stream(stream: TextIO | None, name: str) -> Any:
     if stream is None:  # the parent process has closed it
         return io.StringIO()
     if isinstance(stream, io.TextIOWrapper):  # its encoding may lack characters of file and category names

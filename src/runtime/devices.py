@@ -60,7 +60,7 @@ def require_distinct_gpus(gpus: Sequence[GpuIdentity | None]) -> None:
             )
 
 
-def configure(device: torch.device) -> None:
+def configure_backends(device: torch.device) -> None:
     """On a GPU, lets cuDNN choose the fastest convolution algorithms and allows TF32 in float32 matrix products."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True

@@ -1,4 +1,4 @@
-"""The ranks of a run and the values that they exchange; `process_group.start` makes them.
+"""The ranks of a run and the values that they exchange; `process_group.start` makes a `Processes`.
 
 A single process has no group: every method then works on that process alone.
 """
@@ -22,7 +22,7 @@ from src.runtime.errors import ReportedElsewhereError, UserError
 from src.runtime.launcher_env import ERROR_REPORT_GRACE_SECONDS
 
 GROUP_TIMEOUT = 120  # seconds after which a rank that does not answer counts as lost
-GROUP_TIMEOUT_VARIABLE = "SSD300_GROUP_TIMEOUT"  # another number of seconds
+GROUP_TIMEOUT_VARIABLE = "SSD300_GROUP_TIMEOUT"  # environment variable that replaces GROUP_TIMEOUT
 # The slowest rank may finish its images of an evaluation this many group timeouts after the fastest rank.
 EVALUATION_TIMEOUT_FACTOR = 15
 MAIN_WORK_TIMEOUT = 6 * 3600  # seconds that ranks wait while rank 0 works alone (scores, writes, fetches weights)
@@ -58,7 +58,7 @@ class Processes:
             self.long_timeout_group = _gloo_group(EVALUATION_TIMEOUT_FACTOR * group_timeout())
         self.failed = False  # a rank is lost or exits early, so collectives may never end
         self._reported = False  # this rank has called `report_failure`
-        self._messages = 0
+        self._num_keys = 0
 
     @classmethod
     def single(cls, device: torch.device) -> "Processes":
@@ -113,12 +113,12 @@ class Processes:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         parallel = DistributedDataParallel(model, device_ids=device_ids)
-        # DDP need not copy the batch-norm buffers in every iteration: `share_buffers` does before they matter.  Set
+        # DDP need not copy the batch-norm buffers in every iteration: `broadcast_buffers` does before they matter.  Set
         # after the constructor, which copies them once and names this argument differently before torch 2.12.
         parallel.broadcast_buffers = False
         return parallel
 
-    def share_buffers(self, model: nn.Module) -> None:
+    def broadcast_buffers(self, model: nn.Module) -> None:
         """Copies rank 0's batch-norm statistics to every rank, so that all ranks evaluate and save one model."""
         if self.world_size > 1:
             for buffer in model.buffers():
@@ -127,7 +127,7 @@ class Processes:
     def gather(self, value: Any, *, long_timeout: bool = False) -> list | None:
         """Every rank's `value` (anything that pickles) in rank order on rank 0, None elsewhere.
 
-        long_timeout: the work before this call takes ranks very different times, as their images of an evaluation do.
+        long_timeout: for ranks that reach this call at very different times, as after their images of an evaluation.
         """
         if self.world_size == 1:
             return [value]
@@ -151,11 +151,11 @@ class Processes:
             assert values is not None
             return values[0]
         self._wait_for_main()
-        own = [None]
-        dist.scatter_object_list(own, values, src=0, group=self.host_group)
-        return own[0]
+        received = [None]
+        dist.scatter_object_list(received, values, src=0, group=self.host_group)
+        return received[0]
 
-    def on_all_ranks(self, work: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, work: Callable[[], T]) -> T:
         """What `work()` returns on this rank, after it has ended on every rank.
 
         All ranks must call this.  If `work` raises UserError on some ranks, the lowest of them raises it here and all
@@ -177,8 +177,8 @@ class Processes:
 
     def _next_key(self) -> str:
         """An unused key of the store; the n-th call returns the same key on all ranks."""
-        self._messages += 1
-        return f"message {self._messages}"
+        self._num_keys += 1
+        return f"message {self._num_keys}"
 
     def _wait_for_main(self) -> None:
         key = self._next_key()
@@ -205,7 +205,7 @@ class Processes:
         return dist.all_reduce(number, dist.ReduceOp.MAX, group=self.host_group, async_op=True)
 
     def report_failure(self) -> bool:
-        """Records that this rank fails; True if it is the first to fail, which prints why.
+        """Records that this rank fails; returns True on the first rank to fail, which prints why.
 
         The first rank then calls `mark_failure_reported`.  The others wait here up to 5 s for that call, because a
         launcher kills all ranks once one exits.
@@ -226,12 +226,12 @@ class Processes:
             return True
 
     def mark_failure_reported(self) -> None:
-        """Lets the other ranks that fail exit."""
-        self._set(REPORTED)
+        """Lets the other failing ranks, which wait in `report_failure`, exit."""
+        self._set_and_mark_failed(REPORTED)
 
     def report_stop(self) -> None:
         """Records that this rank was stopped (SIGTERM, Ctrl-C), so that the others do not report it as lost."""
-        self._set(STOPPED)
+        self._set_and_mark_failed(STOPPED)
 
     def rank_that_was_stopped(self) -> int | None:
         """The rank that was stopped and has exited; None if no rank was, or if the store ended with rank 0."""
@@ -243,7 +243,7 @@ class Processes:
         except (dist.DistError, RuntimeError):
             return None
 
-    def _set(self, key: str) -> None:
+    def _set_and_mark_failed(self, key: str) -> None:
         self.failed = True
         if self.world_size > 1:
             with suppress(dist.DistError, RuntimeError):  # the store ended with rank 0
@@ -284,7 +284,10 @@ def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:
 
 
 def group_timeout() -> timedelta:
-    """How long ranks wait for one that does not answer.  Raises UserError if the variable is no number of seconds."""
+    """How long ranks wait for one that does not answer.
+
+    Raises UserError if SSD300_GROUP_TIMEOUT is no number of seconds.
+    """
     text = os.environ.get(GROUP_TIMEOUT_VARIABLE, str(GROUP_TIMEOUT))
     with suppress(ValueError):
         if 0 < float(text) < MAIN_WORK_TIMEOUT:

@@ -38,7 +38,7 @@ def autocast(device: torch.device, amp: bool) -> torch.autocast:
 
 @contextmanager
 def full_float32_products() -> Iterator[None]:
-    """Inside, float32 matrix products have all 24 bits; elsewhere a GPU may use TF32 with 11 (see `configure`)."""
+    """Inside, float32 matrix products have all 24 bits, where a GPU otherwise uses TF32 with 11."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -18,7 +18,7 @@ from src.runtime.output_files import atomic_write
 from src.weights.detector import describe_first_difference
 from src.weights.files import load_checkpoint, short
 
-TRAINING_DATA = "the training data"  # one of the settings
+TRAINING_DATA_KEY = "the training data"  # one of the settings
 
 
 @dataclass

@@ -11,7 +11,7 @@ from src.data.pipelines.batch import Batch
 from src.data.pipelines.loaders import TrainLoader
 from src.report.metrics import IterationMetrics
 from src.report.report import Report, RunContext
-from src.report.run_folder import BEST, LAST
+from src.report.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT
 from src.runtime.errors import DivergenceError, SigtermReceived
 from src.runtime.preemption import GracefulShutdown
 from src.ssd.loss import LossParts
@@ -38,7 +38,7 @@ class TrainingLoop:
         fingerprint: RunFingerprint,
         context: RunContext,
     ) -> None:
-        """position: moves on with the run."""
+        """position: updated in place as the run advances."""
         self.trainer = trainer
         self.loader = loader
         self.schedule = schedule
@@ -47,19 +47,19 @@ class TrainingLoop:
         self.fingerprint = fingerprint
         self.processes, self.report, self.output = context.processes, context.report, context.output
         self.evaluation_state: dict[str, Any] = {}  # of the last evaluation, for best.pt
-        self.images = 0  # trained on since this process group started
+        self.num_images = 0  # trained on since this process group started
         self.seconds = 0.0  # of training, without evaluations
 
     @property
     def images_per_second(self) -> float:
         """The average since this process group started; 0 before it has trained."""
-        return self.images / self.seconds if self.seconds else 0.0
+        return self.num_images / self.seconds if self.seconds else 0.0
 
     def run(self, evaluate: Evaluate | None) -> None:
         """Trains until the last epoch is done.  evaluate: None if no epoch of the schedule has an evaluation.
 
-        Raises DivergenceError, or SigtermReceived on all ranks if any rank received SIGTERM.  The last checkpoint then
-        says where to go on.
+        Raises DivergenceError, or SigtermReceived on all ranks if any rank received SIGTERM.  The run can then be
+        continued from last.pt, if it was written.
         """
         position, epochs = self.position, self.schedule.epochs
         if position.epoch >= epochs:
@@ -67,13 +67,13 @@ class TrainingLoop:
         with closing(GracefulShutdown(self.processes)) as shutdown:
             try:
                 while position.epoch < epochs:
-                    evaluate_now = evaluate if position.epoch in self.schedule.evaluation_epochs else None
+                    evaluate_epoch = evaluate if position.epoch in self.schedule.evaluation_epochs else None
                     with shutdown.defer_sigterm():  # SIGTERM ends training only after last.pt is saved
-                        self._train_epoch(shutdown, save=evaluate_now is not None)
-                        if evaluate_now is None:
+                        self._train_epoch(shutdown, save=evaluate_epoch is not None)
+                        if evaluate_epoch is None:
                             self._finish_epoch(improved=False)
                             continue
-                    improved = self._evaluate(evaluate_now)  # SIGTERM ends it at once: last.pt is from before it
+                    improved = self._evaluate(evaluate_epoch)  # SIGTERM ends it at once: last.pt is saved
                     with shutdown.defer_sigterm():
                         self._finish_epoch(improved)
             except DivergenceError:
@@ -86,14 +86,14 @@ class TrainingLoop:
     def _train_epoch(self, shutdown: GracefulShutdown, *, save: bool) -> None:
         """Trains to the end of the epoch and, if `save`, writes last.pt; raises SigtermReceived if it stops earlier."""
         position = self.position
-        if position.iteration_in_epoch >= len(self.loader):  # the run continues between an epoch and its evaluation
+        if position.iteration_in_epoch >= len(self.loader):  # resumed between an epoch and its evaluation
             return
         self.report.begin_epoch(position.epoch, len(self.loader), position.iteration_in_epoch)
         self.loader.set_epoch(position.epoch, position.iteration_in_epoch)
         result = train_epoch(
             self.trainer, self.loader, self.schedule, position=position, shutdown=shutdown, report=self.report
         )
-        self.images += result.images
+        self.num_images += result.images
         self.seconds += result.seconds
         if position.iteration_in_epoch == position.iterations_per_epoch:
             self.report.end_epoch(
@@ -103,13 +103,13 @@ class TrainingLoop:
                 average_images_per_second=self.images_per_second,
             )
         if result.stopped or save:
-            self._save(LAST)
+            self._save(LAST_CHECKPOINT)
         if result.stopped:
             raise SigtermReceived
 
     def _evaluate(self, evaluate: Evaluate) -> bool:
-        """Scores the network; whether its mAP is the best of the run so far."""
-        self.processes.share_buffers(self.trainer.model)
+        """Scores the network; returns whether its mAP is the best of the run so far."""
+        self.processes.broadcast_buffers(self.trainer.model)
         position = self.position
         position.last_map, self.evaluation_state = evaluate(position.epoch)
         position.evaluated = True
@@ -122,30 +122,30 @@ class TrainingLoop:
         """Moves on to the next epoch and saves.  improved: write best.pt, too."""
         self.position.epoch += 1
         self.position.iteration_in_epoch = 0
-        if improved:  # best.pt first: last.pt already holds its mAP
-            self._save(BEST)
-        self._save(LAST)
+        if improved:  # best.pt first, because last.pt records its mAP
+            self._save(BEST_CHECKPOINT)
+        self._save(LAST_CHECKPOINT)
 
     def _save(self, name: str) -> None:
         """Writes a checkpoint on rank 0, with the pipeline state of every rank."""
-        self.processes.share_buffers(self.trainer.model)
-        pipeline = self.processes.gather(self.loader.state_dict())
-        if pipeline is not None:  # on rank 0
+        self.processes.broadcast_buffers(self.trainer.model)
+        loader_states = self.processes.gather(self.loader.state_dict())
+        if loader_states is not None:  # on rank 0
             trainer = self.trainer
             checkpoint = Checkpoint(
                 model=trainer.model.state_dict(),
                 optimizer=trainer.optimizer.state_dict(),
                 scaler=trainer.scaler_state(),
-                pipeline=pipeline,
+                pipeline=loader_states,
                 position=self.position,
                 fingerprint=self.fingerprint,
             )
-            save_run(self.output / name, checkpoint, self.evaluation_state if name == BEST else {})
+            save_run(self.output / name, checkpoint, self.evaluation_state if name == BEST_CHECKPOINT else {})
         self.processes.broadcast_object()  # the other ranks wait for the file
 
     def _stopped_by_sigterm(self) -> str:
         """The line that says where SIGTERM ended the run and how to continue it."""
-        position, last = self.position, self.output / LAST
+        position, last = self.position, self.output / LAST_CHECKPOINT
         then = f"--resume continues from {last}" if last.exists() else "nothing has been saved yet"
         return (
             f"Stopped by SIGTERM in epoch {position.epoch} after {position.iteration_in_epoch} of its "
@@ -170,14 +170,14 @@ def train_epoch(
     shutdown: GracefulShutdown,
     report: Report,
 ) -> EpochResult:
-    """Trains on `batches`, the rest of an epoch from `position` on, and moves `position` on.
+    """Trains on `batches`, the rest of the epoch at `position`, and updates `position` in place.
 
     Raises DivergenceError if the loss or, at the end, a weight is not finite.
     """
-    trainer.parallel.train()
+    trainer.training_model.train()
     skipped_before = trainer.skipped_steps()
     began = logged_at = time.perf_counter()
-    done = logged = 0
+    done = done_at_last_log = 0
     stopped = False
     for batch in batches:
         iteration = position.iteration
@@ -191,9 +191,9 @@ def train_epoch(
         if iteration % LOG_INTERVAL == 0:
             trainer.loss_monitor.check(epoch=position.epoch, iteration=iteration, learning_rate=rate)
             now = time.perf_counter()
-            speed = (done - logged) * schedule.global_batch_size / (now - logged_at)
+            speed = (done - done_at_last_log) * schedule.global_batch_size / (now - logged_at)
             report.log_iteration(position.epoch, iteration, _read_metrics(trainer, losses, rate, speed))
-            logged, logged_at = done, now
+            done_at_last_log, logged_at = done, now
         if shutdown.poll_all_ranks():
             stopped = True
             break

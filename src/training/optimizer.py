@@ -20,11 +20,11 @@ def make_optimizer(model: nn.Module, *, momentum: float, weight_decay: float) ->
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     # Fused: one kernel for all parameters takes a fifth of the time of a loop over them.
     optimizer = SGD(groups, lr=0.0, momentum=momentum, fused=True)
-    prepare_momentum(optimizer)
+    create_momentum_buffers(optimizer)
     return optimizer
 
 
-def prepare_momentum(optimizer: Optimizer) -> None:
+def create_momentum_buffers(optimizer: Optimizer) -> None:
     """Creates missing momentum buffers as zeros and gives each buffer the memory format of its weights.
 
     Fused SGD reads an uninitialised buffer if loss scaling skips the first step.  It also pairs weights and momentum

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from src.data.annotations.coco import Category
 from src.data.pipelines.loaders import TrainLoader
-from src.report.run_folder import BEST, LAST, same_folder
+from src.report.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, same_folder
 from src.ssd.model import SSD300
-from src.training.checkpoint import TRAINING_DATA, Checkpoint, Position, RunFingerprint, read_run
+from src.training.checkpoint import TRAINING_DATA_KEY, Checkpoint, Position, RunFingerprint, read_run
 from src.training.schedule import Schedule
 from src.training.step import Trainer
 from src.weights.backbone import load_backbone_weights
@@ -34,12 +34,12 @@ def read_resumed_run(resume: Path | bool | None, output: Path, fingerprint: RunF
     """
     if isinstance(resume, Path):
         file = resume
-    elif resume and (output / LAST).exists():
-        file = output / LAST
+    elif resume and (output / LAST_CHECKPOINT).exists():
+        file = output / LAST_CHECKPOINT
     else:
         return None
     checkpoint = read_run(file, fingerprint)
-    if not same_folder(file.parent, output) or not (output / BEST).exists():
+    if not same_folder(file.parent, output) or not (output / BEST_CHECKPOINT).exists():
         # `output` lacks the run's best network, so the next evaluation writes one, whatever mAP was reached elsewhere.
         checkpoint.position.best_map = None
     return ResumedRun(file, checkpoint)
@@ -95,7 +95,7 @@ def _changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The settings that differ from those of the checkpoint, as "name (old -> new)"."""
     before = LEGACY_DEFAULTS | before
     changed = [name for name, value in now.items() if before.get(name) != value]
-    return [name if name == TRAINING_DATA else f"{name} ({before.get(name)} -> {now[name]})" for name in changed]
+    return [name if name == TRAINING_DATA_KEY else f"{name} ({before.get(name)} -> {now[name]})" for name in changed]
 
 
 def _rescale_position(resumed: Checkpoint, global_batch_size: int, iterations_per_epoch: int) -> Position:

@@ -15,7 +15,7 @@ from src.runtime.errors import DivergenceError, UserError
 from src.runtime.precision import autocast
 from src.ssd.loss import LossParts, MultiBoxLoss
 from src.training.divergence import ADVICE, NonFiniteLossMonitor
-from src.training.optimizer import check_momentum, prepare_momentum
+from src.training.optimizer import check_momentum, create_momentum_buffers
 
 SKIPPED_STEPS = "skipped_steps"  # in the loss scaling's part of a checkpoint
 
@@ -29,7 +29,7 @@ def _convert_compile_errors() -> Iterator[None]:
         if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise
         first, *others = filter(None, str(error).splitlines())
-        why = f"{first} {others[0]}" if first.endswith(":") and others else first  # older releases
+        why = f"{first} {others[0]}" if first.endswith(":") and others else first  # older torch
         raise UserError(f"--compile: {why}: a CPU needs a C++ compiler (g++), a GPU Triton; or leave it out") from None
 
 
@@ -53,8 +53,8 @@ class Trainer:
         device = processes.device
         self.model = model  # not wrapped for several processes
         parallel = processes.wrap(model)
-        self.parallel: nn.Module = cast(nn.Module, torch.compile(parallel)) if compiled else parallel
-        self._compile_errors: Callable[[], AbstractContextManager] = (
+        self.training_model: nn.Module = cast(nn.Module, torch.compile(parallel)) if compiled else parallel
+        self._converting_compile_errors: Callable[[], AbstractContextManager] = (
             _convert_compile_errors if compiled else nullcontext
         )
         self.optimizer = optimizer
@@ -70,7 +70,7 @@ class Trainer:
             optimizer.register_step_post_hook(self._count_skipped)
 
     def _count_skipped(self, optimizer: Optimizer, *_: object) -> None:
-        """Counts, on the device, a step that loss scaling skipped: it sets `found_inf` on a fused optimizer."""
+        """Counts a skipped step, on the device: GradScaler sets `found_inf` on a fused optimizer."""
         overflows: Tensor = optimizer.found_inf  # type: ignore[attr-defined]
         self._skipped += (overflows > 0).sum()
 
@@ -92,12 +92,12 @@ class Trainer:
             )
 
     def step(self, batch: Batch, learning_rate: float) -> LossParts:
-        """Runs forward, backward and SGD on one batch; the two losses, detached, still on the device."""
+        """Runs forward, backward and SGD on one batch; returns the two losses, detached, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        with self._compile_errors():
+        with self._converting_compile_errors():
             with autocast(self.device, self.amp):
-                offsets, logits = self.parallel(batch.images.contiguous(memory_format=self.memory_format))
+                offsets, logits = self.training_model(batch.images.contiguous(memory_format=self.memory_format))
             parts = self.criterion.parts(offsets, logits, batch.boxes, batch.labels)
             self.scaler.scale(parts.localisation + parts.label).backward()
         self.scaler.step(self.optimizer)
@@ -111,12 +111,14 @@ class Trainer:
         A checkpoint that was written without loss scaling leaves the initial scale.  Raises UserError if the momentum
         is another network's.
         """
-        settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
+        run_settings = [
+            {name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups
+        ]
         check_momentum(self.optimizer, optimizer)
         self.optimizer.load_state_dict(optimizer)
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
-        prepare_momentum(self.optimizer)
+        for group, settings in zip(self.optimizer.param_groups, run_settings, strict=True):
+            group.update(settings)
+        create_momentum_buffers(self.optimizer)
         if self.scaler.is_enabled() and scaler:
             self.scaler.load_state_dict(scaler)
             self._skipped.fill_(scaler.get(SKIPPED_STEPS, 0))  # older checkpoints lack it

@@ -123,7 +123,7 @@ def shared_buffers(processes: Processes) -> str:
     """A digest of the batch-norm statistics that every rank has after they were shared, each other ones before."""
     network = small_network().to(processes.device)
     network.body[1].running_mean.fill_(processes.rank)
-    processes.share_buffers(network)
+    processes.broadcast_buffers(network)
     assert not network.body[1].running_mean.any()
     return digest_of(network.cpu().buffers())
 

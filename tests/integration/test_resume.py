@@ -263,7 +263,7 @@ def test_a_finished_run_says_so(runs, data, capsys):
 
 def test_resume_without_a_checkpoint_begins_afresh(data, tmp_path, capsys):
     assert idle_run(data, tmp_path, *pipeline_flags("no_dali", True), "--resume") == (main.DONE, 4)
-    assert "ResumedFrom" not in capsys.readouterr().out
+    assert "ResumePoint" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_gives_weights_and_training_starts_at_epoch_0(runs, data, tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from src.report.report import Report
-from src.runtime.console import robust_console, take_failures
+from src.runtime.console import take_failures, tolerate_console_errors
 
 
 def test_a_closed_pipe_is_reported_once_and_printing_continues(tmp_path, monkeypatch, capsys):
@@ -15,7 +15,7 @@ def test_a_closed_pipe_is_reported_once_and_printing_continues(tmp_path, monkeyp
     os.close(reader)
     with open(writer, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        with robust_console():
+        with tolerate_console_errors():
             report = Report(tmp_path, append=False)
             report.note("a line")
             report.note("another line")
@@ -30,7 +30,7 @@ def test_a_console_on_a_full_disk_ends_nothing(monkeypatch):
     with open("/dev/full", "w") as out, open("/dev/full", "w") as err:
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", err)
-        with robust_console():
+        with tolerate_console_errors():
             for stream in (sys.stdout, sys.stderr):
                 print("a line", file=stream, flush=True)
             failures = take_failures()
@@ -44,14 +44,14 @@ def test_a_console_on_a_full_disk_ends_nothing(monkeypatch):
 def test_closed_streams_take_everything(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
-    with robust_console():
+    with tolerate_console_errors():
         print("a line")
         sys.stderr.write("another")
 
 
 def test_the_streams_are_restored():
     before = sys.stdout, sys.stderr
-    with robust_console():
+    with tolerate_console_errors():
         assert sys.stdout is not before[0]
     assert (sys.stdout, sys.stderr) == before
 
@@ -59,6 +59,6 @@ def test_the_streams_are_restored():
 def test_characters_beyond_the_encoding_are_escaped(monkeypatch):
     output = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
-    with robust_console():
+    with tolerate_console_errors():
         print("日")
     assert output.getvalue() == rb"\u65e5" + os.linesep.encode()
