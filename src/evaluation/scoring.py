@@ -3,7 +3,7 @@
 A category's precision and recall depend on its own boxes alone, so ranks score different categories (a CategoryShard
 each) and the merged scores equal those of one process bit for bit.
 Shapes: B boxes, I images and K categories of the annotation file (K' of a shard), T = 10 IoU thresholds, R = 101
-recalls, A = 4 area ranges, M = 3 limits of detections an image.
+recalls, A = 4 area ranges, M = 3 limits on the number of detections per image.
 """
 
 import heapq
@@ -43,7 +43,7 @@ class Scores(NamedTuple):
     """COCO's scores of detections.  None: not defined, because there is no ground truth."""
 
     metrics: dict[str, float | None]  # the keys are METRIC_NAMES
-    precision: np.ndarray  # [T, R, K], all areas, at most 100 detections an image; -1: not defined
+    precision: np.ndarray  # [T, R, K], all areas, at most 100 detections per image; -1: not defined
     category_ap: dict[str, float | None]  # by name, in the order of the labels; equal names get their ids
     thresholds: Thresholds
 
@@ -69,7 +69,7 @@ class ShardMetrics(NamedTuple):
     labels: np.ndarray  # the shard's, [K']
     precision: np.ndarray  # float64 [T, R, K', A, M]
     recall: np.ndarray  # float64 [T, K', A, M]
-    scores: np.ndarray  # float64 [R, K'] of the first detection that reaches a recall at IoU 0.5; 0: none does
+    score_at_recall: np.ndarray  # float64 [R, K'] score at which a recall is first reached at IoU 0.5; 0: never
     num_truth: np.ndarray  # int64 [K'] boxes without crowds
 
 
@@ -83,20 +83,21 @@ class BoxColumns(NamedTuple):
     crowd: np.ndarray  # 0 or 1
     scores: np.ndarray
 
-    def of_shard(self, shard: int, shard_of: np.ndarray) -> "BoxColumns":
-        """The boxes of a shard's categories, in the same order.  shard_of: [K], the shard of each category."""
-        own = shard_of[self.labels - 1] == shard
-        return BoxColumns(*(column[own] for column in self))
+    def select_shard(self, shard: int, shard_by_category: np.ndarray) -> "BoxColumns":
+        """The boxes of a shard's categories, in the same order.  shard_by_category: [K], the shard of each category."""
+        in_shard = shard_by_category[self.labels - 1] == shard
+        return BoxColumns(*(column[in_shard] for column in self))
 
 
 def shard_categories(annotations: Annotations, results: Results, count: int) -> list[CategoryShard]:
     """All categories, divided into `count` shards of about equal work; with fewer categories some shards are empty.
 
     The scorer stores ids as float64, which rounds large ones, so images and categories are numbered from 1.  Images are
-    numbered in the order of their ids, as by a scorer that reads the files, so that equal scores rank the same.
+    numbered in the order of their ids, in which a scorer that reads the files takes them, so that detections of equal
+    score get the same order there and here.
     """
     numbers = np.argsort(np.argsort(annotations.image_ids)) + 1  # [I]
-    truth = load_ground_truth(annotations, numbers)
+    truth = _convert_ground_truth(annotations, numbers)
     detections = BoxColumns(
         images=numbers[index_of(results.image_ids, annotations.image_ids)],
         labels=_labels(results.category_ids, annotations),
@@ -105,31 +106,31 @@ def shard_categories(annotations: Annotations, results: Results, count: int) -> 
         crowd=np.zeros(len(results.scores), np.int64),
         scores=results.scores,
     )
-    counts = np.bincount(detections.labels, minlength=1 + len(annotations.categories))[1:]
-    shard_of = _assign_categories(counts, len(numbers), count)
+    detection_counts = np.bincount(detections.labels, minlength=1 + len(annotations.categories))[1:]
+    shard_by_category = _assign_categories(detection_counts, len(numbers), count)
     return [
         CategoryShard(
-            labels=np.flatnonzero(shard_of == shard) + 1,
+            labels=np.flatnonzero(shard_by_category == shard) + 1,
             num_images=len(numbers),
-            truth=truth.of_shard(shard, shard_of),
-            detections=detections.of_shard(shard, shard_of),
+            truth=truth.select_shard(shard, shard_by_category),
+            detections=detections.select_shard(shard, shard_by_category),
         )
         for shard in range(count)
     ]
 
 
-def _assign_categories(detections: np.ndarray, num_images: int, count: int) -> np.ndarray:
+def _assign_categories(detection_counts: np.ndarray, num_images: int, count: int) -> np.ndarray:
     """The shard of each category, [K]: the largest category first, each to the shard with the least work so far.
 
-    detections: [K], the number of detections of each category.
+    detection_counts: [K], the number of detections of each category.
     """
-    shard_of = np.zeros(len(detections), np.int64)
+    shard_by_category = np.zeros(len(detection_counts), np.int64)
     loads = [(0.0, shard) for shard in range(count)]
-    for index in np.argsort(-detections, kind="stable"):
+    for index in np.argsort(-detection_counts, kind="stable"):
         load, shard = heapq.heappop(loads)
-        shard_of[index] = shard
-        heapq.heappush(loads, (load + detections[index] + COST_PER_IMAGE * num_images, shard))
-    return shard_of
+        shard_by_category[index] = shard
+        heapq.heappush(loads, (load + detection_counts[index] + COST_PER_IMAGE * num_images, shard))
+    return shard_by_category
 
 
 def score_shard(shard: CategoryShard) -> ShardMetrics:
@@ -148,7 +149,7 @@ def score_shard(shard: CategoryShard) -> ShardMetrics:
         labels=shard.labels,
         precision=scorer.eval["precision"],
         recall=scorer.eval["recall"],
-        scores=np.asarray(scorer.eval["scores"])[0, :, :, 0, -1],
+        score_at_recall=np.asarray(scorer.eval["scores"])[0, :, :, 0, -1],
         num_truth=counts[shard.labels],
     )
 
@@ -158,7 +159,7 @@ def merge_shards(annotations: Annotations, shards: Sequence[ShardMetrics]) -> Sc
     order = np.argsort(np.concatenate([shard.labels for shard in shards]))
     precision = np.concatenate([shard.precision for shard in shards], axis=2)[:, :, order]  # [T, R, K, A, M]
     recall = np.concatenate([shard.recall for shard in shards], axis=1)[:, order]  # [T, K, A, M]
-    scores = np.concatenate([shard.scores for shard in shards], axis=1)[:, order]
+    score_at_recall = np.concatenate([shard.score_at_recall for shard in shards], axis=1)[:, order]
     num_truth = np.concatenate([shard.num_truth for shard in shards])[order]
     scorer = COCOeval_faster(None, None, "bbox")
     scorer.eval = {"precision": precision, "recall": recall}
@@ -169,7 +170,7 @@ def merge_shards(annotations: Annotations, shards: Sequence[ShardMetrics]) -> Sc
         metrics={name: _none_if_negative(value) for name, value in zip(METRIC_NAMES, scorer.stats, strict=True)},
         precision=overall,
         category_ap={name: _none_if_negative(precision.mean()) for name, precision in by_category},
-        thresholds=find_best_thresholds(overall[0], scores, num_truth),
+        thresholds=find_best_thresholds(overall[0], score_at_recall, num_truth),
     )
 
 
@@ -180,9 +181,9 @@ def _unique_names(annotations: Annotations) -> Iterator[str]:
         yield category.name if counts[category.name] == 1 else f"{category.name} (id {category.id})"
 
 
-def load_ground_truth(annotations: Annotations, numbers: np.ndarray) -> BoxColumns:
+def _convert_ground_truth(annotations: Annotations, numbers: np.ndarray) -> BoxColumns:
     """The boxes as the file gives them, neither dropped nor clipped as for training.  numbers: [I], of the images."""
-    assert annotations.ground_truth is not None, "read_annotations(..., for_scoring=True)"
+    assert annotations.ground_truth is not None, "the annotations must be read with for_scoring=True"
     image_index, labels, boxes, areas, crowd = annotations.ground_truth
     return BoxColumns(
         images=numbers[image_index],

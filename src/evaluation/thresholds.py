@@ -41,17 +41,19 @@ class Thresholds(NamedTuple):
         }
 
 
-def find_best_thresholds(precision: np.ndarray, scores: np.ndarray, num_truth: np.ndarray) -> Thresholds:
+def find_best_thresholds(precision: np.ndarray, score_at_recall: np.ndarray, num_truth: np.ndarray) -> Thresholds:
     """The thresholds of all categories.
 
-    precision, scores: [R, K], the curves of COCO's scorer at IoU 0.5.  Precision -1: not defined.  Score 0: no
+    precision, score_at_recall: [R, K], the curves of COCO's scorer at IoU 0.5.  Precision -1: not defined.  Score 0: no
     detection reaches that recall.  num_truth: [K], boxes without crowds.
 
     The scorer's precision at a recall is the highest at that recall or beyond.  The best F1 lies at a point where it is
     the actual precision, so the result is exact for up to 100 boxes of a category; with more boxes the recall is off by
     at most 1%.
     """
-    categories = [_f1_curve(*columns) for columns in zip(precision.T, scores.T, num_truth.tolist(), strict=True)]
+    categories = [
+        _f1_curve(*columns) for columns in zip(precision.T, score_at_recall.T, num_truth.tolist(), strict=True)
+    ]
     columns = [[_at_scores(curve, row) for curve in categories] for row in (1, 2, 3)]
     f1, at_precision, at_recall = (np.stack(column, axis=1) for column in columns)
     defined = num_truth > 0
