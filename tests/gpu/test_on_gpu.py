@@ -68,7 +68,7 @@ def test_dalis_windows_flips_and_colours_are_those_that_it_drew(tmp_path, device
     assert 0 < flips.sum() < len(flips)
     assert (sides < 1).any()
     for number in range(len(images)):
-        picture = decode(annotations.image_path(int(ours.images[ids[number, 0]])))
+        picture = decode(annotations.image_path(int(ours.image_indices[ids[number, 0]])))
         size = np.array([picture.shape[2], picture.shape[1]])
         left, top = np.rint(corners[number] * size).astype(int)
         right, bottom = np.rint((corners[number] + sides[number]) * size).astype(int)

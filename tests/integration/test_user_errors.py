@@ -100,7 +100,7 @@ def test_a_full_temporary_folder_is_a_user_error(data, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dali_pipeline, "write_reader_files", full)
+    monkeypatch.setattr(dali_pipeline, "try_write_reader_files", full)
     with pytest.raises(UserError, match=r"cannot write /.*: No space left on device$"):
         next(iter(train_loader("dali", read(data))))
 

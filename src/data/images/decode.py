@@ -166,7 +166,7 @@ def read_file(path: Path) -> bytes:
 
 def require_file(path: Path) -> None:
     """Raises UnreadableError unless the path is a regular file: reading a named pipe would wait for its writer."""
-    if not is_text(path):
+    if not is_utf8_path(path):
         raise UnreadableError("its path is not UTF-8 text: rename it")
     try:
         mode = os.stat(path).st_mode
@@ -178,7 +178,7 @@ def require_file(path: Path) -> None:
         raise UnreadableError("it is a folder" if stat.S_ISDIR(mode) else "it is no regular file")
 
 
-def is_text(path: Path) -> bool:
+def is_utf8_path(path: Path) -> bool:
     """Whether the path's bytes are UTF-8: DALI cannot open other paths."""
     try:
         str(path).encode()

@@ -17,8 +17,8 @@ ENTRIES_PER_WRITE = 2**16
 WHITE_SPACE = np.frombuffer(b" \t\n\v\f\r", np.uint8)  # separates the names in `filenames.dat`
 
 
-def write_reader_files(annotations: Annotations, order: np.ndarray, folder: Path) -> bool:
-    """Writes files for the reader's `preprocessed_annotations`, the images in the given order; False if it cannot.
+def try_write_reader_files(annotations: Annotations, order: np.ndarray, folder: Path) -> bool:
+    """Writes files for the reader's `preprocessed_annotations`, the images in `order`; returns False if it cannot.
 
     It cannot write file names with white space.  order: indices of images that have boxes, perhaps repeated.  An
     image's id is its position in `with_boxes()`.  The reader's `save_preprocessed_annotations` writes the same files

@@ -57,7 +57,7 @@ def make_pipeline(
     image_folder: Path,
     file_names: list[str] | None,
     *,
-    outputs: tuple[str, ...] = OUTPUTS,
+    output_names: tuple[str, ...] = OUTPUTS,
     checkpoint: bytes | None = None,
 ) -> dali.Pipeline:
     """A built pipeline with these nodes of the graph as outputs, from the start or from the position of `checkpoint`.
@@ -76,7 +76,7 @@ def make_pipeline(
     )
     with pipeline:
         nodes = training_graph(settings, annotations, image_folder, file_names)
-        pipeline.set_outputs(*(nodes[name] for name in outputs))
+        pipeline.set_outputs(*(nodes[name] for name in output_names))
     pipeline.build()
     return pipeline
 
@@ -111,8 +111,8 @@ def short_reason(error: Exception) -> str:
 def training_graph(settings: Settings, annotations: Path, image_folder: Path, file_names: list[str] | None) -> dict:
     """The graph's nodes by name.
 
-    annotations: the folder of `dali_files.write_reader_files`, with file_names None; or the file of `write_clean_file`,
-    with the file names in the order of the first epoch.
+    annotations: the folder of `dali_files.try_write_reader_files`, with file_names None; or the file of
+    `write_clean_file`, with the file names in the order of the first epoch.
     """
     on_gpu = settings.device_id is not None
     files, boxes, labels, ids = read_samples(settings, annotations, image_folder, file_names)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from src.data.annotations.coco import Annotations
-from src.data.images.decode import JPEG_END, JPEG_START, is_text
+from src.data.images.decode import JPEG_END, JPEG_START, is_utf8_path
 from src.data.pipelines.augment import colour_matrix
 from src.data.pipelines.batch import Batch, colour_and_normalise, normalise
 from src.data.pipelines.dali_decode_check import DaliDecodeCheck, size_error
-from src.data.pipelines.dali_files import write_clean_file, write_reader_files
+from src.data.pipelines.dali_files import try_write_reader_files, write_clean_file
 from src.data.pipelines.dali_graph import (
     AUGMENTATION_OUTPUTS,
     GPU_OUTPUTS,
@@ -53,8 +53,8 @@ class DaliTrainLoader:
 
     def __init__(self, annotations: Annotations, config: LoaderConfig, *, augment: bool = True) -> None:
         self.annotations = annotations
-        self.images = annotations.with_boxes()  # index in the annotations, by the graph's image id
-        self.num_images = len(self.images)
+        self.image_indices = annotations.with_boxes()  # index in the annotations, by the graph's image id
+        self.num_images = len(self.image_indices)
         self.batch_size = config.batch_size
         self.device = config.device
         self.dtype = config.dtype
@@ -63,11 +63,11 @@ class DaliTrainLoader:
         self.num_threads = max(1, config.num_workers)
         self.augment = augment
         self.warnings: list[str] = []
-        self._outputs: tuple[str, ...] = OUTPUTS
+        self._output_names: tuple[str, ...] = OUTPUTS
         if augment:
-            self._outputs += AUGMENTATION_OUTPUTS
+            self._output_names += AUGMENTATION_OUTPUTS
         if config.device.type == "cuda":
-            self._outputs += GPU_OUTPUTS
+            self._output_names += GPU_OUTPUTS
         self._complete_files: set[int] = set()  # images that decode, although JPEG's end marker is missing
         self._pipeline: dali.Pipeline | None = None
         self._first_epoch = 0  # that the pipeline ran
@@ -79,7 +79,7 @@ class DaliTrainLoader:
         return -(-share // self.batch_size)
 
     def set_epoch(self, epoch: int, start_iteration: int = 0) -> None:
-        """Has the next pass start at `start_iteration` of `epoch`.
+        """Moves the start of the next pass to `start_iteration` of `epoch`.
 
         If the pipeline is at another position, starts a new one, which depends on seed, epoch and rank only, and skips
         the iterations before.
@@ -92,14 +92,15 @@ class DaliTrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches from the current position to the end of its epoch."""
-        self._ensure_started()
+        # A pipeline that starts here sets the position.
+        self._started_pipeline()
         for _ in range(len(self) - self._position % len(self)):
             yield self._next_batch()
 
     def state_dict(self) -> dict[str, Any]:
         """The state after the last batch: DALI's checkpoint, and the settings for which it is valid."""
         return {
-            "checkpoint": self._ensure_started().checkpoint(),
+            "checkpoint": self._started_pipeline().checkpoint(),
             "first_epoch": self._first_epoch,
             "position": self._position,
             "fingerprint": self.fingerprint(),
@@ -108,8 +109,8 @@ class DaliTrainLoader:
     def load_state_dict(self, state: dict[str, Any], *, epoch: int, iteration: int) -> None:
         """Restores `state`, taken in `epoch` after `iteration` iterations.
 
-        A state of other settings or of the other pipeline raises UserError inside an epoch.  Between epochs it causes a
-        line in `warnings`, and the next pass starts a new pipeline.
+        Inside an epoch, raises UserError if `state` was written with other settings or by `--data_pipeline no_dali`.
+        Between epochs such a state causes a line in `warnings` instead, and the next pass starts a new pipeline.
         """
         differences = self._differences(state)
         if not differences:
@@ -119,8 +120,8 @@ class DaliTrainLoader:
             return
         if iteration % len(self):
             raise UserError(
-                f"cannot continue inside epoch {epoch}: the checkpoint was written with {differences}: continue with "
-                "what it was written with, or from a checkpoint of an epoch's end"
+                f"cannot continue inside epoch {epoch}: the checkpoint was written with {differences}: use the "
+                "settings of the checkpoint, or a checkpoint from the end of an epoch"
             )
         self.close()
         self._first_epoch, self._position = epoch + iteration // len(self), 0
@@ -147,10 +148,11 @@ class DaliTrainLoader:
         self._pipeline = None
         gc.collect()  # DALI's pipeline objects are parts of reference cycles
 
-    def build(self, outputs: tuple[str, ...], checkpoint: bytes | None = None) -> dali.Pipeline:
+    def build(self, output_names: tuple[str, ...], checkpoint: bytes | None = None) -> dali.Pipeline:
         """A pipeline with this loader's settings and these outputs; see `make_pipeline`."""
-        if not is_text(self.annotations.image_folder):
-            read_image(self.annotations, int(self.images[0]))  # raises UserError: DALI would not name the path
+        if not is_utf8_path(self.annotations.image_folder):
+            # Raises UserError with the path: DALI cannot open a path that is not UTF-8, and would not name it.
+            read_image(self.annotations, int(self.image_indices[0]))
         with tempfile.TemporaryDirectory(prefix="ssd300-") as folder:
             annotations, names = self._write_annotations(Path(folder))
             try:
@@ -159,7 +161,7 @@ class DaliTrainLoader:
                     annotations,
                     self.annotations.image_folder,
                     names,
-                    outputs=outputs,
+                    output_names=output_names,
                     checkpoint=checkpoint,
                 )
             except RuntimeError as error:
@@ -181,10 +183,10 @@ class DaliTrainLoader:
         )
 
     def _write_annotations(self, folder: Path) -> tuple[Path, list[str] | None]:
-        """Writes the annotations into the folder; the arguments `annotations` and `file_names` of `make_pipeline`."""
+        """Writes the annotations into `folder`; returns `make_pipeline`'s arguments `annotations` and `file_names`."""
         order = self._first_order()
         with convert_write_errors(folder):
-            if write_reader_files(self.annotations, order, folder):
+            if try_write_reader_files(self.annotations, order, folder):
                 return folder, None
             annotation_file = folder / "annotations.json"
             write_clean_file(self.annotations, annotation_file)
@@ -192,19 +194,20 @@ class DaliTrainLoader:
 
     def _first_order(self) -> np.ndarray:
         """The images in the order of the first epoch, repeated to at least one per process, as DALI requires."""
-        order = np.random.default_rng([self.seed, self._first_epoch]).permutation(self.images)
+        order = np.random.default_rng([self.seed, self._first_epoch]).permutation(self.image_indices)
         return np.resize(order, max(len(order), self.world_size))
 
     def _position_of(self, epoch: int, iteration: int) -> int:
         return (epoch - self._first_epoch) * len(self) + iteration
 
-    def _ensure_started(self) -> dali.Pipeline:
+    def _started_pipeline(self) -> dali.Pipeline:
+        """The running pipeline; starts one if none runs."""
         return self._start(self._first_epoch) if self._pipeline is None else self._pipeline
 
     def _start(self, epoch: int, checkpoint: bytes | None = None) -> dali.Pipeline:
         self.close()
         self._first_epoch, self._position = epoch, 0
-        self._pipeline = self.build(self._outputs, checkpoint)
+        self._pipeline = self.build(self._output_names, checkpoint)
         return self._pipeline
 
     def _differences(self, state: dict[str, Any]) -> str:
@@ -219,16 +222,16 @@ class DaliTrainLoader:
         """The pipeline's next outputs by name; they share the pipeline's memory."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
-            outputs = self._ensure_started().run(stream)
+            outputs = self._started_pipeline().run(stream)
         except RuntimeError as error:
-            raise self._find_broken_image(short_reason(error)) from None
+            raise self._broken_image_error(short_reason(error)) from None
         self._position += 1
         tensors = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-        return dict(zip(self._outputs, tensors, strict=True))
+        return dict(zip(self._output_names, tensors, strict=True))
 
     def _next_batch(self) -> Batch:
         outputs = self._run()
-        indices = self.images[outputs["ids"].flatten().numpy()]
+        indices = self.image_indices[outputs["ids"].flatten().numpy()]
         # Boxes were scaled by the annotation file's sizes.
         differ = (outputs["sizes"][:, [1, 0]].numpy() != self.annotations.sizes[indices]).any(axis=1)
         for index in indices[differ]:
@@ -242,7 +245,7 @@ class DaliTrainLoader:
             images = colour_and_normalise(images, colour, self.dtype)
         else:
             images = normalise(images, self.dtype)
-        # The graph matches to the default boxes in reverse order.
+        # The graph's boxes and labels are in the reverse order of the default boxes.
         return Batch(images, outputs["boxes"].flip(1), outputs["labels"].flip(1))
 
     def _check_complete(self, indices: np.ndarray, first_and_last_bytes: np.ndarray) -> None:
@@ -259,7 +262,7 @@ class DaliTrainLoader:
 
     # --- a broken image ---
 
-    def _find_broken_image(self, reason: str) -> UserError:
+    def _broken_image_error(self, reason: str) -> UserError:
         """The error that names the image on which DALI failed: DALI's own messages often do not."""
         position = self._position
         self.close()
@@ -280,15 +283,16 @@ class DaliTrainLoader:
 
     def _require_files(self) -> None:
         """Raises DataError for the first image whose file is missing, empty or not readable."""
-        for index in self.images:
+        for index in self.image_indices:
             path = self.annotations.image_path(index)
             if not os.access(path, os.R_OK) or path.stat().st_size == 0:
                 read_image(self.annotations, index)
 
     def _images_after(self, position: int) -> list[int]:
-        """The images of the batches that were being prepared, from a graph that repeats the order and decodes nothing.
+        """The images of the batches that DALI was preparing after `position` batches.
 
-        Empty after SEARCH_SECONDS: other processes would time out and report that instead of the image.
+        A graph that reads the same images in the same order, without decoding them, finds them.  Empty after
+        SEARCH_SECONDS: other processes would time out and report that instead of the image.
         """
         reader = self.build(("ids",))
         deadline = time.monotonic() + SEARCH_SECONDS
@@ -297,7 +301,7 @@ class DaliTrainLoader:
             if time.monotonic() > deadline:
                 return []
         ids = [torch.from_dlpack(reader.run()[0].as_tensor()).flatten() for _ in range(PREFETCH + 1)]
-        return self.images[torch.cat(ids).numpy()].tolist()
+        return self.image_indices[torch.cat(ids).numpy()].tolist()
 
 
 def _derived_seed(*parts: int) -> int:

@@ -32,7 +32,7 @@ class TrainLoader(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
     def set_epoch(self, epoch: int, start_iteration: int = 0) -> None:
-        """Has the next pass start at `start_iteration` of `epoch`."""
+        """Moves the start of the next pass to `start_iteration` of `epoch`."""
         ...
 
     def state_dict(self) -> dict:

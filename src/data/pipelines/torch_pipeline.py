@@ -138,7 +138,7 @@ class TorchTrainLoader:
         return len(self.sampler)
 
     def set_epoch(self, epoch: int, start_iteration: int = 0) -> None:
-        """Has the next pass start at `start_iteration` of `epoch`, without decoding earlier images."""
+        """Moves the start of the next pass to `start_iteration` of `epoch`, without decoding earlier images."""
         self.sampler.epoch = epoch
         self.sampler.start = start_iteration
 

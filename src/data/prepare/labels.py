@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 from unicodedata import normalize
 
-from src.data.images.decode import DATASET_FORMATS, is_text
+from src.data.images.decode import DATASET_FORMATS, is_utf8_path
 from src.data.images.exif import TRANSPOSED, read_orientation
 from src.data.images.formats import read_format, read_size
 from src.runtime.errors import DataError, UserError, escape_control_characters
@@ -89,7 +89,7 @@ class Checker:
     def _read_size(self, path: Path) -> tuple[int, int, int]:
         kind = read_format(path)
         width, height = read_size(path)
-        if not is_text(path):
+        if not is_utf8_path(path):
             self.add_fault(path, "the file name is not UTF-8; rename it")
         elif kind is not None and kind not in DATASET_FORMATS:
             self.add_fault(path, f"a {kind} picture cannot be trained on; store it as JPEG")

@@ -85,7 +85,7 @@ def test_dalis_windows_are_of_the_turned_picture(upright):
     for _ in range(6):
         ids, anchors, shapes, images = (output.as_array() for output in pipeline.run())
         for number, anchor, shape, image in zip(ids[:, 0], anchors, shapes, images, strict=True):
-            index = int(loader.images[number])
+            index = int(loader.image_indices[number])
             width, height = upright.sizes[index]
             left, top = np.round(anchor * (width, height)).astype(int)
             right, bottom = np.round((anchor + shape) * (width, height)).astype(int)
