@@ -81,8 +81,8 @@ def train_and_score(annotations: Annotations, *, pipeline: str, seed: int, devic
             train_epoch(trainer, loader, schedule, position=position, shutdown=shutdown, report=report)
     images = EvaluationLoader(annotations, LoaderConfig(batch_size=IMAGES, num_workers=0, device=device))
     found = evaluate(trainer.model, images, annotations, processes=processes, amp=trainer.amp)
-    print(", ".join(f"{name} {value:.4f}" for name, value in found.scores.metrics.items() if value is not None))
-    mean_precision = found.scores.metrics["mAP"]
+    print(", ".join(f"{name} {value:.4f}" for name, value in found.coco_metrics.summary.items() if value is not None))
+    mean_precision = found.coco_metrics.summary["mAP"]
     assert mean_precision is not None  # the images have boxes
     return mean_precision
 

@@ -20,7 +20,7 @@ from src.evaluation.confusion import (
     write_confusion,
 )
 from src.evaluation.results import Results, scale_boxes, write_results
-from src.evaluation.scoring import IOU_THRESHOLDS, RECALLS, Scores
+from src.evaluation.scoring import IOU_THRESHOLDS, RECALLS, CocoMetrics
 from src.evaluation.thresholds import SCORES, Thresholds
 from src.report.confusion_plot import draw_confusion
 from src.report.drawing import PANEL_SIDE
@@ -38,7 +38,7 @@ class ArtifactInputs(NamedTuple):
     """The content of an evaluation's files, before any file is drawn or written."""
 
     results: Results
-    precision: np.ndarray  # [T, R, K], see Scores
+    precision: np.ndarray  # [T, R, K], see CocoMetrics
     thresholds: Thresholds
     truth: TruthBoxes
     names: list[str]  # of the K categories
@@ -49,7 +49,7 @@ class ArtifactInputs(NamedTuple):
 
 def collect_artifact_inputs(
     results: Results,
-    scores: Scores,
+    coco_metrics: CocoMetrics,
     validation: Annotations,
     *,
     metrics_file: Path | None = None,
@@ -58,8 +58,8 @@ def collect_artifact_inputs(
     """The inputs of `write_artifacts`; reads the example images.  Raises DataError if one of them cannot be read."""
     return ArtifactInputs(
         results=results,
-        precision=scores.precision,
-        thresholds=scores.thresholds,
+        precision=coco_metrics.precision,
+        thresholds=coco_metrics.thresholds,
         truth=collect_truth_boxes(validation),
         names=[category.name for category in validation.categories],
         examples=[_make_example(validation, results, index) for index in _example_indices(validation)],

@@ -70,7 +70,7 @@ class BackgroundFiles:
         """Runs in the thread, because reading the example images and sending 637,000 detections takes a second."""
         assert evaluation.results is not None and process.stdin is not None and process.stdout is not None
         inputs = collect_artifact_inputs(
-            evaluation.results, evaluation.scores, validation, metrics_file=metrics, metrics_size=size
+            evaluation.results, evaluation.coco_metrics, validation, metrics_file=metrics, metrics_size=size
         )
         with suppress(BrokenPipeError):  # the exit status below says why
             pickle.dump(inputs, process.stdin, pickle.HIGHEST_PROTOCOL)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from src.data.annotations.coco import Annotations
 from src.data.pipelines.loaders import EvaluationLoader
 from src.evaluation.results import DECIMALS, Results, join_results, scale_boxes
-from src.evaluation.scoring import Scores, merge_shards, score_shard, shard_categories
+from src.evaluation.scoring import CocoMetrics, merge_shards, score_shard, shard_categories
 from src.evaluation.timing import summarise_ranks, timed
 from src.evaluation.validation_loss import ValidationLoss, mean_losses
 from src.report.progress import Bar, NullBar
@@ -42,7 +42,7 @@ class EvaluationConfig:
 class Evaluation(NamedTuple):
     """The outcome of `evaluate`."""
 
-    scores: Scores  # on every rank
+    coco_metrics: CocoMetrics  # on every rank
     results: Results | None  # on rank 0
     non_finite: int  # default boxes of all images whose output was NaN or infinite; they detect nothing
     seconds: dict[str, float]  # where the time went, see `summarise_ranks`; on rank 0, elsewhere empty
@@ -170,10 +170,10 @@ def score_distributed(
     if gathered is None:
         return Evaluation(*processes.broadcast_object())
     with timed(seconds, "scoring"):
-        scores = merge_shards(annotations, [metrics for metrics, _ in gathered])
-    processes.broadcast_object((scores, None, non_finite, {}, losses))
+        coco_metrics = merge_shards(annotations, [metrics for metrics, _ in gathered])
+    processes.broadcast_object((coco_metrics, None, non_finite, {}, losses))
     all_seconds = summarise_ranks([seconds, *(others for _, others in gathered[1:])])
-    return Evaluation(scores, results, non_finite, all_seconds, losses)
+    return Evaluation(coco_metrics, results, non_finite, all_seconds, losses)
 
 
 @contextmanager

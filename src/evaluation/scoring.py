@@ -1,7 +1,7 @@
-"""COCO's scores of detections, by faster-coco-eval.
+"""COCO's metrics of detections, by faster-coco-eval.
 
 A category's precision and recall depend on its own boxes alone, so ranks score different categories (a CategoryShard
-each) and the merged scores equal those of one process bit for bit.
+each) and the merged metrics equal those of one process bit for bit.
 Shapes: B boxes, I images and K categories of the annotation file (K' of a shard), T = 10 IoU thresholds, R = 101
 recalls, A = 4 area ranges, M = 3 limits on the number of detections per image.
 """
@@ -39,17 +39,17 @@ RECALLS = tuple(np.linspace(0, 1, 101).round(2).tolist())
 COST_PER_IMAGE = 0.1
 
 
-class Scores(NamedTuple):
-    """COCO's scores of detections.  None: not defined, because there is no ground truth."""
+class CocoMetrics(NamedTuple):
+    """COCO's metrics of detections.  None: not defined, because there is no ground truth."""
 
-    metrics: dict[str, float | None]  # the keys are METRIC_NAMES
+    summary: dict[str, float | None]  # the keys are METRIC_NAMES
     precision: np.ndarray  # [T, R, K], all areas, at most 100 detections per image; -1: not defined
     category_ap: dict[str, float | None]  # by name, in the order of the labels; equal names get their ids
     thresholds: Thresholds
 
 
-def score(annotations: Annotations, results: Results) -> Scores:
-    """The scores, computed by this process alone.  Without detections the metrics are 0."""
+def score(annotations: Annotations, results: Results) -> CocoMetrics:
+    """The metrics, computed by this process alone; without detections all that are defined are 0."""
     (shard,) = shard_categories(annotations, results, 1)
     return merge_shards(annotations, [score_shard(shard)])
 
@@ -154,8 +154,8 @@ def score_shard(shard: CategoryShard) -> ShardMetrics:
     )
 
 
-def merge_shards(annotations: Annotations, shards: Sequence[ShardMetrics]) -> Scores:
-    """The scores of all categories; every category must be in one of the shards."""
+def merge_shards(annotations: Annotations, shards: Sequence[ShardMetrics]) -> CocoMetrics:
+    """The metrics of all categories; every category must be in one of the shards."""
     order = np.argsort(np.concatenate([shard.labels for shard in shards]))
     precision = np.concatenate([shard.precision for shard in shards], axis=2)[:, :, order]  # [T, R, K, A, M]
     recall = np.concatenate([shard.recall for shard in shards], axis=1)[:, order]  # [T, K, A, M]
@@ -166,8 +166,8 @@ def merge_shards(annotations: Annotations, shards: Sequence[ShardMetrics]) -> Sc
     scorer.summarize()
     overall = precision[:, :, :, 0, -1]  # all areas, 100 detections
     by_category = zip(_unique_names(annotations), np.moveaxis(overall, 2, 0), strict=True)
-    return Scores(
-        metrics={name: _none_if_negative(value) for name, value in zip(METRIC_NAMES, scorer.stats, strict=True)},
+    return CocoMetrics(
+        summary={name: _none_if_negative(value) for name, value in zip(METRIC_NAMES, scorer.stats, strict=True)},
         precision=overall,
         category_ap={name: _none_if_negative(precision.mean()) for name, precision in by_category},
         thresholds=find_best_thresholds(overall[0], score_at_recall, num_truth),

@@ -12,7 +12,7 @@ from src.data.pipelines.loaders import EvaluationLoader, LoaderConfig
 from src.evaluation.artifacts import collect_artifact_inputs, write_artifacts
 from src.evaluation.background_files import BackgroundFiles
 from src.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate, log_non_finite
-from src.evaluation.scoring import Scores
+from src.evaluation.scoring import CocoMetrics
 from src.report.report import Report, RunContext
 from src.report.startup import compare_data, log_data_warnings
 from src.runtime.errors import UserError, escape_control_characters
@@ -41,14 +41,14 @@ def make_evaluation(
             files.finish()
             report.begin_evaluation(epoch)
             evaluation = run_evaluation()
-            scores = evaluation.scores
-            details = {"score_thresholds": scores.thresholds.as_record(list(scores.category_ap))}
-            metrics = scores.metrics | (evaluation.losses or {})
+            coco_metrics = evaluation.coco_metrics
+            details = {"score_thresholds": coco_metrics.thresholds.as_record(list(coco_metrics.category_ap))}
+            metrics = coco_metrics.summary | (evaluation.losses or {})
             report.log_evaluation(epoch=epoch, metrics=metrics, seconds=evaluation.seconds, details=details)
             if context.processes.is_main:
                 log_evaluation_warnings(report, evaluation)
                 files.start(evaluation, validation)
-            return scores.metrics["mAP"], {"score_thresholds": scores.thresholds.as_state()}
+            return coco_metrics.summary["mAP"], {"score_thresholds": coco_metrics.thresholds.as_state()}
 
         yield evaluate_epoch
 
@@ -77,17 +77,17 @@ def score_checkpoint(
     )
     with _evaluator(model, validation, config, context) as run_evaluation:
         evaluation = run_evaluation()
-    log_metrics(report, evaluation.scores)
+    log_metrics(report, evaluation.coco_metrics)
     for name, loss in (evaluation.losses or {}).items():
         report.note(f"{name.replace('_', ' ')}: {'not finite' if loss is None else f'{loss:.4f}'}")
     if processes.is_main:
         assert evaluation.results is not None
         log_evaluation_warnings(report, evaluation)
-        inputs = collect_artifact_inputs(evaluation.results, evaluation.scores, validation)
+        inputs = collect_artifact_inputs(evaluation.results, evaluation.coco_metrics, validation)
         failures = write_artifacts(inputs, make_folder(context.output))
         if failures:
             raise UserError("; ".join(failures))
-    return evaluation.scores.metrics["mAP"]
+    return evaluation.coco_metrics.summary["mAP"]
 
 
 @contextmanager
@@ -117,17 +117,17 @@ def log_evaluation_warnings(report: Report, evaluation: Evaluation) -> None:
         report.note("Nothing was detected with a score above the threshold")
 
 
-def log_metrics(report: Report, scores: Scores) -> None:
+def log_metrics(report: Report, coco_metrics: CocoMetrics) -> None:
     """Prints COCO's 12 metrics, each category's mAP and the score thresholds, a line each."""
-    for name, value in scores.metrics.items():
+    for name, value in coco_metrics.summary.items():
         report.note(f"{name:<9} {_metric_text(value)}")
-    category_ap = {escape_control_characters(name): value for name, value in scores.category_ap.items()}
+    category_ap = {escape_control_characters(name): value for name, value in coco_metrics.category_ap.items()}
     width = max(map(len, category_ap))
     report.note("mAP by category:")
     for name, value in category_ap.items():
         report.note(f"  {name:<{width}}  {_metric_text(value)}")
     report.note("Score with the best F1 at IoU 0.5, and F1, precision and recall at that score:")
-    thresholds = scores.thresholds
+    thresholds = coco_metrics.thresholds
     for name, threshold in zip(["(all)", *category_ap], [thresholds.overall, *thresholds.by_category], strict=True):
         shown = "  ".join(f"{value:.4f}" for value in threshold) if threshold else "not defined"
         report.note(f"  {name:<{max(width, 5)}}  {shown}")

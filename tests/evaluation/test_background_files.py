@@ -80,7 +80,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 def test_the_files_equal_those_written_in_the_same_process(validation, evaluation, report, tmp_path, capsys):
     expected = tmp_path / "expected"
     expected.mkdir()
-    inputs = collect_artifact_inputs(evaluation.results, evaluation.scores, validation)
+    inputs = collect_artifact_inputs(evaluation.results, evaluation.coco_metrics, validation)
     assert write_artifacts(inputs, expected) == []
     draw_training(tmp_path / "run" / "metrics.jsonl", expected / "training.png")
     with BackgroundFiles(tmp_path / "run", report) as files:

@@ -101,9 +101,9 @@ def test_a_perfect_detector_scores_1_and_every_module_keeps_its_mode(annotations
             pass
 
     evaluation = evaluate(model, numbered_batches(range(5)), annotations, processes=ALONE, progress=Progress)
-    assert list(evaluation.scores.metrics) == list(METRIC_NAMES)
-    assert evaluation.scores.metrics["mAP"] == pytest.approx(1)
-    assert evaluation.scores.category_ap == {"square": pytest.approx(1), "disc": pytest.approx(1)}
+    assert list(evaluation.coco_metrics.summary) == list(METRIC_NAMES)
+    assert evaluation.coco_metrics.summary["mAP"] == pytest.approx(1)
+    assert evaluation.coco_metrics.category_ap == {"square": pytest.approx(1), "disc": pytest.approx(1)}
     assert evaluation.results.image_ids.tolist() == [1, 2, 2, 4, 5]
     assert evaluation.non_finite == 0
     assert len(steps) == 3
@@ -121,7 +121,7 @@ def test_non_finite_output_is_counted_and_scores_0(annotations):
     evaluation = evaluate(NanDetector(), numbered_batches(range(5)), annotations, processes=ALONE)
     assert evaluation.non_finite == 5 * NUM_DEFAULT_BOXES
     assert len(evaluation.results.scores) == 0
-    assert evaluation.scores.metrics["mAP"] == 0
+    assert evaluation.coco_metrics.summary["mAP"] == 0
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
@@ -136,7 +136,7 @@ def test_any_number_of_processes_scores_the_same_on_every_rank(annotations, worl
     evaluations = Ranks(world_size).all_do(evaluate_shard)
     assert evaluations[0].seconds["waiting"] >= 0
     for number, evaluation in enumerate(evaluations):
-        assert evaluation.scores.metrics == alone.scores.metrics
+        assert evaluation.coco_metrics.summary == alone.coco_metrics.summary
         assert evaluation.losses == pytest.approx(alone.losses, rel=1e-5)
         assert (evaluation.results is None) == (number > 0)
     for ours, theirs in zip(evaluations[0].results, alone.results, strict=True):
@@ -156,4 +156,4 @@ def test_the_network_itself_on_real_files_in_half_precision(annotations):
     assert evaluation.non_finite == 0
     assert set(evaluation.results.image_ids) <= set(annotations.image_ids)
     assert np.isfinite(evaluation.results.boxes).all()
-    assert 0 <= evaluation.scores.metrics["mAP"] < 0.5
+    assert 0 <= evaluation.coco_metrics.summary["mAP"] < 0.5

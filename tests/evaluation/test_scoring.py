@@ -8,7 +8,7 @@ import pytest
 
 from src.data.annotations.coco import read_annotations
 from src.evaluation.results import Results, join_results, write_results
-from src.evaluation.scoring import METRIC_NAMES, Scores, merge_shards, score, score_shard, shard_categories
+from src.evaluation.scoring import METRIC_NAMES, CocoMetrics, merge_shards, score, score_shard, shard_categories
 from tests.helpers.datasets import annotation, write_annotations
 from tests.helpers.pycocotools_scorer import plain_scorer
 
@@ -58,14 +58,14 @@ def random_file(folder, *, seed: int, image_ids, categories, crowds: float = 0.1
 CATEGORIES = [{"id": 90, "name": "kite"}, {"id": 1, "name": "person"}, {"id": 7, "name": "train"}]
 
 
-def scored_in_shards(annotations, results: Results, count: int) -> Scores:
+def scored_in_shards(annotations, results: Results, count: int) -> CocoMetrics:
     """As so many processes score, which may be more than there are categories."""
     return merge_shards(annotations, [score_shard(shard) for shard in shard_categories(annotations, results, count)])
 
 
-def assert_same(ours: Scores, theirs: Scores) -> None:
+def assert_same(ours: CocoMetrics, theirs: CocoMetrics) -> None:
     """Bit for bit."""
-    assert (ours.metrics, ours.category_ap) == (theirs.metrics, theirs.category_ap)
+    assert (ours.summary, ours.category_ap) == (theirs.summary, theirs.category_ap)
     assert np.array_equal(ours.precision, theirs.precision)
 
 
@@ -73,17 +73,17 @@ def assert_scores_as_pycocotools(annotation_file, folder, results: Results) -> N
     annotations = read_annotations(annotation_file, folder, for_scoring=True)
     results = join_results([results], annotations)
     write_results(folder / "detections.json", results)
-    scores = score(annotations, results)
+    coco_metrics = score(annotations, results)
     for processes in (2, 3, 5):
-        assert_same(scored_in_shards(annotations, results, processes), scores)
+        assert_same(scored_in_shards(annotations, results, processes), coco_metrics)
     expected = plain_scorer(annotation_file, folder / "detections.json")
-    metrics = [-1 if value is None else value for value in scores.metrics.values()]
+    metrics = [-1 if value is None else value for value in coco_metrics.summary.values()]
     np.testing.assert_allclose(metrics, expected.stats, rtol=0, atol=1e-12)
     position = [sorted(category.id for category in annotations.categories).index(c.id) for c in annotations.categories]
     precision = expected.eval["precision"][:, :, position, 0, -1]
-    np.testing.assert_allclose(scores.precision, precision, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(coco_metrics.precision, precision, rtol=0, atol=1e-12)
     for category, column in zip(annotations.categories, np.moveaxis(precision, 2, 0), strict=True):
-        ap = scores.category_ap[category.name]
+        ap = coco_metrics.category_ap[category.name]
         assert ap == (pytest.approx(column.mean()) if column.max() > -1 else None)
 
 
@@ -138,7 +138,7 @@ def test_a_missing_area_is_width_times_height(tmp_path):
     bare = write_annotations(tmp_path / "without", content, "val")
     results = noisy_results(file, seed=4)
     bare, expected = (
-        score(read_annotations(path, tmp_path, for_scoring=True), results).metrics for path in (bare, expected)
+        score(read_annotations(path, tmp_path, for_scoring=True), results).summary for path in (bare, expected)
     )
     assert bare == expected
 
@@ -149,7 +149,7 @@ def test_the_file_may_change_or_vanish_after_it_was_read(tmp_path):
     results = noisy_results(file, seed=5)
     annotations = read_annotations(file, tmp_path, for_scoring=True)
     expected = score(annotations, results)
-    assert expected.metrics["mAP"] > 0
+    assert expected.summary["mAP"] > 0
     content = json.loads(file.read_text())
     write_annotations(tmp_path, {**content, "annotations": content["annotations"][:1]}, "val")
     assert_same(score(annotations, results), expected)
@@ -160,11 +160,11 @@ def test_the_file_may_change_or_vanish_after_it_was_read(tmp_path):
 def test_nothing_detected_scores_0(tmp_path):
     file = random_file(tmp_path, seed=0, image_ids=[1, 2], categories=CATEGORIES)
     annotations = read_annotations(file, tmp_path, for_scoring=True)
-    scores = score(annotations, NO_RESULTS)
-    assert_same(scored_in_shards(annotations, NO_RESULTS, 5), scores)
-    assert set(scores.metrics.values()) <= {0, None}
-    assert (scores.metrics["mAP"], scores.metrics["AR100"]) == (0, 0)
-    assert scores.category_ap == {"kite": 0, "person": 0, "train": None}
+    coco_metrics = score(annotations, NO_RESULTS)
+    assert_same(scored_in_shards(annotations, NO_RESULTS, 5), coco_metrics)
+    assert set(coco_metrics.summary.values()) <= {0, None}
+    assert (coco_metrics.summary["mAP"], coco_metrics.summary["AR100"]) == (0, 0)
+    assert coco_metrics.category_ap == {"kite": 0, "person": 0, "train": None}
 
 
 def test_without_ground_truth_no_metric_is_defined(tmp_path):
@@ -175,8 +175,8 @@ def test_without_ground_truth_no_metric_is_defined(tmp_path):
     annotations = read_annotations(file, tmp_path, categories=categories, for_scoring=True)
     results = Results(np.array([1]), np.array([90]), np.array([[1.0, 2, 3, 4]]), np.array([0.5]))
     for found in (results, NO_RESULTS):
-        assert score(annotations, found).metrics == dict.fromkeys(METRIC_NAMES)
-        assert scored_in_shards(annotations, found, 2).metrics == dict.fromkeys(METRIC_NAMES)
+        assert score(annotations, found).summary == dict.fromkeys(METRIC_NAMES)
+        assert scored_in_shards(annotations, found, 2).summary == dict.fromkeys(METRIC_NAMES)
 
 
 def test_shards_have_about_equal_numbers_of_detections(tmp_path):

@@ -194,7 +194,7 @@ def main(folder: Path, local_rank: int) -> None:
         report["metrics"] = {}
         for count in (2, 8):
             found = evaluation(read(folder / str(count), "val", for_scoring=True), processes)
-            report["metrics"][count] = found.scores.metrics
+            report["metrics"][count] = found.coco_metrics.summary
             if processes.is_main:
                 np.savez(folder / f"results-{count}.npz", **found.results._asdict())
         rank = os.environ["RANK"]

@@ -83,8 +83,8 @@ def test_evaluation_gives_the_same_metrics_on_any_number_of_processes(launched, 
     torch.set_num_threads(1)
     alone = rank_programs.evaluation(annotations, ALONE)
     torch.set_num_threads(threads)
-    assert [report["metrics"][str(count)] for report in reports] == [alone.scores.metrics] * len(reports)
-    assert alone.scores.metrics["AP50"] > 0
+    assert [report["metrics"][str(count)] for report in reports] == [alone.coco_metrics.summary] * len(reports)
+    assert alone.coco_metrics.summary["AP50"] > 0
     with np.load(folder / f"results-{count}.npz") as results:
         assert results["image_ids"].dtype == np.int64
         assert sorted(set(results["image_ids"])) == [rank_programs.FIRST_ID + i for i in range(len(annotations))]
