@@ -1,7 +1,8 @@
 """All benchmarks in one table: `python -m benchmarks [NAME ...] [--data DIR] [--gpu] [--json FILE]`.
 
-Each figure has a baseline that is measured in turns with it, because machines differ and their speed drifts: the ratio
-counts.  A ratio whose turns spread by more than a tenth is unsteady: measure again on a quiet machine.
+Most figures have a baseline that is measured in turns with them, because machines differ and their speed drifts: the
+ratio counts.  A ratio whose turns spread by more than a tenth is unsteady: measure again on a quiet machine.  The other
+figures stand alone or beside a fixed limit.
 """
 
 import argparse

@@ -43,7 +43,7 @@ class Cost(NamedTuple):
     """What a call takes."""
 
     seconds: float  # of the processor: the call has one thread, so that a busy machine matters less
-    peak: float  # MB of the process's own memory, without pages of files
+    peak: float  # MB that the call adds to the process's own memory at most, without pages of files
     kept: float  # MB that the result keeps resident
 
 
@@ -59,7 +59,7 @@ def run(*, images: int = IMAGES) -> Iterator[dict]:
         size = f"{file.stat().st_size / MEGABYTE:.0f} MB of annotations"
         yield cost(f"reading {size}, beside json.load (processor s)", pair, READING_GOAL)
         yield limit("  the same, beside the limit (processor s)", pair.ours, READING_LIMIT)
-        yield limit("  memory of its own at its peak, beside the limit (MB)", reading.peak, PEAK_LIMIT)
+        yield limit("  memory that it takes at its peak, beside the limit (MB)", reading.peak, PEAK_LIMIT)
         yield limit("  kept, beside the limit (MB)", reading.kept, KEPT_LIMIT)
         growth = in_new_process(worker_growth, file, image_folder)
         yield limit("  a worker's own after one epoch's annotations, beside the limit (MB)", growth, WORKER_LIMIT)
@@ -82,7 +82,7 @@ def ten_times_rows(seconds: float, *, images: int = 10 * IMAGES) -> Iterator[dic
         needed = in_new_process(measure, read_annotations, file, file.parent)
     pair = Pair(needed.seconds, seconds, 0.0)
     yield cost("reading ten times COCO, beside COCO (processor s)", pair, TEN_TIMES_GOAL)
-    yield limit("  memory of its own at its peak, beside the limit (MB)", needed.peak, TEN_TIMES_LIMIT)
+    yield limit("  memory that it takes at its peak, beside the limit (MB)", needed.peak, TEN_TIMES_LIMIT)
 
 
 def in_new_process(function: Callable[..., T], *arguments: object) -> T:
@@ -114,7 +114,7 @@ def measure(function: Callable, *arguments: object) -> Cost:
     watcher.join()
     kept = resident("RssAnon") - before
     del result
-    return Cost(seconds, peak, kept)
+    return Cost(seconds, peak - before, kept)
 
 
 def available() -> float:

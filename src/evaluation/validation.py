@@ -126,7 +126,7 @@ def log_metrics(report: Report, coco_metrics: CocoMetrics) -> None:
     report.note("mAP by category:")
     for name, value in category_ap.items():
         report.note(f"  {name:<{width}}  {_metric_text(value)}")
-    report.note("Score with the best F1 at IoU 0.5, and F1, precision and recall at that score:")
+    report.note("Score with the best F1 at IoU 0.5, and F1, precision and recall from that score on:")
     thresholds = coco_metrics.thresholds
     for name, threshold in zip(["(all)", *category_ap], [thresholds.overall, *thresholds.by_category], strict=True):
         shown = "  ".join(f"{value:.4f}" for value in threshold) if threshold else "not defined"

@@ -148,7 +148,7 @@ class AnnotationTableBuilder:
             found = find_category(block)
             if (found < 0).any():
                 first = int(np.argmin(found))
-                entry = {"id": int(self._ids.array()[start + first]) if self._all_have_ids else None}
+                entry = {"id": int(self._ids.array()[start + first])} if self._all_have_ids else {}
                 raise DataError(
                     f"{path}: {describe('annotations', start + first, entry)} has category_id {block[first]}, "
                     f"which is not in `categories` (ids there: {join_first(category_ids)})"

@@ -43,7 +43,7 @@ KILL_SECONDS = 1  # until a killed worker is gone
 FEWER_WORKERS_HINT = "use fewer workers or none (--num-workers 0)"
 # Torch's iterator prints a traceback if it is collected before all its workers have started.  The tracebacks of these
 # errors keep such iterators alive until the process exits.
-_FAILED_STARTS: list[Exception] = []
+_FAILED_STARTS: list[BaseException] = []
 
 
 class CheckedLoader:
@@ -109,7 +109,7 @@ class CheckedLoader:
         gc.freeze()
         try:
             self._batches = iter(self._loader)
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C and SIGTERM, too
             _FAILED_STARTS.append(error)
             raise
         finally:

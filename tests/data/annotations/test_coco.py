@@ -181,6 +181,9 @@ def test_categories_of_one_name_cause_a_warning(tmp_path):
 def test_an_unknown_category_id_is_refused(tmp_path):
     message = error_of(tmp_path, content([annotation(1), annotation(1, category_id=3)]))
     assert "annotations[1] (id 2) has category_id 3" in message and "ids there: 1, 2" in message
+    entries = [{**annotation(1), "id": None}, {**annotation(1, category_id=3), "id": 2}]
+    message = error_of(tmp_path, {**content(), "annotations": entries})
+    assert "annotations[1] has category_id 3" in message
 
 
 def test_annotations_of_other_images_are_left_out(tmp_path):

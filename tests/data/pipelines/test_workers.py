@@ -156,6 +156,26 @@ def test_a_worker_that_cannot_be_started(kind, data, monkeypatch):
     assert multiprocessing.active_children() == []
 
 
+def test_an_interrupt_while_workers_start_prints_no_traceback(kind, data, monkeypatch):
+    """Torch's half-made iterator would print one when it is collected."""
+    fork, calls, unraisable = os.fork, iter(range(9)), []
+
+    def interrupted() -> int:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return fork()
+
+    monkeypatch.setattr(os, "fork", interrupted)
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with pytest.raises(KeyboardInterrupt):
+        batches(kind, data)
+    gc.collect()
+    assert unraisable == []
+    for worker in multiprocessing.active_children():  # the program's own context closes the loader
+        worker.kill()
+        worker.join()
+
+
 def test_the_limit_of_open_files_is_raised_or_named(kind, data, monkeypatch):
     limits = [(64, 1024), (64, 64)]
     given = []
