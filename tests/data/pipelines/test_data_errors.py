@@ -119,13 +119,14 @@ SAYS = {
 
 
 @pytest.mark.parametrize("fault", WRONG)
-def test_annotations_that_cannot_be_repaired_end_the_run_at_the_start(pipeline, tmp_path, capsys, fault):
+def test_annotations_that_cannot_be_repaired_end_the_run_at_the_start(tmp_path, capsys, fault):
+    """Before there is a pipeline, so one stands for both."""
     data = write_coco(tmp_path / "data", [annotation(1), annotation(2)], images=2)
     path = data / "annotations" / "instances_train2017.json"
     content = json.loads(path.read_text())
     WRONG[fault](content)
     write_annotations(data, content)
-    assert run(pipeline, data, tmp_path / "output") == 2
+    assert run("no_dali", data, tmp_path / "output") == 2
     assert error_line(capsys).startswith(f"main.py: error: {path}: {SAYS[fault]}")
     assert main.main(flags(data, tmp_path / "output", "--mode", "check")) == 2
     assert f"{path}: {SAYS[fault]}" in capsys.readouterr().out
