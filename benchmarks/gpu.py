@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from benchmarks.step import (
     step_speed,
 )
 from benchmarks.table import figure, speed
-from benchmarks.turns import Pair, cpu_seconds, in_turns, pair, seconds
+from benchmarks.turns import Pair, cpu_seconds, in_turns, seconds
 from src.benchmark import endless, peak_memory, random_batch
 from src.data.annotations.coco import Annotations, locations, read_annotations
 from src.data.pipelines.loader_config import LoaderConfig
@@ -82,11 +82,7 @@ def run(data: Path, device: torch.device, *, backbone: str = BACKBONE, batch_siz
         )
         repeated = repeat_data(data, EPOCH * half_batch, Path(folder))
         annotations = read_annotations(*locations(repeated, "train"))
-        steps: dict[str, float] = {}
-        for row in step_rows(backbone, device, float32_batch, half_batch):
-            steps[row["name"]] = row["ours"]
-            yield row
-        step = next(value for name, value in steps.items() if "--fp16" in name)
+        step = yield from step_rows(backbone, device, float32_batch, half_batch)
         loads: dict[str, list[Load]] = {"dali": [], "no_dali": []}
         for pipeline, measured in loads.items():
             for workers in WORKERS:
@@ -119,8 +115,11 @@ def measure_bandwidth(device: torch.device) -> float:
     return 2e-9 * COPIED / statistics.median(seconds(partial(target.copy_, source), device) for _ in range(5))
 
 
-def step_rows(backbone: str, device: torch.device, float32_batch: int, half_batch: int) -> Iterator[dict]:
-    """Images/s of the step in float32, in half precision beside its bound, and compiled beside bound and eager step."""
+def step_rows(backbone: str, device: torch.device, float32_batch: int, half_batch: int) -> Generator[dict, None, float]:
+    """Images/s of the step in float32, in half precision beside its bound, and compiled beside bound and eager step.
+
+    Returns the images/s in half precision.
+    """
     bandwidth = measure_bandwidth(device)
     yield figure("bandwidth of the device's memory (GB/s)", bandwidth)
 
@@ -132,10 +131,11 @@ def step_rows(backbone: str, device: torch.device, float32_batch: int, half_batc
     name = f"training step, {backbone}, batch"
     float32 = statistics.median(measured(FLOAT32, float32_batch))
     yield figure(f"{name} {float32_batch}, float32 (images/s)", float32)
-    eager = measured(HALF, half_batch)
-    share = Pair(statistics.median(eager), bound(EAGER_MB, bandwidth), 0.0)
+    half = statistics.median(measured(HALF, half_batch))
+    share = Pair(half, bound(EAGER_MB, bandwidth), 0.0)
     yield speed(f"{name} {half_batch}, --fp16, beside its bound (images/s)", share)
     yield from compiled_rows(backbone, device, half_batch, bandwidth)
+    return half
 
 
 def compiled_rows(backbone: str, device: torch.device, batch_size: int, bandwidth: float) -> Iterator[dict]:
@@ -180,7 +180,7 @@ def run_rows(annotations: Annotations, device: torch.device, backbone: str, batc
 def two_gpus_row(data: Path, batch_size: int, flags: Sequence[str], program: Sequence[str] = ("main.py",)) -> dict:
     """Images/s of two GPUs beside twice those of one: the second epoch of a run of the program."""
     one, two = (_epoch_speed(data, batch_size, count, flags, program) for count in (1, 2))
-    return speed("whole run on two GPUs, beside twice that on one (images/s)", pair([two], [2 * one]), GOAL_TWO)
+    return speed("whole run on two GPUs, beside twice that on one (images/s)", Pair(two, 2 * one, 0.0), GOAL_TWO)
 
 
 def _epoch_speed(data: Path, batch_size: int, processes: int, flags: Sequence[str], program: Sequence[str]) -> float:
