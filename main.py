@@ -153,15 +153,11 @@ def train(flags: Flags, processes: Processes) -> int:
 def read_data(flags: Flags, processes: Processes) -> tuple[Annotations, Annotations | None]:
     """The training annotations and, if the run evaluates, the validation ones; all ranks have read the same."""
     training, validation = processes.run_on_all_ranks(partial(
-        read_dataset, flags.data, evaluating=bool(reached_evaluations(flags)), upright=flags.upright,
+        read_dataset, flags.data, evaluating=bool(flags.reached_evaluations), upright=flags.upright,
         log_progress=print if processes.is_main else None,
     ))  # fmt: skip
     compare_data(processes, training=training, validation=validation)
     return training, validation
-
-
-def reached_evaluations(flags: Flags) -> frozenset[int]:
-    return frozenset(epoch for epoch in flags.evaluation_epochs if epoch < flags.epochs)
 
 
 def make_schedule(flags: Flags, processes: Processes) -> Schedule:
@@ -171,7 +167,7 @@ def make_schedule(flags: Flags, processes: Processes) -> Schedule:
         warmup=flags.warmup or 0,
         multistep=tuple(flags.multistep),
         epochs=flags.epochs,
-        evaluation_epochs=reached_evaluations(flags),
+        evaluation_epochs=flags.reached_evaluations,
     )
 
 

@@ -68,6 +68,11 @@ class Flags:
         return list(self.evaluation)
 
     @property
+    def reached_evaluations(self) -> frozenset[int]:
+        """The epochs after which the run evaluates."""
+        return frozenset(epoch for epoch in self.evaluation_epochs if epoch < self.epochs)
+
+    @property
     def unreached_evaluations(self) -> list[int]:
         """Epochs given with --evaluation that the run ends before."""
         given = [] if self.evaluation is EVALUATION_EPOCHS else sorted(set(self.evaluation))
