@@ -71,14 +71,12 @@ class AnnotationTableBuilder:
         self._truth_image_index, self._truth_boxes = Column(np.int32), Column(np.float64, 4)
         self._truth_areas, self._truth_crowd = Column(np.float64), Column(np.bool_)
         self._unknown_image_ids: list[int] = []
-        self._num_unknown = 0
         self._warnings = AnnotationWarnings(for_scoring=for_scoring)
 
     def add(self, entries: list[AnnotationEntry]) -> None:
         image_ids = field_array(entries, "image_id", np.int64)
         image_index = self._find_image(image_ids)  # -1: no image has the id
         has_image = image_index >= 0
-        self._num_unknown += int((~has_image).sum())
         self._unknown_image_ids += image_ids[~has_image][: MAX_KEPT_IDS - len(self._unknown_image_ids)].tolist()
         sizes = self._images.sizes[image_index] if len(self._images.sizes) else np.ones((len(entries), 2), np.int32)
         numbers = chain.from_iterable(map(attrgetter("bbox"), entries))
@@ -124,7 +122,7 @@ class AnnotationTableBuilder:
             crowd=self._crowd.array(),
             count=len(labels),
             unknown_image_ids=self._unknown_image_ids,
-            num_unknown=self._num_unknown,
+            num_unknown=self._warnings.num_unknown,
             warnings=tuple(self._warnings.lines(self._unknown_image_ids, unique_ids=unique_ids)),
             ground_truth=self._ground_truth(labels) if self._for_scoring else None,
         )

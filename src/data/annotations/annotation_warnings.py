@@ -83,13 +83,18 @@ class AnnotationWarnings:
         self._look_like_xyxy += int((has_image & clipped.looks_like_xyxy).sum())
         self._look_normalised += int((has_image & clipped.looks_normalised).sum())
 
+    @property
+    def num_unknown(self) -> int:
+        """Annotations whose image_id no image has."""
+        return self._count - self._num_with_image
+
     def lines(self, unknown_image_ids: Sequence[int], *, unique_ids: bool) -> Iterator[str]:
         """The warnings, one line for each kind.
 
         unique_ids: whether the annotations have ids that differ; otherwise the lines number them from 1.
         """
-        if self._num_with_image < self._count:
-            unknown = f"{self._count - self._num_with_image} of {self._count} annotations left out"
+        if self.num_unknown:
+            unknown = f"{self.num_unknown} of {self._count} annotations left out"
             yield f"{unknown}: no image has their image_id ({join_first(unknown_image_ids)})"
         for kind in (
             self._missed_degenerate, self._degenerate, self._missed_outside, self._outside, self._rotated,
