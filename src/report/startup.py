@@ -1,4 +1,4 @@
-"""What is logged before the work begins: the data, the machine, and where a run starts."""
+"""Logs the data and the machine before the work begins, and opens the report of a run."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -165,7 +165,7 @@ def augmented_digests(annotations: Annotations, pipeline: str, processes: Proces
 
 
 def evaluation(annotations: Annotations, processes: Processes) -> Evaluation:
-    """Of the tiny model with random weights, of which only the large default boxes detect, so that some hit."""
+    """Evaluates the tiny model with random weights; only its large default boxes detect, so that some hit."""
     torch.manual_seed(1)
     with use_tiny_model():
         network = SSD300("resnet18", 3)

@@ -19,7 +19,7 @@ from tests.helpers.small_runs import metrics
         (PER_EPOCH, 2 * PER_EPOCH + 9),
         (PER_EPOCH + 1, PER_EPOCH + 1),
         (PER_EPOCH + 12, PER_EPOCH + 12),  # inside an epoch, in which the learning rate fell
-        (PER_EPOCH + 12, PER_EPOCH + 14),  # two iterations later, of which none is logged
+        (PER_EPOCH + 12, PER_EPOCH + 14),  # two iterations later; neither is logged
         (PER_EPOCH + 26, 2 * PER_EPOCH),  # only the end of the epoch was logged
         (2 * PER_EPOCH - 1, 2 * PER_EPOCH - 1),  # between an epoch and its evaluation
         (2 * PER_EPOCH - 1, 2 * PER_EPOCH),  # after the evaluation

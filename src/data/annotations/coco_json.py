@@ -308,7 +308,7 @@ class _Reader:
 
 @cache
 def _cut_pattern(key: bytes) -> re.Pattern[bytes]:
-    """Matches the text between two entries, of which the second begins with `key`."""
+    """Matches the text between two entries if the second one begins with `key`."""
     return re.compile(rb"\}" + SPACE_PATTERN + b"," + SPACE_PATTERN + rb"(?=\{" + SPACE_PATTERN + re.escape(key) + b")")
 
 
